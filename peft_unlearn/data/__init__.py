@@ -1,0 +1,1 @@
+"""What is forgotten and what is kept: rows, their text, their tokens."""

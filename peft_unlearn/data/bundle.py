@@ -1,0 +1,191 @@
+"""A bundle: the forget set, the retain set, and what evaluation needs beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import Errors, UserError, nearest
+from . import embedded
+from .collate import encode
+from .formats import SUFFIXES, identity, load_rows, to_text
+
+SETS = ("forget", "retain", "holdout")
+
+
+@dataclass
+class ForgetRetain:
+    """Forget set, retain set, optional holdout set (rows the base never saw) and further evaluation sets.
+
+    The same example in forget and retain is refused; near-duplicates are warned about.
+
+    Raises:
+        UserError: an empty set, malformed rows, or overlap.
+    """
+
+    forget: list[dict[str, Any]]
+    retain: list[dict[str, Any]] | None = None
+    holdout: list[dict[str, Any]] | None = None
+    extra: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    template: str = "qa"
+
+    def __post_init__(self) -> None:
+        for name in SETS:
+            if (rows := getattr(self, name)) is not None:
+                setattr(self, name, load_rows(rows, name=f"{name} set"))
+        self._check_overlap()
+
+    @classmethod
+    def load(cls, spec: Any, template: str = "qa") -> ForgetRetain:
+        """A bundle from ``embedded:people``, a folder with forget, retain and holdout files, or a mapping of sources."""
+        if isinstance(spec, ForgetRetain):
+            return spec
+        if isinstance(spec, str) and spec.startswith("embedded:"):
+            return cls._from_embedded(spec, template)
+        if isinstance(spec, (str, Path)):
+            spec = _folder(Path(spec).expanduser())
+        if not isinstance(spec, Mapping):
+            raise UserError(f"data: a {type(spec).__name__} is no bundle; give a folder, embedded:NAME, or forget and retain")
+        errors = Errors()
+        for name in spec:
+            if name not in SETS:
+                errors.add(f"there is no set {name!r}.{nearest(str(name), SETS)}")
+        if spec.get("forget") is None:
+            errors.add("the forget set is missing")
+        errors.raise_if_any("data")
+        sets, refs = {}, {}
+        for name in SETS:
+            source = spec.get(name)
+            if source is None:
+                continue
+            if isinstance(source, str) and source.startswith("embedded:"):
+                base, _, which = source.partition("#")
+                found = embedded.rows(base)
+                which = which or name
+                if which not in found:
+                    raise UserError(f"data.{name}: {base} has no set {which!r}.{nearest(which, found)}")
+                sets[name], refs[name] = found[which], source
+            else:
+                sets[name] = load_rows(source, name=f"{name} set")
+                if isinstance(source, str) and not Path(source).expanduser().exists():
+                    refs[name] = source  # a Hub id; local files are known by their hash alone
+        return cls(**sets, refs=refs, template=template)
+
+    @classmethod
+    def _from_embedded(cls, spec: str, template: str) -> ForgetRetain:
+        name, options = embedded.parse(spec)
+        found = embedded.rows(spec)
+        # Retaining only people would leave everything else the base knows unguarded: the general questions go in too.
+        retain = found["retain"] + found["general"]
+        extra = {k: v for k, v in found.items() if k not in ("forget", "holdout")}
+        portable = f"embedded:{name}?" + "&".join(f"{k}={v}" for k, v in sorted(options.items()))
+        refs = {k: portable for k in SETS}
+        return cls(found["forget"], retain, found["holdout"], extra=extra, refs=refs, template=template)
+
+    def sets(self) -> dict[str, list[dict[str, Any]]]:
+        """The sets there are, by name."""
+        return {name: rows for name in SETS if (rows := getattr(self, name)) is not None}
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """Digest of each set: order does not matter, multiplicity does."""
+        out = {}
+        for name, rows in self.sets().items():
+            digests = sorted(hashlib.sha256(identity(r).encode()).digest() for r in rows)
+            out[name] = hashlib.sha256(b"".join(digests)).hexdigest()
+        return out
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What a manifest records: counts and digests, never texts."""
+        return {
+            name: {"n": len(rows), "sha256": self.sha256[name], "ref": self.refs.get(name)}
+            for name, rows in self.sets().items()
+        }
+
+    def encode(
+        self, name: str, tokenizer: Any, max_length: int | None = None, on_overflow: str = "error", rows: Any = None
+    ) -> list[dict[str, Any]]:
+        """Token rows of one set; see `collate.encode`. Every row that fails is named with its number (up to ten)."""
+        errors, out = Errors(), []
+        for i, row in enumerate(getattr(self, name) if rows is None else rows):
+            try:
+                out += encode(*to_text(row, tokenizer, self.template), tokenizer, max_length, on_overflow)
+            except UserError as e:
+                if len(errors.messages) < 10:
+                    errors.add(f"row {i} {e}")
+        errors.raise_if_any(f"{name} set")
+        return out
+
+    def _check_overlap(self) -> None:
+        if not self.retain:
+            return
+        shared = {_normal(identity(r)) for r in self.forget} & {_normal(identity(r)) for r in self.retain}
+        if shared:
+            rows = [i for i, r in enumerate(self.retain) if _normal(identity(r)) in shared]
+            raise UserError(
+                f"data: {len(shared)} example(s) stand in the forget set and in the retain set (retain rows "
+                f"{', '.join(map(str, rows[:10]))}{', ..' if len(rows) > 10 else ''}); a model cannot do both: take them out of one"
+            )
+        if near := near_duplicates(self.forget, self.retain):
+            show = ", ".join(f"forget {f} ~ retain {r}" for f, r, _ in near[:5])
+            warnings.warn(
+                f"data: {len(near)} forget row(s) have a near-duplicate in the retain set ({show}); what is retained there "
+                "works against forgetting",
+                stacklevel=4,
+            )
+
+
+def _folder(path: Path) -> dict[str, Path]:
+    if not path.is_dir():
+        raise UserError(f"data: {path} is no folder; a bundle is a folder with forget and retain files, or embedded:NAME")
+    found: dict[str, Path] = {}
+    for name in SETS:
+        files = [path / f"{name}{s}" for s in SUFFIXES if (path / f"{name}{s}").is_file()]
+        if len(files) > 1:
+            raise UserError(f"data: {path} holds {' and '.join(f.name for f in files)}; keep one of them")
+        if files:
+            found[name] = files[0]
+    if "forget" not in found:
+        raise UserError(f"data: {path} holds no forget file (forget{', forget'.join(SUFFIXES)})")
+    return found
+
+
+def _normal(text: str) -> str:
+    return re.sub(r"\W+", " ", text.casefold()).strip()
+
+
+def near_duplicates(
+    forget: list[dict[str, Any]], retain: list[dict[str, Any]], threshold: float = 0.8
+) -> list[tuple[int, int, float]]:
+    """(forget row, retain row, similarity) with a Jaccard similarity of word 3-grams >= threshold.
+
+    Candidates share a 3-gram that few retain rows have, so templated data does not compare all pairs.
+    """
+
+    def grams(row: dict[str, Any]) -> frozenset[tuple[str, ...]]:
+        words = _normal(identity(row)).split()
+        return frozenset(zip(*(words[i:] for i in range(3)), strict=False))
+
+    kept = [grams(r) for r in retain]
+    where: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for j, g in enumerate(kept):
+        for gram in g:
+            where[gram].append(j)
+    out = []
+    for i, row in enumerate(forget):
+        mine = grams(row)
+        rare = [where[g] for g in mine if 0 < len(where.get(g, ())) <= 50]
+        for j, _ in Counter(j for js in rare for j in js).most_common(20):
+            similarity = len(mine & kept[j]) / max(1, len(mine | kept[j]))
+            if similarity >= threshold:
+                out.append((i, j, similarity))
+                break
+    return out

@@ -1,0 +1,151 @@
+"""Tokens of rows, padded batches, and which forget row meets which retain row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ..errors import UserError
+
+IGNORE = -100  # transformers' label of a position without a target
+
+
+def encode(
+    prompt: str, answer: str, tokenizer: Any, max_length: int | None = None, on_overflow: str = "error"
+) -> list[dict[str, list[int]]]:
+    """Tokens and labels of one (prompt, answer); the end-of-sequence token is a target, the prompt is not.
+
+    Prompt and answer are tokenized in one go, since tokenizers may merge across the boundary; a token that reaches into
+    the answer counts as answer. A list is returned because `on_overflow="chunk"` cuts a long answer into several rows.
+
+    Args:
+        on_overflow: beyond `max_length` tokens: "error", "truncate" (cut the end), or "chunk" (cut the answer into
+            rows that each keep the prompt).
+
+    Raises:
+        UserError: too long with "error", or no target left.
+    """
+    text = prompt + answer
+    if getattr(tokenizer, "is_fast", False):
+        enc = tokenizer(text, return_offsets_mapping=True)
+        ids, ends = list(enc["input_ids"]), [end for _, end in enc["offset_mapping"]]
+        first = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
+    else:
+        ids = list(tokenizer(text)["input_ids"])
+        first = min(len(tokenizer(prompt)["input_ids"]), len(ids)) if prompt else 0
+    eos = tokenizer.eos_token_id
+    if eos is not None and (not ids or ids[-1] != eos):
+        ids.append(eos)
+    if max_length is None or len(ids) <= max_length:
+        return [_labelled(ids, first)]
+    if on_overflow == "error":
+        raise UserError(
+            f"has {len(ids)} tokens, more than max_length {max_length}; raise max_length or set on_overflow to truncate or chunk"
+        )
+    if first >= max_length:
+        raise UserError(f"has a prompt of {first} tokens, which leaves no target within max_length {max_length}")
+    if on_overflow == "truncate":
+        return [_labelled(ids[:max_length], first)]
+    room = max_length - first
+    return [_labelled(ids[:first] + ids[i : i + room], first) for i in range(first, len(ids), room)]
+
+
+def _labelled(ids: list[int], first: int) -> dict[str, list[int]]:
+    # Position 0 is never a target: nothing comes before it that could predict it.
+    first = max(first, 1)
+    if first >= len(ids):
+        raise UserError("has no target token: the answer is empty after tokenization")
+    return {"input_ids": ids, "labels": [IGNORE] * first + ids[first:]}
+
+
+def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Right-padded tensors (batch, seq) of encoded rows; extra per-token float lists (e.g. ``ref_logp``, one value per
+    target) are padded into (batch, seq-1) at their targets' positions."""
+    width = max(len(r["input_ids"]) for r in rows)
+    out = {
+        "input_ids": torch.full((len(rows), width), pad_id, dtype=torch.long),  # (batch, seq)
+        "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),
+        "labels": torch.full((len(rows), width), IGNORE, dtype=torch.long),
+    }
+    for i, r in enumerate(rows):
+        n = len(r["input_ids"])
+        out["input_ids"][i, :n] = torch.as_tensor(r["input_ids"])
+        out["attention_mask"][i, :n] = 1
+        out["labels"][i, :n] = torch.as_tensor(r["labels"])
+    if all("ref_logp" in r for r in rows):
+        ref = torch.zeros((len(rows), width - 1))
+        ref[out["labels"][:, 1:] != IGNORE] = torch.cat([torch.as_tensor(r["ref_logp"]).float() for r in rows])
+        out["ref_logp"] = ref  # (batch, seq-1)
+    return out
+
+
+def collate(items: Sequence[Mapping[str, list[dict[str, Any]]]], pad_id: int) -> dict[str, Any]:
+    """Items of `PairedRows` into ``{"forget": batch, "retain": batch}``; winner answers go to ``batch["alternate"]``."""
+    out: dict[str, Any] = {}
+    for name in items[0]:
+        rows = [row for item in items for row in item[name]]
+        batch: dict[str, Any] = pad(rows, pad_id)
+        if all("alternate" in r for r in rows):
+            batch["alternate"] = pad([r["alternate"] for r in rows], pad_id)
+        out[name] = batch
+    return out
+
+
+class PairedRows(Dataset):
+    """Forget and retain rows that meet in one optimizer step: a pure function of (seed, epoch, row).
+
+    The anchor set is walked through in one permutation per epoch; each anchor row brings `per_anchor` rows of every other
+    set, dealt from permutations of that set, so that every row is used equally often (a uniform draw with replacement, the
+    usual choice, leaves one row in e unused per pass). An index is a *stream position* ``epoch * len + i``: resume,
+    workers and ranks see the same pairs whatever they did before.
+    """
+
+    def __init__(self, sets: Mapping[str, list[dict[str, Any]]], anchor: str, per_anchor: int = 1, seed: int = 0) -> None:
+        self.sets, self.anchor, self.per_anchor, self.seed = dict(sets), anchor, per_anchor, seed
+        self._order: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.sets[self.anchor])
+
+    def _deal(self, which: int, n: int, position: int) -> int:
+        """Row at `position` of the endless stream of permutations of range(n) that belongs to set number `which`."""
+        epoch, i = divmod(position, n)
+        if (which, epoch) not in self._order:
+            # Two epochs of one set are the most that neighbouring positions touch.
+            for old in [k for k in self._order if k[0] == which and k[1] < epoch - 1]:
+                del self._order[old]
+            self._order[which, epoch] = np.random.Generator(np.random.PCG64([self.seed, which, epoch])).permutation(n)
+        return int(self._order[which, epoch][i])
+
+    def __getitem__(self, position: int) -> dict[str, list[dict[str, Any]]]:
+        item = {}
+        for which, (name, rows) in enumerate(self.sets.items()):
+            k = 1 if name == self.anchor else self.per_anchor
+            item[name] = [rows[self._deal(which, len(rows), position * k + j)] for j in range(k)]
+        return item
+
+
+class StreamSampler(Sampler[int]):
+    """Stream positions of one epoch, rounded up to whole optimizer steps.
+
+    The last window of an epoch is filled with the next pass's first rows instead of being short or, on several ranks,
+    padded with repeats: so a step never depends on how many processes or micro-batches share it.
+    """
+
+    def __init__(self, n_rows: int, rows_per_step: int) -> None:
+        self.length = -(-n_rows // rows_per_step) * rows_per_step
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * self.length
+        return iter(range(start, start + self.length))

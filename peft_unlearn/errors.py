@@ -1,0 +1,46 @@
+"""What a user did wrong, said so that they can mend it.
+
+`UserError` is the only exception the command line turns into a plain message (exit code 2). A defect of this package
+keeps its traceback, so that nobody mistakes one for the other.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The input is refused. The message says what happened, which names, why, and what to do."""
+
+
+class Interrupted(Exception):
+    """A run ended early for a reason outside the input: a lost resource, or the user's own stop (exit code 3)."""
+
+
+class Errors:
+    """Collects every mistake of one input, so that a user mends them in one go instead of one at a time."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def add(self, message: str) -> None:
+        self.messages.append(message)
+
+    def raise_if_any(self, what: str) -> None:
+        """Raise one `UserError` with every message collected; `what` names the input, e.g. ``recipe people.yaml``."""
+        if not self.messages:
+            return
+        if len(self.messages) == 1:
+            raise UserError(f"{what}: {self.messages[0]}")
+        lines = "\n".join(f"  {i}. {m}" for i, m in enumerate(self.messages, 1))
+        raise UserError(f"{what}: {len(self.messages)} problems\n{lines}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for a misspelt name, or the list of known ones when nothing is close."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name.replace("-", "_"), options, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(options)}." if options else ""

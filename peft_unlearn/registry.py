@@ -1,0 +1,303 @@
+"""Methods are plain functions with one decorator; this module remembers them.
+
+A method's typed signature *is* its schema: keyword arguments after the contract's own parameters are hyper-parameters,
+their annotation gives the type (`Annotated[float, Range(0, None)]` the range), their default the default.
+Rooms that hold methods are loaded by dotted name at the first look-up, so importing this module costs nothing and
+the direction of imports stays a straight line. Third parties add methods through the entry-point group
+``peft_unlearn.plugins``: each entry point names a module that registers on import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+from .errors import UserError, nearest
+
+KINDS = ("objective", "rule", "smoothing", "averaging", "selection", "metric", "attack")
+NEEDS = frozenset(
+    "logp ref_logp logits ref_logits hidden ref_hidden router ref_router alternate generation perturbed twin".split()
+)
+_ROOMS = ("peft_unlearn.objectives", "peft_unlearn.gradients", "peft_unlearn.attribution", "peft_unlearn.evaluation")
+_ENTRY_POINTS = "peft_unlearn.plugins"
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a method was published."""
+
+    paper: str
+    url: str
+    year: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {"paper": self.paper, "url": self.url, "year": self.year}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Closed range of a hyper-parameter; None = unbounded. `open_low` excludes the lower end itself."""
+
+    min: float | None = None
+    max: float | None = None
+    open_low: bool = False
+
+    def holds(self, x: float) -> bool:
+        low = self.min is None or (x > self.min if self.open_low else x >= self.min)
+        return low and (self.max is None or x <= self.max)
+
+    def __str__(self) -> str:
+        low = "(-inf" if self.min is None else f"{'(' if self.open_low else '['}{self.min:g}"
+        return f"{low}, {'inf)' if self.max is None else f'{self.max:g}]'}"
+
+
+@dataclass(frozen=True)
+class Param:
+    """One hyper-parameter as the signature declares it."""
+
+    name: str
+    type: str
+    default: Any
+    range: Range | None = None
+    choices: tuple[Any, ...] | None = None
+    nullable: bool = False
+    required: bool = False
+
+    def check(self, value: Any) -> str | None:
+        """The complaint about `value`, or None when it is fine."""
+        if value is None:
+            return None if self.nullable else f"{self.name} must be {self._wanted()}, not null"
+        if self.choices is not None:
+            return None if value in self.choices else f"{self.name}={value!r} is not one of {list(self.choices)}"
+        if self.type in ("float", "int"):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or (self.type == "int" and value != int(value)):
+                return f"{self.name} must be {self._wanted()}, not {value!r}"
+            if not math.isfinite(value):
+                return f"{self.name} must be finite, not {value!r}"
+            if self.range is not None and not self.range.holds(value):
+                return f"{self.name}={value!r} is outside {self.range}"
+            return None
+        wanted = {"bool": bool, "str": str, "list": (list, tuple)}.get(self.type)
+        if wanted is not None and not isinstance(value, wanted):
+            return f"{self.name} must be {self._wanted()}, not {value!r}"
+        return None
+
+    def _wanted(self) -> str:
+        return {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text"}.get(
+            self.type, f"a {self.type}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "type": self.type,
+            "default": self.default,
+            "min": self.range.min if self.range else None,
+            "max": self.range.max if self.range else None,
+        }
+        if self.choices is not None:
+            out["choices"] = list(self.choices)
+        return out
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered function and everything a user or a test wants to know about it."""
+
+    name: str
+    kind: str
+    fn: Callable[..., Any]
+    summary: str
+    source: Source
+    unit: str | Callable[..., int] | None = None
+    needs: tuple[str, ...] = ()
+    params: Mapping[str, Param] = field(default_factory=dict)
+    faithful: str = "verified"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, hyper: Mapping[str, Any]) -> list[str]:
+        """Every complaint about a set of hyper-parameters: unknown names, types, ranges, missing ones."""
+        out = []
+        for key, value in hyper.items():
+            if key not in self.params:
+                out.append(f"{self.kind} {self.name!r} has no hyper-parameter {key!r}.{nearest(key, self.params)}")
+            elif complaint := self.params[key].check(value):
+                out.append(f"{self.kind} {self.name!r}: {complaint}")
+        missing = [p.name for p in self.params.values() if p.required and p.name not in hyper]
+        if missing:
+            out.append(f"{self.kind} {self.name!r} needs {', '.join(missing)}")
+        return out
+
+    def resolve(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
+        """Hyper-parameters with every default filled in: what a manifest records."""
+        return {p.name: hyper.get(p.name, p.default) for p in self.params.values()}
+
+    def as_json(self) -> dict[str, Any]:
+        unit = self.unit if self.unit is None or isinstance(self.unit, str) else "function"
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "summary": self.summary,
+            "source": self.source.as_json(),
+            "unit": unit,
+            "needs": list(self.needs),
+            "params": {p.name: p.as_json() for p in self.params.values()},
+            "faithful": self.faithful,
+            **({"better": self.extra["better"]} if "better" in self.extra else {}),
+        }
+
+
+_METHODS: dict[str, dict[str, Method]] = {kind: {} for kind in KINDS}
+_loaded = False
+
+
+def _param(name: str, annotation: Any, default: Any) -> Param:
+    """Read one hyper-parameter from its annotation."""
+    rng, choices, nullable = None, None, False
+    if typing.get_origin(annotation) is Annotated:
+        rng = next((a for a in annotation.__metadata__ if isinstance(a, Range)), None)
+        annotation = annotation.__origin__
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+        nullable = len(inner) < len(typing.get_args(annotation))
+        if len(inner) != 1:
+            raise TypeError(f"hyper-parameter {name}: a union of several types has no schema")
+        found = _param(name, inner[0], default)
+        rng, choices, type_name = rng or found.range, found.choices, found.type
+    elif typing.get_origin(annotation) is Literal:
+        choices = typing.get_args(annotation)
+        type_name = type(choices[0]).__name__
+    else:
+        base = typing.get_origin(annotation) or annotation
+        type_name = {float: "float", int: "int", bool: "bool", str: "str", list: "list", tuple: "list", dict: "dict"}.get(
+            base, ""
+        )
+        if not type_name:
+            raise TypeError(f"hyper-parameter {name}: annotation {annotation!r} has no schema")
+    required = default is inspect.Parameter.empty
+    return Param(name, type_name, None if required else default, rng, choices, nullable, required)
+
+
+def _register(kind: str, name: str, **about: Any) -> Callable[[_F], _F]:
+    source = about.pop("source")
+    unit, needs = about.pop("unit", None), tuple(about.pop("needs", ()))
+    faithful = about.pop("faithful", "verified")
+    if unknown := set(needs) - NEEDS:
+        raise TypeError(f"{kind} {name}: unknown needs {sorted(unknown)}")
+
+    def decorate(fn: _F) -> _F:
+        if name in _METHODS[kind] and _METHODS[kind][name].fn.__module__ != fn.__module__:
+            raise TypeError(f"{kind} {name!r} is registered twice ({fn.__module__})")
+        hints = typing.get_type_hints(fn, include_extras=True)
+        params = {
+            p.name: _param(p.name, hints[p.name], p.default)
+            for p in inspect.signature(fn).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        summary = (inspect.getdoc(fn) or "").split("\n\n")[0].replace("\n", " ").strip()
+        _METHODS[kind][name] = Method(name, kind, fn, summary, source, unit, needs, params, faithful, about)
+        return fn
+
+    return decorate
+
+
+def objective(
+    name: str, *, unit: str | Callable[..., int], source: Source, needs: tuple[str, ...] = (), faithful: str = "verified"
+):
+    """Register ``fn(p: Pass, *, hyper...) -> (n_units,)``: one unreduced value per unit, minimized.
+
+    unit: "token" (targets), "sequence" (rows with a target), "position" (unpadded tokens), or ``fn(batch) -> int``.
+    Hyper-parameters are the keyword-only arguments.
+    """
+    return _register("objective", name, unit=unit, source=source, needs=needs, faithful=faithful)
+
+
+def rule(name: str, *, source: Source, requires: tuple[str, ...] = (), faithful: str = "verified"):
+    """Register ``fn(g: dict[str, Vec], space, state, values, *, hyper...) -> Vec``; `requires` names the gradients it
+    cannot do without."""
+    return _register("rule", name, source=source, requires=requires, faithful=faithful)
+
+
+def smoothing(name: str, *, source: Source, spaces: tuple[str, ...] = ("adapter",), faithful: str = "verified"):
+    """Register ``fn(grad, space, rng, *, hyper...) -> Vec``; `spaces` says which parameter spaces it can perturb."""
+    return _register("smoothing", name, source=source, spaces=spaces, faithful=faithful)
+
+
+def averaging(name: str, *, source: Source, faithful: str = "verified"):
+    """Register ``fn(theta: Vec, space, state, step, *, hyper...) -> Vec | None``."""
+    return _register("averaging", name, source=source, faithful=faithful)
+
+
+def selection(name: str, *, source: Source, faithful: str = "verified"):
+    """Register ``fn(model, data, *, hyper...) -> dict[str, BoolTensor]``."""
+    return _register("selection", name, source=source, faithful=faithful)
+
+
+def metric(
+    name: str,
+    *,
+    source: Source,
+    needs: tuple[str, ...] = (),
+    better: Mapping[str, str] | None = None,
+    reference: str | None = None,
+    version: int = 1,
+    faithful: str = "verified",
+):
+    """Register a metric; `better` maps a set's role to "lower" or "higher", `reference` names the subject it needs."""
+    return _register(
+        "metric",
+        name,
+        source=source,
+        needs=needs,
+        better=dict(better or {}),
+        reference=reference,
+        version=version,
+        faithful=faithful,
+    )
+
+
+def attack(name: str, *, source: Source, needs: tuple[str, ...] = (), faithful: str = "verified"):
+    """Register an attack."""
+    return _register("attack", name, source=source, needs=needs, faithful=faithful)
+
+
+def _load() -> None:
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    for room in _ROOMS:
+        if importlib.util.find_spec(room) is not None:
+            importlib.import_module(room)
+    from importlib.metadata import entry_points  # slow to import, and only look-ups need it
+
+    for point in entry_points(group=_ENTRY_POINTS):
+        point.load()
+
+
+def methods(kind: str | None = None) -> list[Method]:
+    """Every registered method, of one kind or of all, sorted by kind and name."""
+    _load()
+    kinds = KINDS if kind is None else (kind,)
+    return [m for k in kinds for _, m in sorted(_METHODS[k].items())]
+
+
+def get(kind: str, name: str) -> Method:
+    """The method of that name (hyphens accepted).
+
+    Raises:
+        UserError: no such method; the message holds the nearest spelling.
+    """
+    _load()
+    found = _METHODS[kind].get(str(name).replace("-", "_"))
+    if found is None:
+        raise UserError(f"there is no {kind} {name!r}.{nearest(str(name), _METHODS[kind])}")
+    return found
