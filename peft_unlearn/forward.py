@@ -1,0 +1,457 @@
+"""`Pass`: the one place that runs a model on batches of tokens.
+
+What an objective asks for (log-probabilities, any function of the logits, hidden states, the same of the reference model)
+is computed lazily from ONE forward per pass and model mode. Logits are never held for a whole batch: the head's input is taken
+by a pre-hook on the output embeddings, only target positions go through the head, chunk by chunk, and the derivative of
+each row's value with respect to its hidden state is formed while the chunk's logits exist. So a frozen head costs neither a
+(batch, seq, vocab) tensor, nor a (vocab, hidden) gradient, nor a recomputation, for any loss over target positions.
+First order only: differentiating twice raises.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .errors import UserError
+
+_FUSED_FLOATS = 1 << 24  # 64 MiB: one logits chunk, worked on in place
+_CHUNK_FLOATS = 1 << 22  # 16 MiB: autograd holds about four tensors of the size of a chunk
+
+
+# --- the model's parts ------------------------------------------------------------------------------------------------
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel (or the model itself)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks: the longest ModuleList whose entries are all of one class."""
+    found = [
+        m for m in causal_lm(model).modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(x) for x in m}) == 1
+    ]
+    outer = [m for m in found if any(True for _ in m[0].children())]
+    if not outer:
+        raise UserError("this model has no list of decoder blocks; name the layer by its module path instead")
+    return max(outer, key=len)
+
+
+def layer_module(model: nn.Module, layer: int | str) -> nn.Module:
+    """Block k (0-based, negative from the end) or the module of that name (or its unique dotted suffix).
+
+    Raises:
+        UserError: no such layer.
+    """
+    if isinstance(layer, int):
+        all_blocks = blocks(model)
+        if not -len(all_blocks) <= layer < len(all_blocks):
+            raise UserError(f"layer {layer} does not exist: the model has blocks 0 to {len(all_blocks) - 1}")
+        return all_blocks[layer]
+    hits = [m for n, m in causal_lm(model).named_modules() if n == layer or n.endswith("." + layer)]
+    if len(hits) != 1:
+        raise UserError(f"layer {layer!r} names {len(hits)} modules of the model; it must name exactly one")
+    return hits[0]
+
+
+class _Stop(Exception):
+    """Raised by a hook when everything asked for has been seen."""
+
+
+@contextmanager
+def _hooks(*handles: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+# --- the reference model ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Which model losses compare with: the same weights with other adapters switched on.
+
+    mode: "before" (what was active before training: the base plus the frozen stack), "base" (every adapter off), or
+    "adapter:<name>". `trained` is the adapter being trained.
+    """
+
+    mode: str = "before"
+    trained: str = "default"
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """The model as reference: no gradients, no dropout; adapters, requires_grad and training flags come back as they were."""
+        if not hasattr(model, "peft_config"):
+            raise UserError(f"reference {self.mode!r} needs a PEFT model: the reference is the adapter switched off")
+        tuner: Any = model.base_model
+        active = list(tuner.active_adapters)
+        if self.mode.startswith("adapter:"):
+            wanted = [self.mode.split(":", 1)[1]]
+            if wanted[0] not in model.peft_config:  # type: ignore[operator]
+                raise UserError(f"reference {self.mode!r}: the model has no such adapter")
+        else:
+            wanted = [] if self.mode == "base" else [a for a in active if a != self.trained]
+        # PEFT makes whatever it switches on trainable; the flags are put back by hand.
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        training = [m for m in model.modules() if m.training] if _has_dropout(model) else []
+        with ExitStack() as stack, torch.no_grad():
+            stack.callback(_restore, flags, training)
+            for m in training:
+                m.training = False
+            if wanted:
+                stack.callback(tuner.set_adapter, active)
+                tuner.set_adapter(wanted)
+            else:
+                stack.enter_context(model.disable_adapter())  # type: ignore[operator]
+            yield
+
+
+def _restore(flags: list[tuple[nn.Parameter, bool]], training: list[nn.Module]) -> None:
+    for p, flag in flags:
+        p.requires_grad_(flag)
+    for m in training:
+        m.training = True
+
+
+_DROPOUT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    if model not in _DROPOUT:
+        _DROPOUT[model] = bool(dropouts(model))
+    return _DROPOUT[model]
+
+
+def dropouts(model: nn.Module) -> list[str]:
+    """Names of the modules that drop something in training mode."""
+    out = []
+    for name, m in model.named_modules():
+        by_attribute = any(getattr(m, a, 0) for a in ("attention_dropout", "attn_dropout", "resid_dropout") if _number(m, a))
+        if (isinstance(m, nn.Dropout) and m.p > 0) or by_attribute:
+            out.append(name)
+    return out
+
+
+def _number(m: nn.Module, attribute: str) -> bool:
+    return isinstance(getattr(m, attribute, None), (int, float))
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+
+class _FusedLogp(torch.autograd.Function):
+    """Log-probabilities of targets under a plain linear frozen head: in-place softmax, gradient formed on the spot."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+        n, rows = len(y), max(16, _FUSED_FLOATS // weight.shape[0])
+        logp = h.new_empty(n)
+        grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        buffer = h.new_empty(min(rows, n), weight.shape[0])
+        for i in range(0, n, rows):
+            yc = y[i : i + rows]
+            z = torch.mm(h[i : i + rows], weight.T, out=buffer[: len(yc)])  # (m, vocab)
+            if bias is not None:
+                z += bias
+            z -= z.amax(1, keepdim=True)
+            target = z.gather(1, yc[:, None])
+            total = z.exp_().sum(1, keepdim=True)
+            logp[i : i + rows] = (target - total.log()).squeeze(1)
+            if grad is not None:
+                # d logp / d h = W[y] - softmax(z) W
+                torch.mm(z.div_(total.neg_()), weight, out=grad[i : i + rows])
+                grad[i : i + rows] += weight[yc]
+        ctx.save_for_backward(grad)
+        return logp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad_out[:, None] * grad, None, None, None
+
+
+class _ChunkedMap(torch.autograd.Function):
+    """fn over chunks of logits of a frozen head; d fn / d h is formed while the chunk's logits exist."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, run: Callable[[Tensor, int, int], Tensor], rows: int) -> Tensor:
+        values, grads = [], []
+        for i in range(0, len(h), rows):
+            with torch.enable_grad():
+                hc = h[i : i + rows].detach().requires_grad_(True)
+                v = run(hc, i, i + rows)  # (m,) or (m, k)
+                columns = v[:, None] if v.ndim == 1 else v
+                g = [
+                    _grad_or_zeros(columns[:, j].sum(), hc, keep=j + 1 < columns.shape[1]) for j in range(columns.shape[1])
+                ]
+            values.append(v.detach())
+            grads.append(torch.stack(g, 1))  # (m, k, hidden)
+        ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        (grads,) = ctx.saved_tensors  # (n, k, hidden)
+        weights = grad_out[:, None] if grad_out.ndim == 1 else grad_out
+        if grads.shape[1] == 1:
+            return weights.to(grads.dtype) * grads[:, 0], None, None
+        return torch.einsum("nk,nkh->nh", weights.to(grads.dtype), grads), None, None
+
+
+def _grad_or_zeros(value: Tensor, h: Tensor, keep: bool) -> Tensor:
+    if not value.requires_grad:  # a column of constants, e.g. a detached weight
+        return torch.zeros_like(h)
+    (g,) = torch.autograd.grad(value, h, retain_graph=keep, allow_unused=True)
+    return torch.zeros_like(h) if g is None else g
+
+
+_DIRECT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+class _Head:
+    """The output embeddings of a model as a function hidden -> logits, exact for scales, biases, soft-caps and adapters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.module: nn.Module = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+        if self.module is None:
+            raise UserError(f"{type(causal_lm(model)).__name__} has no output embeddings: not a causal language model")
+
+    @property
+    def trains(self) -> bool:
+        return any(p.requires_grad for p in self.module.parameters())
+
+    @property
+    def vocab(self) -> int:
+        return int(causal_lm(self.model).config.get_text_config().vocab_size)  # type: ignore[union-attr]
+
+    def generic(self, h: Tensor) -> Tensor:
+        """(m, hidden) -> logits (m, vocab) through the model's own forward on one token, `h` put in before the head."""
+        one = torch.zeros((1, 1), dtype=torch.long, device=h.device)
+        with _hooks(self.module.register_forward_pre_hook(lambda m, a: (h[None], *a[1:]))):
+            return self.model(input_ids=one, attention_mask=torch.ones_like(one), use_cache=False).logits[0]
+
+    def direct(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight, bias) when the logits are verifiably ``h @ weight.T + bias`` and the head is frozen, else None."""
+        if type(self.module) is not nn.Linear or self.trains:
+            return None
+        if self.module not in _DIRECT:
+            _DIRECT[self.module] = self._verify()
+        return (self.module.weight, self.module.bias) if _DIRECT[self.module] else None
+
+    @torch.no_grad()
+    def _verify(self) -> bool:
+        w, b = self.module.weight, self.module.bias
+        config: Any = causal_lm(self.model).config
+        cap = float(getattr(config.get_text_config(), "final_logit_softcapping", None) or 0)
+        h = torch.randn(4, w.shape[1], generator=torch.Generator().manual_seed(0)).to(w)
+        z = F.linear(h, w, b)
+        # A soft-cap c tanh(z / c) is the identity for small z: only logits well beyond it tell.
+        h = h * (max(100.0, 3 * cap) / z.abs().max().clamp_min(1e-12))
+        z, own = F.linear(h, w, b).float(), self.generic(h).float()
+        return own.shape == z.shape and bool((own - z).abs().max() <= 1e-5 * z.abs().max())
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(m, hidden) -> (m, vocab) float32."""
+        plain = self.direct()
+        return (F.linear(h, *plain) if plain is not None else self.generic(h)).float()
+
+    def logp(self, h: Tensor, y: Tensor) -> Tensor:
+        """(n, hidden), (n,) -> log-probabilities of the targets, (n,) float32."""
+        plain = self.direct()
+        if plain is not None and h.dtype == plain[0].dtype == torch.float32 and not torch.is_autocast_enabled(h.device.type):
+            return _FusedLogp.apply(h, *plain, y)  # type: ignore[return-value]
+        return self.map(h, lambda z, i, j: token_logp(z, y[i:j]))
+
+    def map(self, h: Tensor, fn: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+        """fn(z, start, stop) over chunks of logits z (m, vocab) float32 -> (n,) or (n, k)."""
+        rows = max(16, _CHUNK_FLOATS // max(1, self.vocab))
+
+        def run(hc: Tensor, i: int, j: int) -> Tensor:
+            return fn(self.logits(hc), i, j)
+
+        if not len(h):
+            return h.new_zeros(0, dtype=torch.float32) + 0 * h.sum()
+        if torch.is_grad_enabled() and self.trains:
+            # The rows' weights are known only in backward, and the head's own gradient needs them: recompute there.
+            parts = [
+                checkpoint(run, h[i : i + rows], i, i + rows, use_reentrant=False) for i in range(0, len(h), rows)
+            ]
+            return torch.cat(parts)
+        if torch.is_grad_enabled() and h.requires_grad:
+            return _ChunkedMap.apply(h, run, rows)  # type: ignore[return-value]
+        with torch.no_grad():
+            return torch.cat([run(h[i : i + rows], i, i + rows) for i in range(0, len(h), rows)])
+
+
+def token_logp(z: Tensor, y: Tensor) -> Tensor:
+    """Log-probability of target y (m,) under logits z (m, vocab): (m,)."""
+    return z.gather(1, y[:, None]).squeeze(1) - z.logsumexp(1)
+
+
+# --- the pass ---------------------------------------------------------------------------------------------------------
+
+
+class Pass:
+    """One batch seen by one model (and, where asked, by its reference).
+
+    Args:
+        batch: ``input_ids``, ``attention_mask``, ``labels`` (batch, seq), -100 = no target; optionally ``ref_logp``
+            (batch, seq-1) cached, and ``alternate``, a batch of winner answers.
+        layers: the layers whose hidden states will be asked for (blocks by number, or module names).
+        stop: end the forward after the deepest of `layers` (nothing beyond is needed).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        *,
+        reference: Reference | None = None,
+        layers: Sequence[int | str] = (),
+        stop: bool = False,
+    ) -> None:
+        self.model, self.batch, self.reference = model, batch, reference
+        self.input_ids: Tensor = batch["input_ids"]
+        self.attention_mask: Tensor = batch["attention_mask"]
+        self.labels: Tensor = batch["labels"]
+        self.mask: Tensor = self.labels[:, 1:] != -100  # (batch, seq-1): position t predicts token t+1
+        self.targets: Tensor = self.labels[:, 1:][self.mask]  # (n,)
+        self._layers, self._stop = list(dict.fromkeys(layers)), stop
+        self._head = _Head(model)
+        self._seen: dict[bool, dict[Any, Tensor]] = {}
+        self._cache: dict[str, Tensor] = {}
+        self._alternate: Pass | None = None
+
+    # what objectives use ------------------------------------------------------------------------------------------
+
+    @property
+    def logp(self) -> Tensor:
+        """Log-probability of every target, (n,) float32, in ``mask.nonzero()`` order."""
+        if "logp" not in self._cache:
+            self._cache["logp"] = self._head.logp(self._head_input(False), self.targets)
+        return self._cache["logp"]
+
+    @property
+    def ref_logp(self) -> Tensor:
+        """The same under the reference model, (n,), without gradient; taken from the batch where it is cached."""
+        if "ref_logp" not in self._cache:
+            if "ref_logp" in self.batch:
+                self._cache["ref_logp"] = self.batch["ref_logp"][self.mask].float()
+            else:
+                h = self._head_input(True)
+                with self._mode(True):
+                    self._cache["ref_logp"] = self._head.logp(h, self.targets)
+        return self._cache["ref_logp"]
+
+    def map_logits(self, fn: Callable[..., Tensor], reference: bool = False) -> Tensor:
+        """fn over the target positions' logits: (n,) or (n, k) float32.
+
+        Args:
+            fn: ``fn(z, y)``, or with `reference` ``fn(z, z_ref, y)``; z (m, vocab) float32, y (m,). Each row's result
+                must depend on that row alone.
+        """
+        y = self.targets
+        if not reference:
+            return self._head.map(self._head_input(False), lambda z, i, j: fn(z, y[i:j]))
+        h_ref = self._head_input(True)
+        frozen = type(self._head.module) is nn.Linear  # an adapted head has to be switched for the reference
+
+        def with_reference(z: Tensor, i: int, j: int) -> Tensor:
+            with torch.no_grad(), nullcontext() if frozen else self._mode(True):
+                z_ref = self._head.logits(h_ref[i:j])
+            return fn(z, z_ref, y[i:j])
+
+        return self._head.map(self._head_input(False), with_reference)
+
+    def hidden(self, layer: int | str, reference: bool = False) -> Tensor:
+        """Output of block `layer` (0-based) or of the module of that name: (batch, seq, hidden)."""
+        if layer not in self._layers:
+            if reference in self._seen:
+                raise RuntimeError(f"layer {layer!r} was not named before the forward ran; pass it in `layers`")
+            self._layers.append(layer)
+        return self._run(reference)[layer]
+
+    @property
+    def alternate(self) -> Pass:
+        """The pass over the winner answers of the same prompts."""
+        if self._alternate is None:
+            if "alternate" not in self.batch:
+                raise UserError("this objective compares with winner answers, and the batch has none")
+            self._alternate = Pass(self.model, self.batch["alternate"], reference=self.reference)
+        return self._alternate
+
+    # shapes -------------------------------------------------------------------------------------------------------
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """(n,) -> (batch, seq-1), zeros where there is no target."""
+        return x.new_zeros(self.mask.shape).masked_scatter(self.mask, x)
+
+    def per_sequence(self, x: Tensor) -> Tensor:
+        """(n,) -> sums per row that has a target, (rows,)."""
+        return self.scatter(x).sum(1)[self.mask.any(1)]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Targets per row that has one, (rows,) float32."""
+        return self.mask.sum(1)[self.mask.any(1)].float()
+
+    # running the model --------------------------------------------------------------------------------------------
+
+    def _mode(self, reference: bool):
+        if not reference:
+            return nullcontext()
+        if self.reference is None:
+            raise UserError("a reference model is needed here and none was given")
+        return self.reference.on(self.model)
+
+    def _head_input(self, reference: bool) -> Tensor:
+        """Hidden states before the head at target positions, (n, hidden)."""
+        if self._stop:
+            raise RuntimeError("the forward was told to stop at a layer, and something asks for the head")
+        seen = self._run(reference)
+        if "targets" not in seen:
+            seen["targets"] = seen.pop("head")[:, :-1][self.mask]  # (batch, seq, hidden) -> (n, hidden)
+        return seen["targets"]
+
+    def _run(self, reference: bool) -> dict[Any, Tensor]:
+        if reference in self._seen:
+            return self._seen[reference]
+        seen: dict[Any, Tensor] = {}
+        wanted = len(self._layers)
+
+        def take_head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            seen["head"] = args[0]
+            return (args[0][..., :0, :], *args[1:])  # the model's own head sees no position
+
+        def take(layer: int | str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                seen[layer] = output[0] if isinstance(output, (tuple, list)) else output
+                if self._stop and len(seen) == wanted:
+                    raise _Stop
+
+            return hook
+
+        handles = [self._head.module.register_forward_pre_hook(take_head)]
+        handles += [layer_module(self.model, k).register_forward_hook(take(k)) for k in self._layers]
+        with _hooks(*handles), self._mode(reference):
+            try:
+                self.model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
+            except _Stop:
+                pass
+        self._seen[reference] = seen
+        return seen
