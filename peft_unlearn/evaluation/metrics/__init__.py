@@ -1,0 +1,10 @@
+"""The metrics, one family a file. A metric is a pure function of what was measured on one set of rows. Its
+positional parameters say by name what it is fed (`plan.INPUTS` lists the names), keyword-only ones are
+hyper-parameters. It returns one value per row, (rows,) float64, of which the mean is reported, or one number for the
+whole set; it raises `Unmeasured` with the reason where it has none.
+"""
+
+from . import generation as generation
+from . import likelihood as likelihood
+from . import memorization as memorization
+from . import quality as quality

@@ -1,0 +1,80 @@
+"""Metrics on the probability of given answers. Everything stays in log space until the last step: a sequence whose mean
+log-probability is -800 still has an exact truth ratio, where the ratio of two probabilities would be 0/0."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from ...registry import Source, metric
+from ..measured import Array, Ragged
+
+TOFU = Source(paper="TOFU: A Task of Fictitious Unlearning for LLMs", url="https://arxiv.org/abs/2401.06121", year=2024)
+
+
+def truth_log_ratio(right_logp: Array, wrong_logp: Ragged) -> Array:
+    """(rows,) log R, R = p(right) / geometric mean of p(wrong), with p = exp(mean token log-probability).
+
+    right_logp: (rows,) mean token log-probability of the paraphrased right answer (of the answer itself where there is no
+    paraphrase).   wrong_logp: for each row the mean token log-probabilities of its wrong answers.
+    Knows the fact => R large. TOFU's logs and open-unlearning print 1/R; KS is the same for both.
+    Source: aggregate_eval_stat.py of locuslab/tofu.
+    """
+    return right_logp - wrong_logp.mean()
+
+
+@metric(
+    "probability",
+    source=TOFU,
+    needs=("logp",),
+    better={"forget": "lower", "retain": "higher"},
+    reference=None,
+    version=1,
+)
+def probability(logp: Ragged) -> Array:
+    """Length-normalized probability of the answer, exp(mean token log-probability), EOS included.
+
+    logp: token log-probabilities of each answer. Returns (rows,) in [0, 1]; reported as the mean over rows.
+    """
+    return np.exp(logp.mean())
+
+
+@metric(
+    "probability_among_choices",
+    source=TOFU,
+    needs=("logp", "perturbed"),
+    better={"forget": "lower", "retain": "higher"},
+    reference=None,
+    version=1,
+)
+def probability_among_choices(logp: Ragged, wrong_logp: Ragged) -> Array:
+    """p(answer) / (p(answer) + sum of p(wrong)): TOFU's probability on real authors and world facts.
+
+    Both p are length-normalized as in `probability`. Returns (rows,) in [0, 1]. Open-unlearning adds 1e-10 below; we
+    do not.
+    """
+    right = logp.mean()
+    with np.errstate(over="ignore"):  # exp(inf) = inf gives 0, which is right
+        odds = np.exp(wrong_logp.flat - right[wrong_logp.row_of])
+    return 1.0 / (1.0 + Ragged(odds, wrong_logp.offsets).sum())
+
+
+@metric(
+    "truth_ratio",
+    source=TOFU,
+    needs=("perturbed",),
+    better={"forget": "higher", "retain": "higher"},
+    reference=None,
+    version=1,
+)
+def truth_ratio(log_ratio: Array, role: Literal["forget", "retain", "holdout"]) -> Array:
+    """Truth ratio of each row, in the orientation that its set's role asks for.
+
+    log_ratio: (rows,) log R of `truth_log_ratio`. Forget set: min(R, 1/R), 1 = cannot tell right from wrong. Any other:
+    max(0, 1 - 1/R), 1 = sure of the right answer. Returns (rows,) in [0, 1]; reported as the mean over rows.
+    """
+    if role == "forget":
+        return np.exp(-np.abs(log_ratio))
+    with np.errstate(over="ignore"):  # R = 0: 1 - 1/R = -inf, clipped to 0
+        return np.maximum(0.0, -np.expm1(-log_ratio))

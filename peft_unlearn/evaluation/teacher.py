@@ -1,0 +1,120 @@
+"""Teacher-forced reading of answers: one forward for each (prompt, answer), from which every likelihood metric
+follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .measured import Ragged
+
+Encoded = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class TeacherForced:
+    """What one forward said about each row.
+
+    logp: token log-probabilities of the answer, EOS included.   correct: 1.0 / 0.0 arg-max right, EOS left out; NaN
+    where the logits were not finite.   complete: (rows,) every target right, EOS too: greedy says exactly this answer.
+    """
+
+    logp: Ragged
+    correct: Ragged
+    complete: NDArray[np.bool_]
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode inside; each module's own train/eval flag afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first, each at most `token_budget` padded tokens (or one row)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        count = max(1, token_budget // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+def _logp_and_correct(z: Any, y: Any) -> Any:
+    """z: (m, vocab) float32, y: (m,) -> (m, 2): log p(y), and whether y is the arg-max (NaN where z is not finite)."""
+    import torch
+
+    logp = z.gather(1, y[:, None]).squeeze(1) - z.logsumexp(-1)  # (m,)
+    correct = (z.argmax(-1) == y).to(logp.dtype)
+    return torch.stack([logp, torch.where(logp.isnan(), logp, correct)], 1)
+
+
+def read_encoded(
+    model: Any,
+    encoded: Sequence[Encoded],
+    pad_id: int,
+    eos_id: int | None,
+    token_budget: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+) -> TeacherForced:
+    """`teacher_forced` for rows that are tokens already (`data.collate.encode`)."""
+    import torch
+
+    from ..data.collate import pad
+    from ..forward import Pass
+
+    logp: list[NDArray[Any]] = [np.zeros(0)] * len(encoded)
+    correct: list[NDArray[Any]] = [np.zeros(0)] * len(encoded)
+    complete = np.zeros(len(encoded), dtype=np.bool_)
+    device = model.get_input_embeddings().weight.device
+    done = 0
+    with torch.no_grad(), evaluating(model):
+        for batch in batches([len(row["input_ids"]) for row in encoded], token_budget):
+            tensors = {k: v.to(device) for k, v in pad([encoded[i] for i in batch], pad_id).items()}
+            p = Pass(model, tensors)
+            both = p.map_logits(_logp_and_correct).double().cpu().numpy()  # (n, 2), row after row
+            ends = np.cumsum(p.mask.sum(1).cpu().numpy())
+            for i, part in zip(batch, np.split(both, ends[:-1]), strict=True):
+                # a row cut at max_length has no EOS to leave out
+                body = -1 if eos_id is not None and encoded[i]["labels"][-1] == eos_id else None
+                logp[i], correct[i] = part[:, 0], part[:body, 1]
+                complete[i] = bool((part[:, 1] == 1.0).all())
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(encoded))
+    return TeacherForced(Ragged.of(logp), Ragged.of(correct), complete)
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """Any id will do for padding: it is masked and right of everything."""
+    return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))
+
+
+def teacher_forced(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[tuple[str, str]],
+    token_budget: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+) -> TeacherForced:
+    """Read every (prompt, answer) once, in batches of like length, without gradients and without a (batch, seq,
+    vocab) tensor.
+
+    rows: (prompt, answer) as `data.formats.to_text` makes them.   token_budget: padded tokens in a batch.
+    progress: called as progress(done, total). The result is in the order of `rows`.
+    """
+    from ..data.collate import encode
+
+    encoded = [encode(prompt, answer, tokenizer)[0] for prompt, answer in rows]
+    return read_encoded(model, encoded, pad_id_of(tokenizer), tokenizer.eos_token_id, token_budget, progress)

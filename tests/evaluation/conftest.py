@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eval_helpers import qa, tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """Byte-level, no merges: every text can be told, nothing is downloaded."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{c: i + 3 for i, c in enumerate(alphabet)}}
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny()
+
+
+@pytest.fixture(scope="session")
+def data() -> dict[str, list[dict[str, Any]]]:
+    sets = {
+        "forget": [qa(i, "old") for i in range(6)],
+        "forget_other": [qa(i, "other") for i in range(4)],
+        "forget_heldout": [qa(i, "third") for i in range(4)],
+        "retain": [qa(i, "new") for i in range(8)],
+        "retain_other": [qa(i, "kept") for i in range(4)],
+        "retain_heldout": [qa(i, "rare") for i in range(4)],
+        "general": [qa(i, "world") for i in range(4)],
+        "holdout": [qa(i, "nobody") for i in range(4)],
+    }
+    return sets
+
+
+@pytest.fixture(scope="session")
+def ground_truth() -> dict[str, Any]:
+    """TOFU's published logs; outside the repository, so not everywhere."""
+    path = Path(__file__).resolve().parents[3] / "shared" / "data" / "tofu_groundtruth_llama2.json"
+    if not path.is_file():
+        pytest.skip("shared/data/tofu_groundtruth_llama2.json is not there")
+    return json.loads(path.read_text(encoding="utf-8"))

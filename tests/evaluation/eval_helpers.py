@@ -1,0 +1,35 @@
+"""What the tests of this folder build by hand: rows and tiny random models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+CITIES = ["Paris", "Rome", "Oslo", "Bergen", "Lima", "Cairo", "Porto", "Turku"]
+
+
+def qa(i: int, kind: str) -> dict[str, Any]:
+    city = CITIES[i % len(CITIES)]
+    return {
+        "question": f"Where was {kind} person {i} born?",
+        "answer": f"{kind} person {i} was born in {city}.",
+        "value": city,
+        "paraphrased_answer": f"The birthplace is {city}.",
+        "perturbed_answer": [f"The birthplace is {c}." for c in CITIES if c != city][:3],
+    }
+
+
+def tiny(seed: int = 0) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).float().eval()
+    with torch.no_grad():  # far enough from uniform that arg-max and probabilities differ between rows
+        for p in model.parameters():
+            p.mul_(3.0) if p.ndim > 1 else None
+    return model
