@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,9 @@ def causal_lm(model: nn.Module) -> nn.Module:
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks: the longest ModuleList whose entries are all of one class."""
     found = [
-        m for m in causal_lm(model).modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(x) for x in m}) == 1
+        m
+        for m in causal_lm(model).modules()
+        if isinstance(m, nn.ModuleList) and len(m) and len({type(x) for x in m}) == 1
     ]
     outer = [m for m in found if any(True for _ in m[0].children())]
     if not outer:
@@ -138,7 +140,9 @@ def dropouts(model: nn.Module) -> list[str]:
     """Names of the modules that drop something in training mode."""
     out = []
     for name, m in model.named_modules():
-        by_attribute = any(getattr(m, a, 0) for a in ("attention_dropout", "attn_dropout", "resid_dropout") if _number(m, a))
+        by_attribute = any(
+            getattr(m, a, 0) for a in ("attention_dropout", "attn_dropout", "resid_dropout") if _number(m, a)
+        )
         if (isinstance(m, nn.Dropout) and m.p > 0) or by_attribute:
             out.append(name)
     return out
@@ -195,7 +199,8 @@ class _ChunkedMap(torch.autograd.Function):
                 v = run(hc, i, i + rows)  # (m,) or (m, k)
                 columns = v[:, None] if v.ndim == 1 else v
                 g = [
-                    _grad_or_zeros(columns[:, j].sum(), hc, keep=j + 1 < columns.shape[1]) for j in range(columns.shape[1])
+                    _grad_or_zeros(columns[:, j].sum(), hc, keep=j + 1 < columns.shape[1])
+                    for j in range(columns.shape[1])
                 ]
             values.append(v.detach())
             grads.append(torch.stack(g, 1))  # (m, k, hidden)
@@ -273,7 +278,11 @@ class _Head:
     def logp(self, h: Tensor, y: Tensor) -> Tensor:
         """(n, hidden), (n,) -> log-probabilities of the targets, (n,) float32."""
         plain = self.direct()
-        if plain is not None and h.dtype == plain[0].dtype == torch.float32 and not torch.is_autocast_enabled(h.device.type):
+        if (
+            plain is not None
+            and h.dtype == plain[0].dtype == torch.float32
+            and not torch.is_autocast_enabled(h.device.type)
+        ):
             return _FusedLogp.apply(h, *plain, y)  # type: ignore[return-value]
         return self.map(h, lambda z, i, j: token_logp(z, y[i:j]))
 
@@ -288,9 +297,7 @@ class _Head:
             return h.new_zeros(0, dtype=torch.float32) + 0 * h.sum()
         if torch.is_grad_enabled() and self.trains:
             # The rows' weights are known only in backward, and the head's own gradient needs them: recompute there.
-            parts = [
-                checkpoint(run, h[i : i + rows], i, i + rows, use_reentrant=False) for i in range(0, len(h), rows)
-            ]
+            parts = [checkpoint(run, h[i : i + rows], i, i + rows, use_reentrant=False) for i in range(0, len(h), rows)]
             return torch.cat(parts)
         if torch.is_grad_enabled() and h.requires_grad:
             return _ChunkedMap.apply(h, run, rows)  # type: ignore[return-value]
@@ -449,9 +456,7 @@ class Pass:
         handles = [self._head.module.register_forward_pre_hook(take_head)]
         handles += [layer_module(self.model, k).register_forward_hook(take(k)) for k in self._layers]
         with _hooks(*handles), self._mode(reference):
-            try:
+            with suppress(_Stop):
                 self.model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
-            except _Stop:
-                pass
         self._seen[reference] = seen
         return seen

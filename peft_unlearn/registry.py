@@ -22,9 +22,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from .errors import UserError, nearest
 
 KINDS = ("objective", "rule", "smoothing", "averaging", "selection", "metric", "attack")
-NEEDS = frozenset(
-    "logp ref_logp logits ref_logits hidden ref_hidden router ref_router alternate generation perturbed twin".split()
-)
+NEEDS = {"logp", "ref_logp", "logits", "ref_logits", "hidden", "ref_hidden", "router", "ref_router", "alternate"}
+NEEDS |= {"generation", "perturbed", "twin"}  # of metrics
 _ROOMS = ("peft_unlearn.objectives", "peft_unlearn.gradients", "peft_unlearn.attribution", "peft_unlearn.evaluation")
 _ENTRY_POINTS = "peft_unlearn.plugins"
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -177,9 +176,15 @@ def _param(name: str, annotation: Any, default: Any) -> Param:
         type_name = type(choices[0]).__name__
     else:
         base = typing.get_origin(annotation) or annotation
-        type_name = {float: "float", int: "int", bool: "bool", str: "str", list: "list", tuple: "list", dict: "dict"}.get(
-            base, ""
-        )
+        type_name = {
+            float: "float",
+            int: "int",
+            bool: "bool",
+            str: "str",
+            list: "list",
+            tuple: "list",
+            dict: "dict",
+        }.get(base, "")
         if not type_name:
             raise TypeError(f"hyper-parameter {name}: annotation {annotation!r} has no schema")
     required = default is inspect.Parameter.empty
@@ -210,7 +215,12 @@ def _register(kind: str, name: str, **about: Any) -> Callable[[_F], _F]:
 
 
 def objective(
-    name: str, *, unit: str | Callable[..., int], source: Source, needs: tuple[str, ...] = (), faithful: str = "verified"
+    name: str,
+    *,
+    unit: str | Callable[..., int],
+    source: Source,
+    needs: tuple[str, ...] = (),
+    faithful: str = "verified",
 ):
     """Register ``fn(p: Pass, *, hyper...) -> (n_units,)``: one unreduced value per unit, minimized.
 

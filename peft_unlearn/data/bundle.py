@@ -53,7 +53,9 @@ class ForgetRetain:
         if isinstance(spec, (str, Path)):
             spec = _folder(Path(spec).expanduser())
         if not isinstance(spec, Mapping):
-            raise UserError(f"data: a {type(spec).__name__} is no bundle; give a folder, embedded:NAME, or forget and retain")
+            raise UserError(
+                f"data: a {type(spec).__name__} is no bundle; give a folder, embedded:NAME, or forget and retain"
+            )
         errors = Errors()
         for name in spec:
             if name not in SETS:
@@ -87,7 +89,7 @@ class ForgetRetain:
         retain = found["retain"] + found["general"]
         extra = {k: v for k, v in found.items() if k not in ("forget", "holdout")}
         portable = f"embedded:{name}?" + "&".join(f"{k}={v}" for k, v in sorted(options.items()))
-        refs = {k: portable for k in SETS}
+        refs = dict.fromkeys(SETS, portable)
         return cls(found["forget"], retain, found["holdout"], extra=extra, refs=refs, template=template)
 
     def sets(self) -> dict[str, list[dict[str, Any]]]:
@@ -145,7 +147,9 @@ class ForgetRetain:
 
 def _folder(path: Path) -> dict[str, Path]:
     if not path.is_dir():
-        raise UserError(f"data: {path} is no folder; a bundle is a folder with forget and retain files, or embedded:NAME")
+        raise UserError(
+            f"data: {path} is no folder; a bundle is a folder with forget and retain files, or embedded:NAME"
+        )
     found: dict[str, Path] = {}
     for name in SETS:
         files = [path / f"{name}{s}" for s in SUFFIXES if (path / f"{name}{s}").is_file()]

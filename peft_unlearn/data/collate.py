@@ -104,7 +104,9 @@ class PairedRows(Dataset):
     workers and ranks see the same pairs whatever they did before.
     """
 
-    def __init__(self, sets: Mapping[str, list[dict[str, Any]]], anchor: str, per_anchor: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self, sets: Mapping[str, list[dict[str, Any]]], anchor: str, per_anchor: int = 1, seed: int = 0
+    ) -> None:
         self.sets, self.anchor, self.per_anchor, self.seed = dict(sets), anchor, per_anchor, seed
         self._order: dict[tuple[int, int], np.ndarray] = {}
 

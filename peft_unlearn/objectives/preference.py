@@ -30,7 +30,9 @@ def npo(p: Pass, *, beta: Annotated[float, Range(0, None, open_low=True)] = 0.1)
     "simnpo",
     unit="sequence",
     needs=("logp",),
-    source=Source("Simplicity Prevails: Rethinking Negative Preference Optimization", "https://arxiv.org/abs/2410.07163", 2024),
+    source=Source(
+        "Simplicity Prevails: Rethinking Negative Preference Optimization", "https://arxiv.org/abs/2410.07163", 2024
+    ),
 )
 def simnpo(p: Pass, *, beta: Annotated[float, Range(0, None, open_low=True)] = 4.5, delta: float = 0.0) -> Tensor:
     """Reference-free NPO on the length-normalized likelihood: -(2/beta) log sigmoid(beta (NLL/T - delta)), (rows,).

@@ -1,0 +1,162 @@
+"""`get_forget_model`: a base model with exactly the adapter that was asked for; what is adapted is listed and asserted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .errors import Errors, UserError, nearest
+
+# Types whose delta can be trained, saved, switched off and loaded by stock PEFT; the others are refused with the reason.
+_NO = {
+    "PROMPT_TUNING": "soft prompts lengthen every input, so target positions and cached references no longer line up",
+    "PREFIX_TUNING": "it works through the key/value cache, which training passes do not use",
+    "P_TUNING": "soft prompts lengthen every input, so target positions and cached references no longer line up",
+    "MULTITASK_PROMPT_TUNING": "soft prompts lengthen every input, so target positions and cached references no longer line up",
+    "ADAPTION_PROMPT": "it rewrites attention modules and cannot be switched off for the reference model",
+    "CPT": "soft prompts lengthen every input, so target positions and cached references no longer line up",
+    "XLORA": "it mixes trained adapters by a gate over hidden states of a first pass",
+    "POLY": "it needs task ids in every batch",
+}
+_LORA_KEYS = {
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+}
+_LORA_KEYS |= {
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "lora_dropout",
+    "init_lora_weights",
+    "target_parameters",
+    "bias",
+}
+
+
+def peft_config(spec: Mapping[str, Any] | None) -> Any:
+    """PEFT config of a recipe's ``adapter`` part (default: LoRA, r 16, alpha 32, all linear layers).
+
+    Raises:
+        UserError: unknown type or key, or a type that cannot be used here.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+    spec = {"type": "lora", **(spec or {})}
+    kind = str(spec.pop("type")).upper()
+    names = {t.name for t in PeftType}
+    if kind not in names:
+        raise UserError(
+            f"adapter.type {kind.lower()!r} is no PEFT type.{nearest(kind.lower(), [n.lower() for n in names])}"
+        )
+    if kind in _NO:
+        raise UserError(f"adapter.type {kind.lower()} is refused: {_NO[kind]}")
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
+    fields = getattr(cls, "__dataclass_fields__", {})
+    errors = Errors()
+    for key in spec:
+        if key not in fields:
+            known = _LORA_KEYS if kind == "LORA" else set(fields)
+            errors.add(f"adapter: {kind.lower()} has no {key!r}.{nearest(str(key), known)}")
+    errors.raise_if_any("recipe")
+    if kind == "LORA":
+        spec = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **spec}
+    try:
+        return cls(task_type="CAUSAL_LM", **spec)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"adapter: {e}") from e
+
+
+def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str = "default", quiet: bool = True) -> Any:
+    """`base` with a trainable adapter, ready for `UnlearnTrainer`.
+
+    Args:
+        config: a PEFT config, a recipe's ``adapter`` mapping, or None for LoRA on all linear layers.
+        adapter_name: name of the adapter to be trained. A PeftModel given as `base` keeps its adapters active and frozen:
+            the new one is trained on top of them.
+        quiet: do not print what is adapted (to stderr).
+
+    Raises:
+        UserError: the config is refused, matches nothing, or PEFT adapted other modules than the config names.
+    """
+    from peft import PeftModel, get_peft_model
+
+    if config is None or isinstance(config, Mapping):
+        config = peft_config(config)
+    kind = getattr(config.peft_type, "name", str(config.peft_type))
+    if kind in _NO:
+        raise UserError(f"adapter type {kind} is refused: {_NO[kind]}")
+    refuse_base(base)
+    try:
+        if isinstance(base, PeftModel):
+            tuner: Any = base.base_model
+            frozen = list(tuner.active_adapters)
+            if adapter_name in base.peft_config:
+                raise UserError(f"the model already has an adapter {adapter_name!r}; train under another name")
+            base.add_adapter(adapter_name, config)
+            tuner.set_adapter([*frozen, adapter_name])
+            for n, p in base.named_parameters():
+                p.requires_grad_(f".{adapter_name}." in n or n.endswith(f".{adapter_name}"))
+            model: Any = base
+        else:
+            model = get_peft_model(base, config, adapter_name=adapter_name)
+    except ValueError as e:
+        raise UserError(f"adapter: PEFT refuses this configuration: {e}") from e
+    _assert_adapted(model, config)
+    if not quiet:
+        print(describe(model), file=sys.stderr)
+    return model
+
+
+def refuse_base(model: nn.Module) -> None:
+    """Raise a `UserError` for bases that cannot be trained truthfully yet."""
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantization is not None:
+        method = getattr(quantization, "quant_method", None) or type(quantization).__name__
+        raise UserError(
+            f"the base is quantized ({getattr(method, 'value', method)}): its digest cannot be compared with the released files and "
+            "adapters trained on rounded weights behave otherwise on the real ones; load the base unquantized"
+        )
+    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+        raise UserError("the base is spread over several devices (device_map); load it on one: adapters fit beside it")
+    if getattr(model, "_tp_size", None) or getattr(getattr(model, "config", None), "_is_expert_parallel", False):
+        raise UserError(
+            "tensor- and expert-parallel bases are not supported yet; load the base on one device per process"
+        )
+
+
+def adapted(model: Any) -> list[str]:
+    """Sorted names of the modules and parameters that carry the adapter being trained."""
+    tuner = model.base_model
+    return sorted({*getattr(tuner, "targeted_module_names", []), *getattr(tuner, "targeted_parameter_names", [])})
+
+
+def _assert_adapted(model: Any, config: Any) -> None:
+    names = adapted(model)
+    if not names:
+        raise UserError(f"adapter: target_modules {config.target_modules!r} match no module of the base")
+    wanted = getattr(config, "target_modules", None)
+    extra = list(getattr(model.base_model, "targeted_parameter_names", []))
+    if extra and not getattr(config, "target_parameters", None):
+        raise UserError(
+            f"adapter: PEFT turned target_modules {wanted!r} into fused parameters ({', '.join(extra[:4])}..): on a mixture-of-experts "
+            "base that adapts every expert and the router. Name the attention modules, e.g. [q_proj, k_proj, v_proj, o_proj]"
+        )
+
+
+def describe(model: Any) -> str:
+    """One line per kind of adapted module, with trainable and total parameter counts."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    by_leaf: dict[str, int] = {}
+    for n in adapted(model):
+        by_leaf[n.rpartition(".")[2]] = by_leaf.get(n.rpartition(".")[2], 0) + 1
+    what = ", ".join(f"{leaf} x{n}" for leaf, n in sorted(by_leaf.items()))
+    return f"adapted: {what} ({trainable:,} trainable of {total:,} parameters, {100 * trainable / total:.2f} %)"

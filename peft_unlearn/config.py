@@ -1,0 +1,246 @@
+"""`UnlearnConfig`: TrainingArguments plus what unlearning needs, and how names become methods. Every mistake is collected and
+shown at once, before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from . import registry
+from .errors import Errors, UserError, nearest
+from .forward import Reference
+from .gradients.window import Term
+
+WORK = ".work"
+RESERVED = ("weight", "batch")
+BATCH_OF = {"constraint": "retain"}  # gradient names that read another set's batch unless told otherwise
+_LATER = {"smoothing": "smoothing", "selection": "selection", "step_size": "step_size", "averaging": "averaging"}
+_DEFAULT_TERMS = {"forget": {"npo": {"beta": 0.1}}, "retain": {"nll": {"weight": 5.0}}}
+
+
+@dataclass
+class UnlearnConfig(TrainingArguments):
+    """Arguments of `UnlearnTrainer`: all of TrainingArguments, and the following.
+
+    Checkpoints and logs go to ``<output_dir>.work``; the finished forget adapter goes to `output_dir` itself.
+
+    Args:
+        terms: ``{gradient: {objective: {hyper.., weight, batch}}}``; the key is the gradient's name and, unless `batch` says
+            otherwise, the set it reads.
+        rule: how gradients combine: a name or ``{name: {hyper..}}``.
+        reference: before | base | adapter:<name> | precomputed (reference log-probs of the data computed once).
+        anchor: the set walked through once per epoch; `per_anchor` rows of every other set join each of its rows.
+        max_length: tokens per row; `on_overflow` says what happens beyond: error | truncate | chunk.
+        allow_untrained: parameter names (or parts) that may stay without a gradient.
+    """
+
+    terms: dict[str, Any] | None = None
+    rule: Any = "sum"
+    reference: str = "before"
+    anchor: str = "forget"
+    per_anchor: int = 1
+    max_length: int | None = None
+    on_overflow: str = "error"
+    allow_untrained: list[str] = field(default_factory=list)
+
+    # TrainingArguments whose defaults would hurt here
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0  # decay moves factors that no gradient touches
+    lr_scheduler_type: Any = "constant"
+    remove_unused_columns: bool | None = False  # batches are nested
+    logging_nan_inf_filter: bool = False  # the default hides NaN losses
+    max_grad_norm: float = 1.0
+    logging_steps: float = 10
+    report_to: Any = "none"
+    label_names: list[str] | None = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing:  # the name that users of every transformers release know
+            self.activation_checkpointing, self.gradient_checkpointing = True, False
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+            self.gradient_checkpointing_kwargs = None
+        if self.activation_checkpointing:
+            self.activation_checkpointing_kwargs = {
+                "use_reentrant": False,
+                **(self.activation_checkpointing_kwargs or {}),
+            }
+        super().__post_init__()
+        self.adapter_dir = (self.output_dir or "out").removesuffix(WORK).rstrip("/")
+        self.output_dir = self.adapter_dir + WORK
+        self.terms = self.terms or dict(_DEFAULT_TERMS)
+        errors = Errors()
+        self.term_list = parse_terms(self.terms, errors)
+        self.rule_method = parse_method("rule", self.rule, errors)
+        self._check(errors)
+        errors.raise_if_any("configuration")
+
+    def _check(self, errors: Errors) -> None:
+        if self.rule_method is not None:
+            have = {t.gradient for t in self.term_list}
+            if missing := [n for n in self.rule_method[0].extra.get("requires", ()) if n not in have]:
+                errors.add(
+                    f"rule {self.rule_method[0].name!r} needs the gradient {', '.join(missing)}, and no term has it"
+                )
+        check_reference(self.reference, self.term_list, errors)
+        for name, allowed in (("anchor", ("forget", "retain")), ("on_overflow", ("error", "truncate", "chunk"))):
+            if getattr(self, name) not in allowed:
+                errors.add(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.per_anchor < 1:
+            errors.add(f"per_anchor={self.per_anchor} must be at least 1")
+        if self.fp16:
+            errors.add("fp16 is refused: its loss scaling changes what gradient rules see; use bf16")
+        if self.deepspeed:
+            errors.add("deepspeed is not supported yet: its engine owns the gradients that unlearning rewrites")
+        if self.fsdp:
+            errors.add("fsdp is not supported yet; use torchrun with plain data parallelism, the adapter is small")
+        if self.torch_compile:
+            errors.add("torch_compile is not supported: hooks on the model's head break the graph at every step")
+        if self.label_smoothing_factor:
+            errors.add("label_smoothing_factor has no meaning here: terms are the losses")
+        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            errors.add("gradient_checkpointing with use_reentrant=True hides named gradients; leave it at False")
+
+
+def parse_terms(spec: Mapping[str, Any], errors: Errors) -> list[Term]:
+    """Terms of ``{gradient: {objective: {hyper.., weight, batch}}}``; complaints go to `errors`."""
+    out = []
+    if not isinstance(spec, Mapping) or not spec:
+        errors.add("terms: give at least one, e.g. {forget: {npo: {beta: 0.1}}, retain: {nll: {}}}")
+        return out
+    for gradient, objectives in spec.items():
+        if isinstance(objectives, str):
+            objectives = {objectives: {}}
+        if not isinstance(objectives, Mapping) or not objectives:
+            errors.add(f"terms.{gradient}: name an objective, e.g. {{npo: {{beta: 0.1}}}}")
+            continue
+        for name, hyper in objectives.items():
+            hyper = dict(hyper or {}) if isinstance(hyper, (Mapping, type(None))) else {"?": hyper}
+            weight, batch = hyper.pop("weight", 1.0), hyper.pop("batch", BATCH_OF.get(gradient, gradient))
+            if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+                errors.add(f"terms.{gradient}.{name}: weight must be a number, not {weight!r}")
+                continue
+            if batch not in ("forget", "retain"):
+                errors.add(f"terms.{gradient}.{name}: reads the set {batch!r}; say batch: forget or batch: retain")
+            try:
+                method = registry.get("objective", name)
+            except UserError as e:
+                errors.add(f"terms.{gradient}: {e}")
+                continue
+            wrong = method.check(hyper)
+            for w in wrong:
+                errors.add(f"terms.{gradient}: {w}")
+            if not wrong:
+                out.append(Term(gradient, batch, method, float(weight), method.resolve(hyper)))
+    return out
+
+
+def parse_method(kind: str, spec: Any, errors: Errors) -> tuple[registry.Method, dict[str, Any]] | None:
+    """(method, hyper-parameters) of ``name`` or ``{name: {hyper..}}``; complaints go to `errors`."""
+    if spec is None:
+        return None
+    if isinstance(spec, str):
+        spec = {spec: {}}
+    if not isinstance(spec, Mapping) or len(spec) != 1:
+        errors.add(f"{kind}: give one name, or {{name: {{hyper-parameters}}}}; got {spec!r}")
+        return None
+    ((name, hyper),) = spec.items()
+    try:
+        method = registry.get(kind, name)
+    except UserError as e:
+        errors.add(str(e))
+        return None
+    wrong = method.check(hyper or {})
+    for w in wrong:
+        errors.add(w)
+    return None if wrong else (method, method.resolve(hyper or {}))
+
+
+def check_reference(mode: str, terms: list[Term], errors: Errors) -> None:
+    """Complain about an unknown reference mode, or one that cannot give what the terms need."""
+    if mode == "precomputed":
+        more = sorted(
+            {t.objective.name for t in terms if {"ref_logits", "ref_hidden", "ref_router"} & set(t.objective.needs)}
+        )
+        if more:
+            errors.add(
+                f"reference: precomputed holds log-probabilities of targets only, and {', '.join(more)} need more of the "
+                "reference model; use reference: before"
+            )
+    elif mode not in ("before", "base") and not (mode.startswith("adapter:") and len(mode) > len("adapter:")):
+        errors.add(f"reference={mode!r} is not one of before, base, adapter:<name>, precomputed")
+
+
+def reference_of(mode: str, trained: str = "default") -> Reference:
+    """The live reference of a mode (precomputed values were taken from `before`)."""
+    return Reference("before" if mode == "precomputed" else mode, trained)
+
+
+def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
+    """`UnlearnConfig` of a recipe (design.md 5).
+
+    Raises:
+        UserError: everything wrong with it, at once.
+    """
+    errors = Errors()
+    known = {f.name for f in fields(UnlearnConfig) if f.init}
+    train = dict(recipe.get("train") or {})
+    data = recipe.get("data")
+    options = {k: data[k] for k in DATA_OPTIONS if isinstance(data, Mapping) and k in data}
+    for key in _LATER:
+        if recipe.get(key) is not None and key not in known:
+            errors.add(f"{key} is not available in this version")
+    if "terms" not in recipe:
+        errors.add("terms are missing: say what is forgotten and kept, e.g. {forget: {npo: {}}, retain: {nll: {}}}")
+    options.pop("template", None)
+    evaluation = dict(recipe.get("eval") or {})
+    train = {**eval_options(evaluation, errors), **train}
+    for key in train:
+        if key not in known:
+            errors.add(f"train: TrainingArguments has no {key!r}.{nearest(str(key), known)}")
+    top = {
+        k: recipe[k]
+        for k in ("terms", "rule", "reference", "seed", *_LATER)
+        if recipe.get(k) is not None and k in known
+    }
+    clean = {k: v for k, v in train.items() if k in known}
+    try:
+        config = UnlearnConfig(output_dir=output_dir, **{**clean, **options, **top})
+    except UserError as e:
+        errors.add(str(e))
+        config = None
+    except (TypeError, ValueError) as e:  # TrainingArguments' own validation
+        errors.add(f"train: {e}")
+        config = None
+    errors.raise_if_any(f"recipe {recipe.get('name') or ''}".strip())
+    assert config is not None
+    return config
+
+
+DATA_OPTIONS = ("anchor", "per_anchor", "max_length", "on_overflow", "template")
+_EVAL_KEYS = ("suite", "every", "n", "keep_best", "retain_floor", "stop_below")
+BEST = "forget_at_floor"  # the metric that evaluation adds for keep_best
+
+
+def eval_options(evaluation: Mapping[str, Any], errors: Errors) -> dict[str, Any]:
+    """TrainingArguments of a recipe's ``eval`` part: ``{suite, every, n, keep_best, retain_floor, stop_below}``."""
+    for key in evaluation:
+        if key not in _EVAL_KEYS:
+            errors.add(f"eval has no {key!r}.{nearest(str(key), _EVAL_KEYS)}")
+    every = evaluation.get("every")
+    if not every:
+        if evaluation.get("keep_best") or evaluation.get("stop_below") is not None:
+            errors.add(
+                "eval: keep_best and stop_below judge by scores; say every how many steps to evaluate (eval.every)"
+            )
+        return {}
+    if not isinstance(every, int) or every < 1:
+        errors.add(f"eval.every must be a whole number of steps, not {every!r}")
+        return {}
+    out: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": every}
+    if evaluation.get("keep_best"):
+        out |= {"load_best_model_at_end": True, "metric_for_best_model": BEST, "greater_is_better": False}
+        out |= {"save_strategy": "steps", "save_steps": every, "save_total_limit": 2}
+    return out

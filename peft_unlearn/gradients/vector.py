@@ -1,0 +1,112 @@
+"""`Vec`: one float32 tensor per trainable parameter; `Space`: the parameters it belongs to, with norms and inner products.
+
+Rules and smoothings are written with these alone and never touch torch.distributed: gradients are already summed over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Vec:
+    """A vector of a `Space`; supports + and - with another, * and / by a scalar. Operations return new vectors."""
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+
+    def __add__(self, other: Vec) -> Vec:
+        return Vec(torch._foreach_add(self.tensors, other.tensors))
+
+    def __sub__(self, other: Vec) -> Vec:
+        return Vec(torch._foreach_sub(self.tensors, other.tensors))
+
+    def __mul__(self, c: float | Tensor) -> Vec:
+        return Vec(torch._foreach_mul(self.tensors, float(c)))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: float | Tensor) -> Vec:
+        return self * (1.0 / float(c))
+
+    def __neg__(self) -> Vec:
+        return self * -1.0
+
+    def add_(self, other: Vec, c: float = 1.0) -> Vec:
+        """In place: self += c * other."""
+        torch._foreach_add_(self.tensors, other.tensors, alpha=float(c))
+        return self
+
+    def clone(self) -> Vec:
+        return Vec([t.clone() for t in self.tensors])
+
+
+class Space:
+    """Named parameters as one vector space.
+
+    Inner products are taken in float64, whatever the parameters' dtype.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        self.names = [n for n, _ in named]
+        self.params = [p for _, p in named]
+
+    @classmethod
+    def trainable(cls, model: nn.Module) -> Space:
+        """The parameters of `model` that require a gradient."""
+        return cls([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+
+    def sub(self, indices: Sequence[int]) -> Space:
+        """The space of some of the parameters."""
+        return Space([(self.names[i], self.params[i]) for i in indices])
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def zeros(self) -> Vec:
+        return Vec([torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.params])
+
+    def randn(self, rng: torch.Generator) -> Vec:
+        """Standard normal entries, drawn on the CPU so that every rank and device draws the same."""
+        return Vec([torch.randn(p.shape, generator=rng).to(p.device) for p in self.params])
+
+    def read(self) -> Vec:
+        """A copy of the parameters as float32."""
+        return Vec([p.detach().to(torch.float32, copy=True) for p in self.params])
+
+    @torch.no_grad()
+    def write(self, v: Vec) -> None:
+        """Set the parameters to `v` (cast to their dtype)."""
+        for p, t in zip(self.params, v.tensors, strict=True):
+            p.copy_(t)
+
+    def dot(self, a: Vec, b: Vec) -> Tensor:
+        """<a, b>, 0-dim float64."""
+        parts = [(x.double() * y.double()).sum() for x, y in zip(a.tensors, b.tensors, strict=True)]
+        return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+
+    def norm(self, a: Vec) -> Tensor:
+        """|a|, 0-dim float64."""
+        return self.dot(a, a).sqrt()
+
+    @contextmanager
+    def shifted(self, at: Vec | None) -> Iterator[None]:
+        """The parameters moved by `at`; put back bit for bit from a saved copy, also after an exception."""
+        if at is None:
+            yield
+            return
+        saved = [p.detach().clone() for p in self.params]
+        try:
+            with torch.no_grad():
+                for p, t in zip(self.params, at.tensors, strict=True):
+                    p.add_(t)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, s in zip(self.params, saved, strict=True):
+                    p.copy_(s)

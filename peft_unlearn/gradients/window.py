@@ -1,0 +1,202 @@
+"""One optimizer step as a pure function of its whole accumulation window.
+
+All micro-batches of a step are kept until the last one; then the units of every term are counted over all of them and over all
+ranks, each named gradient is swept and summed in float32, and a rule combines them. So the result does not depend on how rows are
+split into micro-batches or ranks, whatever their lengths, and non-linear rules see the true gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..forward import Pass, Reference
+from ..registry import Method
+from .vector import Space, Vec
+
+Batches = Sequence[Mapping[str, Any]]  # micro-batches: {"forget": batch, "retain": batch, ..}
+_HIDDEN_ONLY = frozenset({"hidden", "ref_hidden"})
+
+
+@dataclass(frozen=True)
+class Term:
+    """weight * mean over units of objective(batch), counted towards the gradient of that name."""
+
+    gradient: str
+    batch: str
+    objective: Method
+    weight: float = 1.0
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[int | str, ...]:
+        one, many = self.hyper.get("layer"), self.hyper.get("layers")
+        return tuple(many or ()) if one is None else (one,)
+
+
+@dataclass
+class Step:
+    """What one step found out: the update direction, each named gradient's loss and norm, their cosines."""
+
+    update: Vec
+    values: dict[str, float]
+    norms: dict[str, float]
+    cosines: dict[str, float]
+    moved: list[float] = field(default_factory=list)
+
+    def logs(self) -> dict[str, float]:
+        out = {f"loss/{k}": v for k, v in self.values.items()}
+        out |= {f"grad_norm/{k}": v for k, v in self.norms.items()}
+        return out | {f"cos/{k}": v for k, v in self.cosines.items()}
+
+
+def count_units(unit: str | Callable[..., int] | None, batch: Mapping[str, Any]) -> int:
+    """How many values an objective of that unit returns for a batch."""
+    if callable(unit):
+        return unit(batch)
+    targets = batch["labels"][:, 1:] != -100
+    if unit == "token":
+        return int(targets.sum())
+    if unit == "sequence":
+        return int(targets.any(1).sum())
+    if unit == "position":
+        return int(batch["attention_mask"].sum())
+    raise ValueError(f"unknown unit {unit!r}")
+
+
+class Window:
+    """Sweeps the micro-batches of one optimizer step.
+
+    Args:
+        model: the unwrapped model, called through its outermost forward.
+        rule: (method, hyper-parameters).
+        reduce: sums a flat tensor over ranks in place; None on one process.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Sequence[Term],
+        rule: tuple[Method, Mapping[str, Any]],
+        *,
+        reference: Reference | None = None,
+        reduce: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        self.model, self.terms, self.rule = model, list(terms), rule
+        self.reference, self.reduce = reference, reduce
+        self.space = Space.trainable(model)
+        self.state: dict[str, Any] = {"rule": {}}
+        if not self.space:
+            raise UserError("nothing is trainable: the model has no adapter parameter that requires a gradient")
+
+    @property
+    def gradients(self) -> list[str]:
+        return list(dict.fromkeys(t.gradient for t in self.terms))
+
+    def step(self, window: Batches) -> Step:
+        """The update direction of one optimizer step.
+
+        Raises:
+            UserError: a non-finite gradient (names the term and the tensors), or all of them exactly zero.
+        """
+        counts = self.counts(window)
+        g: dict[str, Vec] = {}
+        values: dict[str, float] = {}
+        for name in self.gradients:
+            g[name], values[name] = self.sweep(name, window, counts)
+        norms = {name: float(self.space.norm(v)) for name, v in g.items()}
+        for name in g:
+            self._check_finite(name, g[name], norms[name], values[name])
+        if not any(norms.values()):
+            raise UserError(
+                f"the gradients of {', '.join(g)} are all exactly zero: nothing can be learned from this step"
+            )
+        method, hyper = self.rule
+        update = method.fn(g, self.space, self.state["rule"], values, **hyper)
+        return Step(update, values, norms, self._cosines(g, norms), self._moved(g))
+
+    def counts(self, window: Batches) -> list[int]:
+        """Units of each term over all micro-batches and ranks.
+
+        Raises:
+            UserError: a term has no unit in the whole window.
+        """
+        local = [sum(count_units(t.objective.unit, mb[t.batch]) for mb in window) for t in self.terms]
+        total = torch.tensor(local, dtype=torch.float64, device=self.space.params[0].device)
+        if self.reduce is not None:
+            self.reduce(total)
+        counts = [int(x) for x in total.tolist()]
+        for t, n in zip(self.terms, counts, strict=True):
+            if n == 0:
+                raise UserError(
+                    f"the {t.batch} batch has no {t.objective.unit} for {t.objective.name}: rows without targets"
+                )
+        return counts
+
+    def sweep(self, name: str, window: Batches, counts: Sequence[int], space: Space | None = None) -> tuple[Vec, float]:
+        """(gradient, loss) of one name over the whole window and all ranks. One graph lives at a time."""
+        space = space or self.space
+        total, value = space.zeros(), torch.zeros((), dtype=torch.float64, device=space.params[0].device)
+        mine = [(t, n) for t, n in zip(self.terms, counts, strict=True) if t.gradient == name]
+        for mb in window:
+            for batch in dict.fromkeys(t.batch for t, _ in mine):
+                loss = self.loss(mb[batch], [(t, n) for t, n in mine if t.batch == batch])
+                value += loss.detach().double()
+                if not loss.requires_grad:  # constant here, e.g. every adapter lies beyond the layer it looks at
+                    continue
+                for into, got in zip(
+                    total.tensors, torch.autograd.grad(loss, space.params, allow_unused=True), strict=True
+                ):
+                    if got is not None:
+                        into.add_(got)
+        return self._reduced(total, value)
+
+    def loss(self, batch: Mapping[str, Any], terms: Sequence[tuple[Term, int]]) -> Tensor:
+        """Sum over terms of weight * sum of values / count, from one shared pass."""
+        needs = {n for t, _ in terms for n in t.objective.needs}
+        p = Pass(
+            self.model,
+            batch,
+            reference=self.reference,
+            layers=[k for t, _ in terms for k in t.layers],
+            stop=bool(needs) and needs <= _HIDDEN_ONLY,
+        )
+        return torch.stack([t.weight * t.objective.fn(p, **t.hyper).sum() / n for t, n in terms]).sum()
+
+    def _reduced(self, v: Vec, value: Tensor) -> tuple[Vec, float]:
+        """Sum a vector over ranks, together with its loss value, in one call."""
+        if self.reduce is None:
+            return v, float(value)
+        flat = torch.cat([t.flatten() for t in v.tensors] + [value.float()[None]])
+        self.reduce(flat)
+        start = 0
+        for t in v.tensors:
+            t.copy_(flat[start : start + t.numel()].view_as(t))
+            start += t.numel()
+        return v, float(flat[-1])
+
+    def _check_finite(self, name: str, v: Vec, norm: float, value: float) -> None:
+        if torch.isfinite(torch.tensor([norm, value])).all():
+            return
+        bad = [n for n, t in zip(self.space.names, v.tensors, strict=True) if not torch.isfinite(t).all()]
+        methods = ", ".join(t.objective.name for t in self.terms if t.gradient == name)
+        where = f"in {len(bad)} tensors, first {', '.join(bad[:3])}" if bad else "in the loss itself"
+        raise UserError(
+            f"the gradient of {name} ({methods}) is not finite (loss {value:g}) {where}; lower the learning rate or bound "
+            "the forget loss (npo, simnpo)"
+        )
+
+    def _cosines(self, g: Mapping[str, Vec], norms: Mapping[str, float]) -> dict[str, float]:
+        names = list(g)
+        pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if norms[a] > 0 and norms[b] > 0]
+        return {f"{a},{b}": float(self.space.dot(g[a], g[b])) / (norms[a] * norms[b]) for a, b in pairs}
+
+    def _moved(self, g: Mapping[str, Vec]) -> list[float]:
+        """Largest absolute gradient entry of each parameter over all names."""
+        rows = [torch.stack([t.abs().max() for t in v.tensors]) for v in g.values()]
+        return torch.stack(rows).amax(0).tolist()

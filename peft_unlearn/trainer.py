@@ -1,0 +1,331 @@
+"""`UnlearnTrainer`: transformers' Trainer with the window contract.
+
+`training_step` stores micro-batches and returns 0 until the last one of an optimizer step, then sweeps them all, combines the named
+gradients and writes ``.grad``: clipping, optimizer, schedule, logging and checkpoints stay the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+
+from .adapt import describe, get_forget_model, refuse_base
+from .config import UnlearnConfig, reference_of
+from .data.bundle import ForgetRetain
+from .data.collate import PairedRows, StreamSampler, collate, pad
+from .errors import UserError
+from .forward import Pass, dropouts
+from .gradients.vector import Space
+from .gradients.window import Step, Window
+
+STATE = "unlearn_state.pt"  # written last into a checkpoint: its presence means that the checkpoint is whole
+
+
+class UnlearnTrainer(Trainer):
+    """Trains a forget adapter.
+
+    Args:
+        model: a transformers causal LM, or a PeftModel with the adapter to be trained active and trainable.
+        args: `UnlearnConfig`.
+        data: `ForgetRetain`, or anything `ForgetRetain.load` takes.
+        processing_class: the tokenizer.
+        peft_config: adapter to add to a plain model (default: LoRA r 16 on all linear layers).
+        score: ``model -> {"forget/..": value}``, called by `evaluate` while training (see `evaluation.make_score`).
+
+    Raises:
+        UserError: configuration, data and model do not fit together. Nothing has been trained or written then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: UnlearnConfig,
+        *,
+        data: Any,
+        processing_class: Any,
+        peft_config: Any = None,
+        callbacks: list[Any] | None = None,
+        score: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        self.data = ForgetRetain.load(data)
+        needed = {t.batch for t in args.term_list} | {args.anchor}
+        if missing := sorted(n for n in needed if not getattr(self.data, n)):
+            raise UserError(f"the terms read the {', '.join(missing)} set, and the data have none")
+        if args.eval_strategy != "no" and score is None:
+            raise UserError("eval_strategy is set and there is no score: pass score=make_score(data, tokenizer)")
+        if args.n_gpu > 1:
+            raise UserError("several GPUs in one process are not used; start one process per GPU with torchrun")
+        refuse_base(model)
+        if not hasattr(model, "peft_config"):
+            model = get_forget_model(model, peft_config)
+        elif peft_config is not None:
+            raise UserError("the model already has an adapter and a peft_config was given too; pass one of them")
+        pad_id = processing_class.pad_token_id
+        self._pad_id = pad_id if pad_id is not None else (processing_class.eos_token_id or 0)
+        sets = {
+            name: self.data.encode(name, processing_class, args.max_length, args.on_overflow) for name in sorted(needed)
+        }
+        self.score = score
+        self.trained_adapter = _trained_adapter(model)
+        self._reference = reference_of(args.reference, self.trained_adapter)
+        self.rows = PairedRows(sets, args.anchor, args.per_anchor, args.seed)
+        self.config = args
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self.rows,
+            eval_dataset=self.rows if score is not None else None,  # never read: `evaluate` asks `score`
+            data_collator=functools.partial(collate, pad_id=self._pad_id),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.window: Window | None = None
+        self._pending: list[Any] = []
+        self._sums: dict[str, list[float]] = defaultdict(list)
+        self._restored: dict[str, Any] | None = None
+
+    # --- data ------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> StreamSampler:  # type: ignore[override]
+        a = self.config
+        return StreamSampler(len(self.rows), a.train_batch_size * a.gradient_accumulation_steps * a.world_size)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # Trainer's estimate reads one flat batch; ours are several
+
+    # --- the run ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As `Trainer.train`; ``resume_from_checkpoint=True`` takes the newest *whole* checkpoint of ``<output_dir>.work``."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.config.output_dir)
+            if resume_from_checkpoint is None:
+                raise UserError(f"{self.config.output_dir} holds no whole checkpoint to resume from")
+        elif resume_from_checkpoint and not Path(resume_from_checkpoint, STATE).is_file():
+            raise UserError(f"{resume_from_checkpoint} is no whole checkpoint: {STATE} is missing")
+        space = Space.trainable(self.bare)
+        groups = _groups(self.bare, space.names)
+        before = _checksums(space)
+        if self.config.reference == "precomputed":
+            self._precompute()
+        if resume_from_checkpoint:
+            # Own file, own trust: written by this class, tensors and plain values only.
+            self._restored = torch.load(Path(resume_from_checkpoint, STATE), weights_only=True)
+        out = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if self.state.global_step and not resume_from_checkpoint:
+            self._check_changed(groups, space.names, before, _checksums(space))
+        return out
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        if self.window is None:
+            self.window = self._open_window()
+        self._pending.append(self._prepare_inputs(inputs))
+        device = self.args.device
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=device)
+        window, self._pending = self._pending, []
+        try:
+            with self.accelerator.autocast():
+                step = self.window.step(window)
+        except UserError as e:
+            raise UserError(f"step {self.state.global_step + 1}: {e}") from e
+        if self.state.global_step == 0:
+            self._check_reached(step)
+        for p, t in zip(self.window.space.params, step.update.tensors, strict=True):
+            p.grad = t.to(p.dtype)
+        for key, value in step.logs().items():
+            self._sums[key].append(value)
+        return torch.tensor(sum(step.values.values()), device=device, dtype=torch.float32)
+
+    def _open_window(self) -> Window:
+        assert self.config.rule_method is not None
+        window = Window(
+            self.bare,
+            self.config.term_list,
+            self.config.rule_method,
+            reference=self._reference,
+            reduce=_all_reduce if self.args.world_size > 1 else None,
+        )
+        if self._restored is not None:
+            window.state = self._restored["window"]
+        return window
+
+    # --- nothing trains silently -----------------------------------------------------------------------------------
+
+    def _check_reached(self, step: Step) -> None:
+        assert self.window is not None
+        names = self.window.space.names
+        groups = _groups(self.bare, names)
+        reached = dict.fromkeys(groups.values(), False)
+        for n, m in zip(names, step.moved, strict=True):
+            reached[groups[n]] |= m > 0
+        silent = [g for g, ok in reached.items() if not ok and not self._allowed(g)]
+        if silent:
+            raise UserError(
+                f"no term gives a gradient to {len(silent)} of {len(reached)} adapted modules: {', '.join(silent[:5])}"
+                f"{', ..' if len(silent) > 5 else ''}. They would stay untrained in silence; adapt other layers or name them in "
+                "allow_untrained"
+            )
+
+    def _check_changed(self, groups: Mapping[str, str], names: list[str], before: list[int], after: list[int]) -> None:
+        changed = dict.fromkeys(groups.values(), False)
+        for n, a, b in zip(names, before, after, strict=True):
+            changed[groups[n]] |= a != b
+        still = [g for g, ok in changed.items() if not ok and not self._allowed(g)]
+        if still:
+            raise UserError(
+                f"{len(still)} of {len(changed)} adapted modules are exactly as before training: {', '.join(still[:5])}. "
+                "The learning rate is zero, or something froze them; nothing was saved"
+            )
+
+    def _allowed(self, name: str) -> bool:
+        return any(part in name for part in self.config.allow_untrained)
+
+    # --- reference -------------------------------------------------------------------------------------------------
+
+    @property
+    def bare(self) -> Any:
+        """The PEFT model itself, without what the accelerator wraps around it."""
+        return self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _precompute(self) -> None:
+        """Reference log-probabilities of every row that a term compares with, once, cached beside the checkpoints."""
+        if dropped := dropouts(self.bare):
+            raise UserError(f"reference: precomputed needs dropout 0, and {dropped[0]} drops; use reference: before")
+        needing = {t.batch for t in self.config.term_list if "ref_logp" in t.objective.needs}
+        for name in sorted(needing):
+            rows = self.rows.sets[name]
+            both = rows + [r["alternate"] for r in rows if "alternate" in r]
+            if all("ref_logp" in r for r in both):
+                continue
+            path = Path(self.config.output_dir, f"reference-{self._cache_key(both)[:16]}.safetensors")
+            if path.is_file():
+                values = list(load_file(path)["ref_logp"].split([_n_targets(r) for r in both]))
+            else:
+                values = self._reference_logp(both)
+                if self.is_world_process_zero():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    stage = path.with_suffix(f".{os.getpid()}.part")
+                    save_file({"ref_logp": torch.cat(values)}, stage)
+                    os.replace(stage, path)
+            for row, v in zip(both, values, strict=True):
+                row["ref_logp"] = v
+
+    def _reference_logp(self, rows: list[dict[str, Any]]) -> list[torch.Tensor]:
+        out: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+        device = next(self.bare.parameters()).device
+        for at in range(0, len(order), 32):
+            part = order[at : at + 32]
+            batch = {k: v.to(device) for k, v in pad([rows[i] for i in part], self._pad_id).items()}
+            p = Pass(self.bare, batch, reference=self._reference)
+            for i, v in zip(part, p.ref_logp.split(p.mask.sum(1).tolist()), strict=True):
+                out[i] = v.cpu()
+        return out
+
+    def _cache_key(self, rows: list[dict[str, Any]]) -> str:
+        """sha256 over the base, the active adapters, ids and labels of the rows, and the dtype."""
+        h = hashlib.sha256()
+        for n, p in self.bare.named_parameters():
+            if f".{self.trained_adapter}" not in n:
+                h.update(f"{n}{p.dtype}{tuple(p.shape)}".encode())
+                h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        h.update(json.dumps([[r["input_ids"], r["labels"]] for r in rows]).encode())
+        return h.hexdigest()
+
+    # --- logs, evaluation, checkpoints -----------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log: add what the steps since the last one found, averaged
+            logs |= {k: sum(v) / len(v) for k, v in self._sums.items()}
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Scores of the model by `score`, under ``eval_<set>/<metric>``."""
+        if self.score is None:
+            raise UserError("there is no score to evaluate with: pass score=make_score(data, tokenizer)")
+        metrics = {f"{metric_key_prefix}_{k}": float(v) for k, v in self.score(self.bare).items()}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.log(dict(metrics))
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save and folder.is_dir():
+            state = {"window": self.window.state if self.window else {}}
+            stage = folder / f"{STATE}.part"
+            torch.save(state, stage)
+            os.replace(stage, folder / STATE)
+
+    # --- the finished adapter --------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """What is adapted and how long the run is, in two lines."""
+        a = self.config
+        per_step = a.train_batch_size * a.gradient_accumulation_steps * a.world_size
+        steps = a.max_steps if a.max_steps > 0 else int(-(-len(self.rows) // per_step) * a.num_train_epochs)
+        sizes = ", ".join(f"{n} {len(r)}" for n, r in self.rows.sets.items())
+        return f"{describe(self.bare)}\nrows: {sizes}; {per_step} {a.anchor} rows per step; {steps} steps"
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint in `folder`, or None."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if (p / STATE).is_file()]
+    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
+
+
+def _all_reduce(flat: torch.Tensor) -> None:
+    torch.distributed.all_reduce(flat)
+
+
+def _n_targets(row: Mapping[str, Any]) -> int:
+    return sum(y != -100 for y in row["labels"][1:])
+
+
+def _trained_adapter(model: Any) -> str:
+    """Name of the one adapter whose parameters require a gradient."""
+    names = [
+        a
+        for a in model.peft_config
+        if any(p.requires_grad and (f".{a}." in n or n.endswith(f".{a}")) for n, p in model.named_parameters())
+    ]
+    if len(names) != 1:
+        raise UserError(f"exactly one adapter must be trainable, and {len(names)} are ({', '.join(names) or 'none'})")
+    return names[0]
+
+
+def _groups(model: Any, names: list[str]) -> dict[str, str]:
+    """Parameter name -> the adapted module it belongs to (a fresh LoRA's A has no gradient: B speaks for both)."""
+    prefix = getattr(model.base_model, "prefix", "lora_")
+    out = {}
+    for n in names:
+        parts = n.split(".")
+        cut = next((i for i, part in enumerate(parts) if part.startswith(prefix)), len(parts))
+        out[n] = ".".join(parts[:cut]).removeprefix("base_model.model.")
+    return out
+
+
+def _checksums(space: Space) -> list[int]:
+    return [
+        zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()) for p in space.params
+    ]

@@ -1,0 +1,20 @@
+"""Shared by all tests: one thread, no network, quiet libraries."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # two OpenMP threads on two contended cores are many times slower
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
