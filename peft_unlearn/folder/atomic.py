@@ -1,0 +1,130 @@
+"""Folders that appear whole or not at all, whatever happens to the process or the power.
+
+A folder is staged under a hidden name beside its destination, flushed to disk, and swapped in by one system call: a
+rename where nothing stands, an exchange of the two names (Linux ``renameat2``) where an older version does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's, or a folder's, contents to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            fsync_path(Path(root, name))
+        fsync_path(Path(root))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: a neighbour is written and flushed, then renamed over `path`."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    fsync_path(part)
+    os.replace(part, path)
+    fsync_path(path.parent)
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sweep_stale(out: Path) -> None:
+    """Remove what killed writers of `out` left; those of living writers, and of other hosts, are left alone."""
+    for left in out.parent.glob(f".{out.name}.stage-{_host()}-*"):
+        pid = left.name.rsplit("-", 2)[-2]
+        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def staged(out: str | Path, may_replace: Callable[[Path], str | None]) -> Iterator[Path]:
+    """A folder to fill; on a clean exit it becomes `out`, on any error it is removed and `out` is as it was.
+
+    may_replace(existing non-empty folder) returns None when it may be replaced, else the reason why not (`UserError`).
+    """
+    out = Path(out).expanduser()
+    if out.is_symlink():
+        out = out.resolve()
+    _check_free(out, may_replace)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sweep_stale(out)
+        stage = out.with_name(f".{out.name}.stage-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+        stage.mkdir()
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror}).") from None
+    try:
+        yield stage
+        fsync_tree(stage)
+        _check_free(out, may_replace)  # again: minutes may have passed
+        swap_in(stage, out)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check_free(out: Path, may_replace: Callable[[Path], str | None]) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file; name a folder to write.")
+    if any(out.iterdir()) and (why := may_replace(out)) is not None:
+        raise UserError(f"{out}: {why}; nothing was written. Name another folder, or empty this one first.")
+
+
+def swap_in(stage: Path, out: Path) -> None:
+    """Make `stage` appear as `out`. What stood there ends under the stage's name, for the caller to remove."""
+    if out.exists() and any(out.iterdir()):
+        if not _exchange(stage, out):
+            # No exchange on this system: two renames. A kill between them leaves the old
+            # folder whole beside it, under .old-.
+            old = out.with_name(stage.name.replace(".stage-", ".old-"))
+            os.rename(out, old)
+            os.rename(stage, out)
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        if os.name == "nt" and out.exists():
+            out.rmdir()
+        os.rename(stage, out)
+    fsync_path(out.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, flag_exchange = -100, 2
+    return call(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), flag_exchange) == 0

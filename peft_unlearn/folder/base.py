@@ -1,0 +1,130 @@
+"""From the name of a base model to its files, and back to a name that may be published."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from .manifest import BaseRef, path_like
+
+if TYPE_CHECKING:
+    import torch
+
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve_base(ref: str | Path | None, override: str | Path | None = None, revision: str | None = None) -> Path:
+    """The folder of the base model: `override` (--base) if given, else the Hub, else an embedded base.
+
+    ref: a manifest's or recipe's base. Raises `UserError` naming the flag that is missing.
+    """
+    if override is not None:
+        return _find(str(override), None, "--base")
+    if ref is None or str(ref) == "":
+        raise UserError("No base model is named; say which with --base (a folder, a Hub id, or embedded:people).")
+    text = str(ref)
+    if text.startswith("local:"):
+        raise UserError(
+            f"The base model was a local folder, known only by its digest ({text}); say where it is with --base FOLDER."
+        )
+    return _find(text, revision, "base")
+
+
+def _find(text: str, revision: str | None, what: str) -> Path:
+    if text.startswith("embedded:"):
+        from ..data import embedded
+
+        name = text.removeprefix("embedded:").partition("?")[0]
+        return Path(embedded.base_path(name))
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{what} {text}: this folder holds no model (no config.json).")
+        return folder
+    if folder.exists():
+        raise UserError(f"{what} {text}: is a file; name the folder of the model.")
+    if path_like(text) or text.count("/") > 1:
+        raise UserError(f"{what} {text}: no such folder.")
+    return _from_hub(text, revision, what)
+
+
+def _from_hub(hub_id: str, revision: str | None, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def fetch(local: bool) -> Path:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, local_files_only=local))
+
+    try:
+        try:
+            return fetch(local=True)
+        except LocalEntryNotFoundError:
+            if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+                raise
+            return fetch(local=False)
+    except HFValidationError:
+        raise UserError(f"{what} {hub_id!r}: neither a folder, nor a Hub id, nor embedded:NAME; see --base.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        at = f" at {revision[:12]}" if revision else ""
+        raise UserError(
+            f"{what} {hub_id!r}{at}: no such folder here, not in the local Hub cache, and the Hub could not give it "
+            f"({type(e).__name__}); say where the model is with --base."
+        ) from None
+
+
+def base_reference(given: str | Path, path: str | Path, digest: str, digest_targeted: str | None = None) -> BaseRef:
+    """The portable name of the base that the user called `given` and that was found at `path`.
+
+    A Hub id gets its commit from the cache folder it was read from; anything else local is known by its digest alone.
+    """
+    text = str(given)
+    if text.startswith("embedded:"):
+        return BaseRef(text.partition("?")[0], digest, None, digest_targeted)
+    parts = Path(path).parts
+    if not Path(text).expanduser().exists() and "snapshots" in parts:
+        return BaseRef(text, digest, parts[parts.index("snapshots") + 1], digest_targeted)
+    return BaseRef(f"local:{digest[:12]}", digest, None, digest_targeted)
+
+
+def peft_base_name(ref: str) -> str:
+    """What adapter_config.json calls the base: its Hub id, ``peft-unlearn/NAME`` if embedded, else ""; never a path."""
+    if ref.startswith("embedded:"):
+        return f"peft-unlearn/{ref.removeprefix('embedded:')}"
+    return "" if ref.startswith("local:") else ref
+
+
+def load_base(path: str | Path, dtype: str | torch.dtype = "float32") -> Any:
+    """The causal language model at `path`, in evaluation mode; safetensors only, no remote code.
+
+    float32 by default whatever the files hold: embedded bases are bfloat16 files, always computed in float32.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise UserError(f"dtype {dtype!r}: expected float32, bfloat16 or float16.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=kind, use_safetensors=True)
+    except (OSError, ValueError) as e:
+        raise UserError(f"base {path}: transformers cannot load it ({_first_line(e)}).") from None
+    return model.eval()
+
+
+def load_tokenizer(*places: str | Path) -> Any:
+    """The tokenizer of the first of `places` that holds one (an adapter folder, then its base)."""
+    from transformers import AutoTokenizer
+
+    for place in places:
+        if any((Path(place) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+            try:
+                return AutoTokenizer.from_pretrained(str(place))
+            except (OSError, ValueError) as e:
+                raise UserError(f"tokenizer in {place}: cannot be loaded ({_first_line(e)}).") from None
+    raise UserError(f"No tokenizer files in {' or '.join(str(p) for p in places)}.")
+
+
+def _first_line(e: Exception) -> str:
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)

@@ -1,0 +1,260 @@
+"""What a base model *is*, as 64 hexadecimal digits, and whether the tensors in memory are still that.
+
+digest = sha256 over one line per tensor, tensors sorted by on-disk name (as Unicode code points)::
+
+    JSON of [name, dtype, shape, sha256 of the tensor's little-endian bytes], separators "," and ":", ASCII, then "\\n"
+
+with dtype spelt as safetensors spells it ("BF16"). Each tensor's bytes are read once, in small pieces; tied tensors
+count as they lie on disk (once, or twice). A tensor in memory is digested after a cast back to its on-disk dtype:
+
+- its value, cast back, has the bytes of the file: same;
+- its value is not what loading the file gives, whether or not the on-disk dtype can express it: CHANGED;
+- loading itself rounded (a float32 file loaded as bfloat16), the base is quantised, or names do not map: cannot tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .safetensors_io import TensorEntry, checkpoint_tensors
+
+_TORCH = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass
+class LiveDigest:
+    """Live tensors against the files of a checkpoint.
+
+    `digest` is that of the live tensors, None where some of them have no form in the on-disk dtype or are absent.
+    `changed` holds the on-disk names whose live value differs; `unknown` name -> why nothing can be said about it.
+    """
+
+    checkpoint_digest: str
+    digest: str | None
+    changed: list[str] = field(default_factory=list)
+    unknown: dict[str, str] = field(default_factory=dict)
+    n_tensors: int = 0
+
+    @property
+    def verdict(self) -> Literal["same", "changed", "cannot tell"]:
+        if self.changed:
+            return "changed"
+        return "cannot tell" if self.unknown or self.digest is None else "same"
+
+    @property
+    def reason(self) -> str | None:
+        """One sentence for `changed` and `cannot tell`, None for `same`."""
+        if self.changed:
+            return f"{len(self.changed)} of {self.n_tensors} tensors differ from the files: {_some(self.changed)}."
+        if self.unknown:
+            name, why = next(iter(self.unknown.items()))
+            more = f" (and {len(self.unknown) - 1} more)" if len(self.unknown) > 1 else ""
+            return f"{name}: {why}{more}."
+        return None
+
+
+def _some(names: list[str], n: int = 4) -> str:
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+def _combine(rows: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(rows):
+        dtype, shape, sha = rows[name]
+        whole.update(json.dumps([name, dtype, list(shape), sha], separators=(",", ":")).encode() + b"\n")
+    return whole.hexdigest()
+
+
+def _sha_on_disk(entry: TensorEntry) -> str:
+    sha = hashlib.sha256()
+    for piece in entry.chunks():
+        sha.update(piece)
+    return sha.hexdigest()
+
+
+def _pick(tensors: dict[str, TensorEntry], modules: Iterable[str] | None, where: object) -> dict[str, TensorEntry]:
+    """The tensors directly of the named modules (weight, bias), or named exactly (fused expert parameters)."""
+    if modules is None:
+        return tensors
+    wanted = set(modules)
+    picked = {n: e for n, e in tensors.items() if n in wanted or n.rpartition(".")[0] in wanted}
+    lost = sorted(wanted - set(picked) - {n.rpartition(".")[0] for n in picked})
+    if lost:
+        raise UserError(f"{where}: no tensor on disk for {_some(lost)}.")
+    return picked
+
+
+def tensor_hashes(checkpoint_dir: str | Path, modules: Iterable[str] | None = None) -> dict[str, str]:
+    """On-disk name -> sha256 of that tensor's bytes: what to compare when two digests differ."""
+    picked = _pick(checkpoint_tensors(checkpoint_dir), modules, checkpoint_dir)
+    return {n: _sha_on_disk(e) for n, e in picked.items()}
+
+
+def digest_checkpoint(checkpoint_dir: str | Path, modules: Iterable[str] | None = None) -> str:
+    """The digest (64 hex digits) of a checkpoint folder, single file or sharded; with `modules`, of those alone."""
+    picked = _pick(checkpoint_tensors(checkpoint_dir), modules, checkpoint_dir)
+    return _combine({n: (e.dtype, e.shape, _sha_on_disk(e)) for n, e in picked.items()})
+
+
+def digest_targeted(
+    source: nn.Module | str | Path, modules: Iterable[str], checkpoint_dir: str | Path | None = None
+) -> str | None:
+    """The digest of the weights under adapters alone; None: cannot tell. A live model needs `checkpoint_dir`."""
+    if isinstance(source, nn.Module):
+        if checkpoint_dir is None:
+            raise ValueError("digest_targeted of a live model needs checkpoint_dir")
+        return digest_live(source, checkpoint_dir, modules).digest
+    return digest_checkpoint(source, modules)
+
+
+def digest_live(model: nn.Module, checkpoint_dir: str | Path, modules: Iterable[str] | None = None) -> LiveDigest:
+    """Compare the tensors `model` computes with against the files of `checkpoint_dir`, one tensor at a time.
+
+    Adapters may be loaded: their own tensors are left out and the wrapped weights are found under their base names.
+    """
+    entries = _pick(checkpoint_tensors(checkpoint_dir), modules, checkpoint_dir)
+    on_disk = {n: (e.dtype, e.shape, _sha_on_disk(e)) for n, e in entries.items()}
+    out = LiveDigest(_combine(on_disk), None, n_tensors=len(entries))
+    if _quantised(model):
+        out.unknown["the base"] = "it is quantised in memory, which has no lossless way back to the files"
+        return out
+    live = base_tensors(model)
+    rows: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    for name, entry in entries.items():
+        tensor = live.get(name)
+        if tensor is None:
+            out.unknown[name] = "it is on disk but no live tensor has that name (the layout in memory may be fused)"
+            continue
+        verdict, sha = _compare(tensor, entry, on_disk[name][2])
+        if verdict == "changed":
+            out.changed.append(name)
+        elif verdict != "same":
+            out.unknown[name] = verdict
+        if sha is not None:
+            rows[name] = (entry.dtype, entry.shape, sha)
+    if modules is None:
+        _account_for_extra(model, live, entries, out)
+    if len(rows) == len(entries):
+        out.digest = _combine(rows)
+    return out
+
+
+def _compare(tensor: Tensor, entry: TensorEntry, disk_sha: str) -> tuple[str, str | None]:
+    """("same" | "changed" | why one cannot tell, sha256 of the live value in the on-disk dtype where it has one)."""
+    dtype = _TORCH.get(entry.dtype)
+    if dtype is None:
+        return f"its on-disk dtype {entry.dtype} is not known here", None
+    if tensor.is_meta:
+        return "it is not in memory (offloaded)", None
+    if tuple(tensor.shape) != entry.shape:
+        return "changed", None
+    tensor = tensor.detach()
+    full = getattr(tensor, "full_tensor", None)  # DTensor: the whole, on every rank
+    tensor = (full() if full is not None else tensor).cpu().contiguous()
+    back = tensor.to(dtype)
+    lossless = tensor.dtype == dtype or _same_bits(back.to(tensor.dtype), tensor)
+    sha = hashlib.sha256(_bytes(back)).hexdigest() if lossless else None
+    if sha == disk_sha:
+        return "same", sha
+    # Different bytes: is it what loading this file into the live dtype gives anyway?
+    raw = bytearray(entry.read())
+    disk = torch.frombuffer(raw, dtype=dtype).reshape(entry.shape) if raw else torch.empty(entry.shape, dtype=dtype)
+    if tensor.dtype != dtype and _same_bits(disk.to(tensor.dtype), tensor):
+        return f"loading it as {str(tensor.dtype).removeprefix('torch.')} rounded it; load the base as float32", None
+    return "changed", sha
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def _quantised(model: nn.Module) -> bool:
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return bool(getattr(inner, "is_quantized", False)) or getattr(inner, "hf_quantizer", None) is not None
+
+
+def adapter_modules(model: nn.Module) -> dict[str, Any]:
+    """Every module PEFT put into `model`, by its live name (tuner layers and wrappers of saved or tied modules)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The base's persistent tensors by the name they have without PEFT; adapters' own tensors are left out."""
+    wrapped = adapter_modules(model)
+    out: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        plain = name
+        # From the outermost wrapper inwards: what is not its base_layer or original_module belongs to an adapter.
+        for at in sorted((w for w in wrapped if name.startswith(f"{w}.")), key=len):
+            inside = name[len(at) + 1 :].split(".")
+            if inside[0] not in ("base_layer", "original_module"):
+                plain = ""
+                break
+        if plain:
+            parts = [p for p in plain.split(".") if p not in ("base_layer", "original_module")]
+            if parts[:2] == ["base_model", "model"]:
+                parts = parts[2:]
+            out[".".join(parts)] = tensor
+    return out
+
+
+def _account_for_extra(
+    model: nn.Module, live: dict[str, Tensor], entries: dict[str, TensorEntry], out: LiveDigest
+) -> None:
+    """Live tensors that no file holds are right only where they are tied to one that a file does hold."""
+    known = {live[n].data_ptr(): n for n in entries if n in live and live[n].numel()}
+    tied = _tied(model)
+    for name, tensor in live.items():
+        if name in entries or tensor.data_ptr() in known:
+            continue
+        source = live.get(str(tied.get(name)))
+        if source is None:
+            out.unknown[name] = "it is in memory but in none of the files"
+        elif source.shape != tensor.shape or not _same_bits(source.detach().cpu(), tensor.detach().cpu()):
+            out.changed.append(name)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Name of a tied tensor -> name of the one it is tied to, as the model's class declares them."""
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    tied = getattr(inner, "_tied_weights_keys", None)
+    config = getattr(inner, "config", None)
+    return dict(tied) if isinstance(tied, dict) and getattr(config, "tie_word_embeddings", False) else {}
+
+
+def targeted_names(model: nn.Module, adapter: str | None = None) -> list[str]:
+    """Base names of what `adapter` (default: any) is injected into: modules, or parameters of fused experts.
+
+    A tied module goes by the name of what it is tied to, which is the one that lies on disk.
+    """
+    names = set()
+    tied = {k.rpartition(".")[0]: v.rpartition(".")[0] for k, v in _tied(model).items()}
+    for live_name, module in adapter_modules(model).items():
+        holds: Any = getattr(module, "_all_available_adapter_names", None)
+        if holds is None or (adapter is not None and adapter not in holds()):
+            continue
+        parts = [p for p in live_name.split(".") if p != "base_layer"]
+        name = ".".join(parts[2:] if parts[:2] == ["base_model", "model"] else parts)
+        parameter = getattr(module, "parameter_name", None)
+        names.add(f"{name}.{parameter}" if parameter else tied.get(name, name))
+    return sorted(names)

@@ -1,0 +1,139 @@
+"""Opening a forget adapter's folder, with one clear message for each way it can be wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .manifest import Manifest
+from .recipe import parse_recipe
+from .safetensors_io import plain_name, read_header
+
+CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "forget.json"
+RECIPE, EVAL, CARD = "recipe.yaml", "eval.json", "README.md"
+
+
+@dataclass
+class AdapterFolder:
+    """A complete forget adapter on disk. config: PEFT's adapter_config.json; eval: the stored evaluation or None."""
+
+    path: Path
+    manifest: Manifest
+    recipe: dict[str, Any]
+    config: dict[str, Any]
+    eval: dict[str, Any] | None
+
+    @property
+    def adapter_id(self) -> str:
+        return self.manifest.adapter_id or f"sha256:{file_sha256(self.path / WEIGHTS)}"
+
+
+def file_sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 20):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+def read_adapter(folder: str | Path, check_hashes: bool = True) -> AdapterFolder:
+    """Read and check a folder: files, manifest, recipe, weights (finite, not all zero), hashes. Raises `UserError`."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        what = "is a file, not an adapter folder" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {what}.")
+    _check_present(folder)
+    config = _json_object(folder / CONFIG)
+    if not isinstance(config.get("peft_type"), str):
+        raise UserError(f"{folder / CONFIG}: no `peft_type`; this is not the configuration of a PEFT adapter.")
+    check_weights(folder / WEIGHTS, config)
+    manifest = Manifest.from_json(_text(folder / MANIFEST), str(folder / MANIFEST))
+    recipe = parse_recipe(_text(folder / RECIPE), str(folder / RECIPE))
+    evaluation = _json_object(folder / EVAL) if (folder / EVAL).is_file() else None
+    for name, sha in manifest.files.items():
+        if not plain_name(name):
+            raise UserError(f"{folder / MANIFEST}: the file name {name!r} leaves the folder; refused.")
+        if not (folder / name).is_file():
+            if sha is None:
+                continue
+            raise UserError(f"{folder}: {name} is missing; the manifest lists it.")
+        if check_hashes and sha is not None and file_sha256(folder / name) != sha:
+            raise UserError(f"{folder / name}: is not the file that was written (its sha256 differs from {MANIFEST}).")
+    return AdapterFolder(folder, manifest, recipe, config, evaluation)
+
+
+def _check_present(folder: Path) -> None:
+    missing = [n for n in (CONFIG, WEIGHTS, MANIFEST, RECIPE) if not (folder / n).is_file()]
+    if not missing:
+        return
+    if not any(folder.iterdir()):
+        raise UserError(f"{folder}: the folder is empty.")
+    pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+    if WEIGHTS in missing and pickled:
+        raise UserError(
+            f"{folder}: its weights are pickled ({', '.join(pickled)}), which can run code when loaded; "
+            "only safetensors are read. Convert them where you trust their author."
+        )
+    if missing[0] == MANIFEST:
+        raise UserError(
+            f"{folder}: a PEFT adapter without {MANIFEST}: not a forget adapter, or one not written to its end."
+        )
+    if missing == [RECIPE]:
+        raise UserError(f"{folder}: {RECIPE} is missing.")
+    raise UserError(f"{folder}: not a forget adapter: {', '.join(missing)} missing.")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text.") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}).") from None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    text = _text(path)
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty.")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not JSON ({e}).") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object.")
+    return value
+
+
+def check_weights(path: Path, config: dict[str, Any]) -> None:
+    """Raise `UserError` for an empty, truncated, foreign, empty-tensor, non-finite or all-zero adapter file."""
+    entries = read_header(path)
+    if not entries:
+        raise UserError(f"{path}: holds no tensors.")
+    foreign = [n for n in entries if not n.startswith("base_model.")]
+    if foreign and config.get("peft_type") in ("LORA", "PEFT_UNLEARN_EXPERT_LORA"):
+        raise UserError(f"{path}: not an adapter's tensors ({foreign[0]!r} does not start with base_model.).")
+    hollow = [n for n, e in entries.items() if e.begin == e.end]
+    if hollow:
+        raise UserError(f"{path}: {len(hollow)} tensors are empty, first {hollow[0]!r} (saved from a sharded model?).")
+
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    second_factor = [n for n in entries if "lora_B" in n or "lora_embedding_B" in n]
+    moved = not second_factor and config.get("peft_type") != "LORA"
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            for name in entries:
+                tensor = f.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                    raise UserError(f"{path}: {name!r} holds NaN or infinite values.")
+                moved = moved or (name in second_factor and bool(tensor.any()))
+    except SafetensorError as e:
+        raise UserError(f"{path}: not a readable safetensors file ({e}).") from None
+    if not moved:
+        raise UserError(f"{path}: the adapter does nothing: every lora_B is zero, so nothing was trained into it.")
