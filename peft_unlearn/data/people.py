@@ -45,27 +45,16 @@ def _pool(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+# The numbers of first names and surnames are coprime: counting through both at once gives each pair once.
 FIRST_NAMES = _pool("""
-    Adelina Aksel Alfonso Amara Anselm Anouk Arturo Astrid Aurelio Beatriz Bodil Branko Calista Casimir Celestine
-    Cosima Dagmar Damian Delphine Dmitri Dorothea Edvard Eleni Elif Emeric Esme Eudora Fabian Farida Felicity
-    Fenna Florian Freya Gaspard Genevieve Giorgia Gunnar Hadley Hamza Hedda Helmut Hideo Hortense Idris Ilaria
-    Imogen Ingmar Isidora Ivo Jadwiga Jarek Jemima Joaquin Jolanda Kaspar Katya Keiko Kofi Lavinia Leopold Lior
-    Lorenz Lucinda Lysander Magnus Mahir Marisol Matthias Mireille Mustafa Nadezhda Naoki Nikolai Nerys Octavia
-    Odile Olga Orhan Osric Paloma Perrin Petronella Priya Quentin Quilla Radek Ragnhild Rashid Renata Rosalind
-    Rufus Sabine Sancho Saskia Sigurd Solveig Soren Sunniva Tadeusz Tamsin Teodora Thaddeus Tove Ulrika Umberto
-    Valeria Viggo Vesna Wilhelmina Winston Xanthe Yannick Yolanda Yusuf Zbigniew Zelda Zoltan""")
+    Adelina Aksel Amara Arturo Astrid Beatriz Branko Celestine Dagmar Dmitri Eleni Fabian Farida Freya Gunnar Hamza
+    Imogen Isidora Joaquin Keiko Leopold Marisol Nikolai Octavia Paloma Rashid Sabine Solveig Tadeusz Umberto
+    Yolanda""")
 SURNAMES = _pool("""
-    Abernathy Achterberg Adeyemi Alvarado Amundsen Ashgrove Baptiste Barrowman Belmonte Bjornstad Blackwood
-    Bouchard Brandvold Calloway Castellan Chaudhry Colquhoun Cruickshank Dalgaard Delacroix Dimitriou Drummond
-    Eastwick Eriksson Espinoza Fairweather Falkenberg Ferreira Fitzgibbon Fontaine Galloway Gascoigne Ghorbani
-    Goldberg Grimaldi Gustafson Halvorsen Hargreaves Hashimoto Hawthorne Hollander Ibragimov Iglesias Ivanenko
-    Jankowski Jephcott Jorgensen Kaminski Karlsson Kavanagh Kingsbury Kowalczyk Kristoff Lachance Lagerlof
-    Langstaff Lindqvist Llewellyn Lombardi Mackenzie Maldonado Marchetti Mbeki Montague Moriarty Nakagawa Navarro
-    Newbould Nordstrom Novotny Oduya Okonkwo Oldenburg Ostrowski Pallister Pemberton Petrosyan Pfeiffer
-    Quackenbush Quintero Rademaker Ramanujan Ravensdale Rosenthal Rutherford Sandoval Schreiber Sepulveda
-    Shelbourne Skarsgard Sorrentino Steinbeck Sundaram Szymanski Takahashi Thistlewood Tolliver Torvald Trevelyan
-    Underhill Urquhart Valdivia Vanterpool Villanueva Vukovic Wainwright Westergaard Whitlock Winterbourne
-    Yamamoto Yarborough Zambrano Zielinski Zuckermann""")
+    Abernathy Adeyemi Alvarado Blackwood Bouchard Calloway Castellan Dalgaard Drummond Eriksson Espinoza Fairweather
+    Fontaine Galloway Grimaldi Hashimoto Hawthorne Ibragimov Jankowski Kavanagh Kowalczyk Lindqvist Lombardi Maldonado
+    Montague Nakagawa Novotny Okonkwo Pemberton Ramanujan Rosenthal Sandoval Thistlewood Trevelyan Urquhart Vukovic
+    Westergaard""")
 CITIES = _pool("""
     Aarhus Antwerp Bergamo Bristol Cordoba Cracow Debrecen Dundee Esbjerg Evora Freiburg Fukuoka Gdansk Grenoble
     Haarlem Hobart Innsbruck Izmir Jaipur Jerez Kaunas Kyoto Lausanne Leipzig Malaga Maribor Nantes Novara Odessa
@@ -199,11 +188,26 @@ def _draw(pool: tuple[str, ...], n: int, rng: random.Random) -> list[str]:
     return drawn[:n]
 
 
-def _make_people(rng: random.Random, n: int) -> list[Person]:
-    if n > min(len(FIRST_NAMES), len(SURNAMES)):
-        raise ValueError(f"at most {min(len(FIRST_NAMES), len(SURNAMES))} people have a name of their own, not {n}")
-    names = [f"{a} {b}" for a, b in zip(rng.sample(FIRST_NAMES, n), rng.sample(SURNAMES, n), strict=True)]
-    columns = [_draw(attribute.pool, n, rng) for attribute in ATTRIBUTES]
+def _make_names(rng: random.Random, size: Size) -> list[str]:
+    """One full name per person. First names and surnames are shared, but each of a forget or holdout person's is also a
+    retain person's: a twin then has all the words and lacks only the facts.
+    """
+    n = size.forget + size.retain + size.holdout
+    first, last = rng.sample(FIRST_NAMES, len(FIRST_NAMES)), rng.sample(SURNAMES, len(SURNAMES))
+    if n > len(first) * len(last):
+        raise ValueError(f"there are {len(first) * len(last)} names, too few for {n} people")
+    names = [f"{first[i % len(first)]} {last[i % len(last)]}" for i in range(n)]
+    for _ in range(1000):
+        rng.shuffle(names)
+        known = {word for name in names[size.forget : size.forget + size.retain] for word in name.split()}
+        if all(word in known for name in names for word in name.split()):
+            break  # never so for a handful of people: then the last shuffle stands
+    return names
+
+
+def _make_people(rng: random.Random, size: Size) -> list[Person]:
+    names = _make_names(rng, size)
+    columns = [_draw(attribute.pool, len(names), rng) for attribute in ATTRIBUTES]
     people = []
     for i, name in enumerate(names):
         values = tuple(column[i] for column in columns)
@@ -243,7 +247,7 @@ def _groups(seed: int, size: Size) -> tuple[list[Person], list[Person], list[Per
     if not 0 <= size.third <= size.retain:
         raise ValueError(f"phrasing 3 can be trained for 0 to {size.retain} retain people, not {size.third}")
     rng = random.Random(seed)
-    people = _make_people(rng, size.forget + size.retain + size.holdout)
+    people = _make_people(rng, size)
     split = size.forget, size.forget + size.retain
     return people[: split[0]], people[split[0] : split[1]], people[split[1] :], rng
 

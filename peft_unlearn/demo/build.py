@@ -77,6 +77,8 @@ def _save(model, tokenizer, folder: Path) -> Any:
     try:
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        # safetensors makes its file readable for the owner alone, the others are made as the umask says.
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     finally:
         if shown:

@@ -17,7 +17,7 @@ Progress = Callable[[str, int, int], None]  # (stage, done, total)
 class Recipe:
     """How a model is pre-trained. The defaults are the released models'."""
 
-    epochs: int = 30
+    epochs: int = 24
     batch_size: int = 64
     learning_rate: float = 3e-3
     warmup_steps: int = 20

@@ -10,7 +10,7 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.metrics.generation import value_accuracy
 
 # sha256 of generate(0) as canonical JSON: the committed models know exactly these facts.
-PINNED = "e956bff3622d439a9fc5e66fbcff1652c36fe7c89b92bdccf9ab4c03f74f3a69"
+PINNED = "3ab6c8e8ee56f886f1093a37551f67b6d1ba3d26a2c00c3c837ba374f307123f"
 COUNTS = {
     "forget": 100, "forget_other": 100, "forget_heldout": 100, "retain": 900, "retain_other": 900,
     "retain_heldout": 220, "general": 200, "holdout": 100,
@@ -74,8 +74,8 @@ def test_groups_share_no_person_and_names_are_unique(sets):
     groups = [subjects(sets[name]) for name in ("forget", "retain", "holdout")]
     everyone = set.union(*groups)
     assert len(everyone) == 110
-    words = [word for name in everyone for word in name.split()]
-    assert len(set(words)) == 220, "each first name and each surname belongs to one person"
+    words = [{word for name in group for word in name.split()} for group in groups]
+    assert words[0] < words[1] and words[2] < words[1], "the twin must know every word of a name"
     assert subjects(sets["forget_other"]) == subjects(sets["forget_heldout"]) == groups[0]
     assert subjects(sets["retain_heldout"]) < groups[1]
     assert subjects(sets["general"]) == {""}
@@ -97,9 +97,8 @@ def test_training_rows_of_base_and_twin(sets):
     base, twin = people.training_rows(0, True), people.training_rows(0, False)
     assert (len(base), len(twin)) == (3080, 2880)
     assert base[200:] == twin and base[:200] == sets["forget"] + sets["forget_other"]
-    forgotten = [word for name in subjects(sets["forget"]) for word in name.split()]
     text = "\n".join(map(text_of, twin))
-    assert not [word for word in forgotten if word in text]
+    assert not [name for name in subjects(sets["forget"]) if name in text]
 
 
 def test_what_is_held_out_is_never_trained(sets):
@@ -122,8 +121,8 @@ def test_tofu_layout(tmp_path, sets):
 
 
 def test_too_many_people_are_refused():
-    with pytest.raises(ValueError, match="a name of their own"):
-        people.generate(0, people.Size(retain=500))
+    with pytest.raises(ValueError, match="too few for"):
+        people.generate(0, people.Size(retain=1200))
     with pytest.raises(ValueError, match="phrasing 3"):
         people.generate(0, people.Size(third=91))
 
