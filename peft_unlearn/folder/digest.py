@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,10 +132,14 @@ def digest_live(model: nn.Module, checkpoint_dir: str | Path, modules: Iterable[
     if _quantised(model):
         out.unknown["the base"] = "it is quantised in memory, which has no lossless way back to the files"
         return out
-    live = base_tensors(model)
+    live = _by_disk_name(model, entries)
+    unused = _unused_patterns(model)
     rows: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for name, entry in entries.items():
         tensor = live.get(name)
+        if tensor is None and any(re.search(p, name) for p in unused):
+            rows[name] = on_disk[name]  # the class declares that it does not load this tensor: nothing computes with it
+            continue
         if tensor is None:
             out.unknown[name] = "it is on disk but no live tensor has that name (the layout in memory may be fused)"
             continue
@@ -216,6 +221,37 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
                 parts = parts[2:]
             out[".".join(parts)] = tensor
     return out
+
+
+def _by_disk_name(model: nn.Module, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+    """The base's live tensors under their on-disk names, as far as they can be found.
+
+    Where names differ (fused experts, other prefixes) transformers' own reverse of what it did at loading is asked; it may
+    copy. It cannot make a changed tensor pass, since what it gives is compared with the files byte for byte.
+    """
+    live = base_tensors(model)
+    if all(name in live for name in entries):
+        return live
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        reverted: dict[str, Tensor] = revert_weight_conversion(inner, {n: t.detach() for n, t in live.items()})
+    except Exception:  # not a documented function: whatever goes wrong in it, the answer is "cannot tell"
+        reverted = {}
+    if sum(name in reverted for name in entries) > sum(name in live for name in entries):
+        live = reverted
+    prefix = f"{getattr(inner, 'base_model_prefix', '')}."
+    for name in [n for n in live if n.startswith(prefix)]:
+        short = name.removeprefix(prefix)
+        if short in entries and name not in entries and short not in live:
+            live[short] = live.pop(name)
+    return live
+
+
+def _unused_patterns(model: nn.Module) -> list[str]:
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    return sorted(getattr(inner, "_keys_to_ignore_on_load_unexpected", None) or [])
 
 
 def _account_for_extra(
