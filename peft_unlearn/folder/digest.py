@@ -4,12 +4,12 @@ digest = sha256 over one line per tensor, tensors sorted by on-disk name (as Uni
 
     JSON of [name, dtype, shape, sha256 of the tensor's little-endian bytes], separators "," and ":", ASCII, then "\\n"
 
-with dtype spelt as safetensors spells it ("BF16"). Each tensor's bytes are read once, in small pieces; tied tensors
+with dtype spelled as safetensors spells it ("BF16"). Each tensor's bytes are read once, in small pieces; tied tensors
 count as they lie on disk (once, or twice). A tensor in memory is digested after a cast back to its on-disk dtype:
 
 - its value, cast back, has the bytes of the file: same;
 - its value is not what loading the file gives, whether or not the on-disk dtype can express it: CHANGED;
-- loading itself rounded (a float32 file loaded as bfloat16), the base is quantised, or names do not map: cannot tell.
+- loading itself rounded (a float32 file loaded as bfloat16), the base is quantized, or names do not map: cannot tell.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def digest_live(model: nn.Module, checkpoint_dir: str | Path, modules: Iterable[
     entries = _pick(checkpoint_tensors(checkpoint_dir), modules, checkpoint_dir)
     on_disk = {n: (e.dtype, e.shape, _sha_on_disk(e)) for n, e in entries.items()}
     out = LiveDigest(_combine(on_disk), None, n_tensors=len(entries))
-    if _quantised(model):
-        out.unknown["the base"] = "it is quantised in memory, which has no lossless way back to the files"
+    if _quantized(model):
+        out.unknown["the base"] = "it is quantized in memory, which has no lossless way back to the files"
         return out
     live = _by_disk_name(model, entries)
     unused = _unused_patterns(model)
@@ -190,7 +190,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
 
 
-def _quantised(model: nn.Module) -> bool:
+def _quantized(model: nn.Module) -> bool:
     inner = getattr(model, "get_base_model", lambda: model)()
     return bool(getattr(inner, "is_quantized", False)) or getattr(inner, "hf_quantizer", None) is not None
 
