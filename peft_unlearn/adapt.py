@@ -100,7 +100,7 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
             frozen = list(tuner.active_adapters)
             if adapter_name in base.peft_config:
                 raise UserError(f"the model already has an adapter {adapter_name!r}; train under another name")
-            base.add_adapter(adapter_name, config)
+            base.add_adapter(adapter_name, config)  # type: ignore[operator]
             tuner.set_adapter([*frozen, adapter_name])
             for n, p in base.named_parameters():
                 p.requires_grad_(f".{adapter_name}." in n or n.endswith(f".{adapter_name}"))

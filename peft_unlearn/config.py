@@ -57,16 +57,16 @@ class UnlearnConfig(TrainingArguments):
     report_to: Any = "none"
     label_names: list[str] | None = field(default_factory=list)
 
+    output_dir: str = "forget-adapter"  # type: ignore[assignment]
+
     def __post_init__(self) -> None:
         if self.gradient_checkpointing:  # the name that users of every transformers release know
             self.activation_checkpointing, self.gradient_checkpointing = True, False
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
             self.gradient_checkpointing_kwargs = None
         if self.activation_checkpointing:
-            self.activation_checkpointing_kwargs = {
-                "use_reentrant": False,
-                **(self.activation_checkpointing_kwargs or {}),
-            }
+            given: Any = self.activation_checkpointing_kwargs or {}
+            self.activation_checkpointing_kwargs = {"use_reentrant": False, **given}
         super().__post_init__()
         self.adapter_dir = (self.output_dir or "out").removesuffix(WORK).rstrip("/")
         self.output_dir = self.adapter_dir + WORK
@@ -100,7 +100,8 @@ class UnlearnConfig(TrainingArguments):
             errors.add("torch_compile is not supported: hooks on the model's head break the graph at every step")
         if self.label_smoothing_factor:
             errors.add("label_smoothing_factor has no meaning here: terms are the losses")
-        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        given: Any = self.activation_checkpointing_kwargs or {}
+        if given.get("use_reentrant"):
             errors.add("gradient_checkpointing with use_reentrant=True hides named gradients; leave it at False")
 
 

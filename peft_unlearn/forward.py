@@ -232,7 +232,7 @@ class _Head:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.module: nn.Module = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+        self.module: Any = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
         if self.module is None:
             raise UserError(f"{type(causal_lm(model)).__name__} has no output embeddings: not a causal language model")
 
@@ -455,8 +455,7 @@ class Pass:
 
         handles = [self._head.module.register_forward_pre_hook(take_head)]
         handles += [layer_module(self.model, k).register_forward_hook(take(k)) for k in self._layers]
-        with _hooks(*handles), self._mode(reference):
-            with suppress(_Stop):
-                self.model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
+        with _hooks(*handles), self._mode(reference), suppress(_Stop):
+            self.model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
         self._seen[reference] = seen
         return seen

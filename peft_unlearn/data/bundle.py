@@ -89,7 +89,7 @@ class ForgetRetain:
         retain = found["retain"] + found["general"]
         extra = {k: v for k, v in found.items() if k not in ("forget", "holdout")}
         portable = f"embedded:{name}?" + "&".join(f"{k}={v}" for k, v in sorted(options.items()))
-        refs = dict.fromkeys(SETS, portable)
+        refs: dict[str, str] = {k: portable for k in SETS}  # noqa: C420
         return cls(found["forget"], retain, found["holdout"], extra=extra, refs=refs, template=template)
 
     def sets(self) -> dict[str, list[dict[str, Any]]]:

@@ -1,0 +1,210 @@
+"""The command line: thin. Results go to standard output, everything else to standard error.
+
+Exit codes: 0 done; 1 a check answered no; 2 the user's input; 3 interrupted or a resource lost.
+"""
+
+from __future__ import annotations
+
+import json as _json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Forget adapters: train, judge, share, merge and remove small PEFT adapters that make a language model forget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+base_app = typer.Typer(help="The embedded base models.", no_args_is_help=True)
+app.add_typer(base_app, name="base")
+
+Folder = Annotated[str, typer.Argument(help="A forget adapter's folder.")]
+Base = Annotated[str | None, typer.Option("--base", help="Base model: a folder, a Hub id, or embedded:NAME.")]
+Data = Annotated[
+    str | None, typer.Option("--data", help="Bundle: a folder with forget and retain files, or embedded:NAME.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else there.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value.")]
+
+
+def _out(value: Any) -> None:
+    print(_json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
+
+
+def _recipe(path: str, sets: list[str] | None) -> dict[str, Any]:
+    from .folder.recipe import apply_overrides, load_recipe
+
+    return apply_overrides(load_recipe(path), sets or [])
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
+    out: Annotated[
+        str, typer.Option("--out", "--output-dir", help="Folder for the finished adapter.")
+    ] = "forget-adapter",
+    base: Base = None,
+    data: Data = None,
+    sets: Sets = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in OUT.work.")
+    ] = False,
+) -> None:
+    """Train a recipe into a forget adapter."""
+    from . import jobs
+
+    folder = jobs.train(_recipe(recipe, sets), out, base=base, data=data, resume=resume)
+    if folder is not None:
+        print(folder.path)
+
+
+@app.command("eval")
+def evaluate(
+    folders: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Forget adapters to judge, on one loaded base.")
+    ],
+    base: Base = None,
+    data: Data = None,
+    suite: Annotated[str | None, typer.Option(help="Suite: a name or a YAML file.")] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="At most so many rows of each set.")] = None,
+    json: Json = False,
+) -> None:
+    """Score base, adapters and the retain-only twin; with one folder, write its eval.json."""
+    from . import jobs
+    from .progress import bars
+
+    with bars() as tell:
+        report = jobs.evaluate(folders, base=base, data=data, suite=suite, n=n, progress=tell)
+    if json:
+        _out(report)
+    else:
+        from .demo.table import show
+
+        show(report)
+
+
+@app.command()
+def merge(
+    folder: Folder,
+    out: Annotated[str, typer.Option("--out", "--to", help="Folder for the merged model.")],
+    base: Base = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    json: Json = False,
+) -> None:
+    """Write base plus adapter as a plain model."""
+    from .stack.merge import merge as run
+
+    report = run(folder, base, out, dtype=dtype)
+    _out(report.to_dict()) if json else print(report)
+
+
+@app.command()
+def remove(folder: Folder, base: Base = None, json: Json = False) -> None:
+    """Put the adapter on its base, take it off again, and prove that the base is bit for bit what its files say."""
+    from .stack.remove import remove as run
+
+    report = run(folder, base)
+    _out(report.to_dict()) if json else print(report)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def methods(
+    kind: Annotated[str | None, typer.Argument(help="Only this kind, e.g. objective.")] = None, json: Json = False
+) -> None:
+    """List every method with its source and hyper-parameters."""
+    from . import registry
+    from .errors import UserError, nearest
+
+    if kind is not None and kind not in registry.KINDS:
+        raise UserError(f"there is no kind {kind!r}.{nearest(kind, registry.KINDS)}")
+    found = [m.as_json() for m in registry.methods(kind)]
+    if json:
+        _out(found)
+        return
+    from .demo.table import show_methods
+
+    show_methods(found)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
+    base: Base = None,
+    data: Data = None,
+    sets: Sets = None,
+    json: Json = False,
+) -> None:
+    """Say what a recipe would cost: parameters, memory, steps. No weights are read."""
+    from . import jobs
+
+    found = jobs.plan(_recipe(recipe, sets), base=base, data=data)
+    if json:
+        _out(found.to_dict())
+        return
+    from .demo.table import show_plan
+
+    show_plan(found)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        str, typer.Option("--out", help="Folder for the adapter, the merged model and report.html.")
+    ] = "demo-out",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    json: Json = False,
+) -> None:
+    """The whole story on the embedded model, in under two minutes."""
+    from .demo.story import tell
+
+    result = tell(out, seed=seed)
+    if json:
+        _out(result)
+
+
+@base_app.command("build")
+def base_build(
+    out: Annotated[str, typer.Option("--out", help="Folder that receives the models.")] = "adapters/bases",
+    twins: Annotated[int, typer.Option(min=0, help="How many retain-only twins.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data and initialization.")] = 0,
+    json: Json = False,
+) -> None:
+    """Train the embedded base and its twins again, verify them, and only then write them."""
+    from .demo.build import build
+    from .progress import bars
+
+    with bars() as tell:
+        found = build(out, seed=seed, twins=twins, progress=tell)
+    _out(found) if json else print("\n".join(f"{out}/{name}" for name in found))
+
+
+@base_app.command("path")
+def base_path(
+    name: Annotated[str, typer.Argument(help="Name of an embedded base.")] = "people",
+    twin: Annotated[bool, typer.Option("--twin", help="Its retain-only twin instead.")] = False,
+) -> None:
+    """Print where an embedded base lies."""
+    from .data import embedded
+
+    print(embedded.twin_path(name) if twin else embedded.base_path(name))
+
+
+def main() -> None:
+    """Entry point: a user's mistake is a message, a defect of ours a traceback."""
+    from .errors import Interrupted, UserError
+
+    try:
+        app()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, Interrupted) as e:
+        print(f"interrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
+        sys.exit(3)
+    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+        sys.stderr.close()
+        sys.exit(3)

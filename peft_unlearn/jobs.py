@@ -1,0 +1,398 @@
+"""What the commands do, without a terminal: from a recipe to a finished adapter folder, and from folders to numbers.
+
+Everything a user can get wrong is checked before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .adapt import adapted, get_forget_model, peft_config
+from .config import DATA_OPTIONS, UnlearnConfig, from_recipe
+from .data import embedded
+from .data.bundle import ForgetRetain
+from .data.formats import layout_of
+from .errors import Errors, UserError
+from .evaluation.callback import ForgetAtFloor, StopOn
+from .evaluation.quick import make_score
+from .evaluation.score import Report, on_one_model, score
+from .folder.base import base_reference, load_base, load_tokenizer, resolve_base
+from .folder.digest import digest_checkpoint, digest_targeted, targeted_names
+from .folder.manifest import Manifest, probes
+from .folder.read import AdapterFolder, read_adapter
+from .folder.write import update_eval, write_adapter
+from .stack.model import ForgetModel
+from .trainer import UnlearnTrainer
+
+Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Run:
+    """A recipe, understood: everything that can be known before the base model is loaded."""
+
+    recipe: dict[str, Any]
+    config: UnlearnConfig
+    adapter: Any
+    data: ForgetRetain
+    base: str
+    base_dir: Path
+
+
+def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None, data: str | None = None) -> Run:
+    """Check a recipe as a whole.
+
+    Raises:
+        UserError: every complaint about configuration and adapter at once; then data; then base.
+    """
+    errors = Errors()
+    config, adapter = None, None
+    for part in (lambda: from_recipe(recipe, str(out)), lambda: peft_config(recipe.get("adapter"))):
+        try:
+            made = part()
+            config, adapter = (made, adapter) if isinstance(made, UnlearnConfig) else (config, made)
+        except UserError as e:
+            errors.add(str(e))
+    errors.raise_if_any(f"recipe {recipe.get('name', '')}".strip())
+    assert config is not None
+    bundle = load_data(recipe.get("data"), data)
+    named = base or recipe.get("base")
+    path = resolve_base(recipe.get("base"), override=base)
+    return Run(dict(recipe), config, adapter, bundle, str(named), path)
+
+
+def load_data(spec: Any, override: str | None = None) -> ForgetRetain:
+    """The bundle of a recipe's ``data`` part, or of --data; a published recipe knows its files by hash alone, and what is given
+    is checked against that."""
+    options = {k: spec[k] for k in DATA_OPTIONS if isinstance(spec, Mapping) and k in spec}
+    sets = {k: v for k, v in spec.items() if k not in DATA_OPTIONS} if isinstance(spec, Mapping) else spec
+    template = options.get("template", "qa")
+    hashed = {k: v for k, v in sets.items() if str(v).startswith("sha256:")} if isinstance(sets, Mapping) else {}
+    if override is None:
+        if hashed:
+            raise UserError(
+                f"the recipe knows its {', '.join(hashed)} set by hash alone; say where the files are with --data FOLDER"
+            )
+        if not sets:
+            raise UserError("no data are named; give data in the recipe or --data (a folder, or embedded:people)")
+        return ForgetRetain.load(sets, template=template)
+    bundle = ForgetRetain.load(override, template=template)
+    for name, wanted in hashed.items():
+        if bundle.sha256.get(name) != str(wanted).removeprefix("sha256:"):
+            raise UserError(f"--data {override}: its {name} set is not the one this recipe was run on (other sha256)")
+    return bundle
+
+
+def train(
+    recipe: Mapping[str, Any],
+    out: str | Path,
+    *,
+    base: str | None = None,
+    data: str | None = None,
+    resume: bool = False,
+    say: Say = _say,
+    callbacks: Sequence[Any] = (),
+) -> AdapterFolder | None:
+    """Train a recipe and write the finished adapter to `out`; checkpoints lie in ``<out>.work``.
+
+    Returns:
+        The folder as read back; None on ranks other than the first.
+
+    Raises:
+        UserError: before anything is loaded where possible; nothing already at `out` is touched then.
+    """
+    from transformers import set_seed
+
+    run = prepare(recipe, out, base, data)
+    dtype = "bfloat16" if run.config.bf16 else "float32"
+    model, tokenizer = load_base(run.base_dir, dtype), load_tokenizer(run.base_dir)
+    set_seed(run.config.seed)  # the adapter's random start
+    model = get_forget_model(model, run.adapter)
+    evaluation = dict(recipe.get("eval") or {})
+    scorer, extra = None, list(callbacks)
+    if run.config.eval_strategy != "no":
+        scorer = make_score(run.data, tokenizer, suite=evaluation.get("suite", "people"), n=evaluation.get("n"))
+        extra += _score_callbacks(evaluation, scorer, model)
+    trainer = UnlearnTrainer(
+        model, run.config, data=run.data, processing_class=tokenizer, callbacks=extra, score=scorer
+    )
+    quiet(trainer)
+    first = trainer.is_world_process_zero()
+    if first:
+        say(trainer.describe())
+    trainer.train(resume_from_checkpoint=resume or None)
+    return save_adapter(trainer, run, out) if first else None
+
+
+def _score_callbacks(
+    evaluation: Mapping[str, Any], scorer: Callable[[Any], Mapping[str, float]], model: Any
+) -> list[Any]:
+    found: list[Any] = []
+    floor = float(evaluation.get("retain_floor", 0.95))
+    if evaluation.get("keep_best"):
+        with model.disable_adapter():
+            at_start = dict(scorer(model))
+        found.append(ForgetAtFloor(at_start, floor))
+    if evaluation.get("stop_below") is not None:
+        found.append(StopOn(forget_below=float(evaluation["stop_below"])))
+    return found
+
+
+def quiet(trainer: UnlearnTrainer) -> None:
+    """Take off the Trainer's own printing to standard output, which is for results."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm and trainer.is_world_process_zero():
+        from .progress import TrainingBar
+
+        trainer.add_callback(TrainingBar())
+
+
+def save_adapter(trainer: UnlearnTrainer, run: Run, out: str | Path) -> AdapterFolder:
+    """Write the trained adapter of `trainer` as a folder (design.md 4)."""
+    model, config = trainer.bare, trainer.config
+    model.eval()
+    modules = targeted_names(model, trainer.trained_adapter)
+    manifest = Manifest(
+        base=base_reference(
+            run.base, run.base_dir, digest_checkpoint(run.base_dir), digest_targeted(run.base_dir, modules)
+        ),
+        method=describe_method(config, run.adapter, trainer),
+        data={
+            name: {**{k: v for k, v in about.items() if v is not None}, "format": layout_of(run.data.sets()[name][0])}
+            for name, about in run.data.describe().items()
+        },
+        reference=config.reference,
+        effective_batch={
+            "per_device": config.train_batch_size,
+            "accumulation": config.gradient_accumulation_steps,
+            "processes": config.world_size,
+            "rows": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
+        },
+        seeds={"seed": config.seed},
+        versions=versions(),
+        probes=probes(model, trainer.processing_class),
+        targets=adapted(model),
+        name=str(run.recipe.get("name", "")),
+        description=str(run.recipe.get("description", "")),
+    )
+    return write_adapter(
+        out, model, manifest, run.recipe, tokenizer=trainer.processing_class, adapter_name=trainer.trained_adapter
+    )
+
+
+def describe_method(config: UnlearnConfig, adapter: Any, trainer: UnlearnTrainer) -> dict[str, Any]:
+    """Every hyper-parameter with its default filled in."""
+    assert config.rule_method is not None
+    terms: dict[str, Any] = {}
+    for t in config.term_list:
+        terms.setdefault(t.gradient, {})[t.objective.name] = {**t.hyper, "weight": t.weight, "batch": t.batch}
+    rule, hyper = config.rule_method
+    return {
+        "terms": terms,
+        "rule": {rule.name: dict(hyper)},
+        "peft_type": getattr(adapter.peft_type, "value", str(adapter.peft_type)),
+        "optimizer": str(getattr(config.optim, "value", config.optim)),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)),
+        "max_grad_norm": config.max_grad_norm,
+        "weight_decay": config.weight_decay,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "anchor": config.anchor,
+        "per_anchor": config.per_anchor,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the result."""
+    out = {}
+    for package in ("peft-unlearn", "torch", "transformers", "peft", "accelerate", "safetensors"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            out[package] = "source"
+    return out
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    folders: Sequence[str | Path],
+    *,
+    base: str | None = None,
+    data: str | None = None,
+    suite: str | None = None,
+    n: int | None = None,
+    progress: Progress | None = None,
+    write: bool = True,
+) -> Report:
+    """Score base, adapters and, where there is one, the retain-only twin on one suite; one loaded base, adapters swapped in place.
+
+    With one folder the result is also written into it as eval.json.
+    """
+    found = [read_adapter(f) for f in folders]
+    manifest = found[0].manifest
+    names = _subject_names(found)
+    spec = data or _data_of(manifest)
+    bundle = load_data(found[0].recipe.get("data"), data) if data or not _data_of(manifest) else ForgetRetain.load(spec)
+    check_data(bundle, manifest)
+    stack = ForgetModel.from_pretrained(base, dict(zip(names, [f.path for f in found], strict=True)))
+    subjects: dict[str, Any] = on_one_model(
+        stack.model, {"base": None, **_as_subjects(names)}
+    )
+    subjects["retain_only"] = _twin(manifest.base.ref)
+    report = score(
+        subjects,
+        suite or str((found[0].recipe.get("eval") or {}).get("suite") or "people"),
+        bundle,
+        stack.tokenizer,
+        progress=progress,
+        n=n,
+        adapter_id=manifest.adapter_id if len(found) == 1 else None,
+        base=manifest.base.ref,
+    )
+    if write and len(found) == 1 and n is None:
+        update_eval(found[0].path, dict(report))
+    return report
+
+
+def _subject_names(found: Sequence[AdapterFolder]) -> list[str]:
+    if len(found) == 1:
+        return ["adapter"]
+    names = [f.path.resolve().name for f in found]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise UserError(
+            f"several adapter folders are called {', '.join(twice)}; subjects are told apart by folder name"
+        )
+    return names
+
+
+def _as_subjects(names: Sequence[str]) -> dict[str, str]:
+    return {"adapter": "adapter"} if list(names) == ["adapter"] else {f"adapter:{n}": n for n in names}
+
+
+def _data_of(manifest: Manifest) -> str | None:
+    """The embedded bundle that all of a manifest's sets came from."""
+    refs = {str(about.get("ref")) for about in manifest.data.values()}
+    return next(iter(refs)) if len(refs) == 1 and embedded.is_embedded(next(iter(refs))) else None
+
+
+def check_data(bundle: ForgetRetain, manifest: Manifest) -> None:
+    """Refuse a bundle whose forget set is not the one the adapter was trained to forget."""
+    wanted = manifest.data.get("forget", {}).get("sha256")
+    if wanted and bundle.sha256["forget"] != wanted:
+        raise UserError(
+            "data: this forget set is not the one the adapter was trained on (sha256 "
+            f"{bundle.sha256['forget'][:12]}, the manifest says {wanted[:12]}); give the right one with --data"
+        )
+
+
+def _twin(base_ref: str) -> Callable[[], Any] | None:
+    """The retain-only model of an embedded base; other bases have none unless someone trained it."""
+    if not embedded.is_embedded(base_ref):
+        return None
+    path = embedded.twin_path(embedded.parse(base_ref)[0])
+
+    @contextmanager
+    def twin() -> Iterator[Any]:
+        yield load_base(path)
+
+    return twin
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """What a recipe would cost. Bytes; `activations` is an estimate, the others are counts."""
+
+    base: str
+    base_parameters: int
+    trainable: int
+    adapted: list[str]
+    rows: dict[str, int]
+    tokens_longest: dict[str, int]
+    steps: int
+    rows_per_step: int
+    base_bytes: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.base_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "total_bytes": self.total_bytes}
+
+
+def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = None, data: str | None = None) -> Plan:
+    """Trainable parameters, memory and steps of a recipe, from the base's configuration alone: no weights are read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    run = prepare(recipe, out, base, data)
+    config = AutoConfig.from_pretrained(str(run.base_dir))
+    with torch.device("meta"):
+        model = get_forget_model(AutoModelForCausalLM.from_config(config), run.adapter)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    tokenizer, c = load_tokenizer(run.base_dir), run.config
+    needed = sorted({t.batch for t in c.term_list} | {c.anchor})
+    rows = {s: run.data.encode(s, tokenizer, c.max_length, c.on_overflow) for s in needed}
+    longest = {s: max(len(r["input_ids"]) for r in encoded) for s, encoded in rows.items()}
+    per_step = c.train_batch_size * c.gradient_accumulation_steps * c.world_size
+    steps = c.max_steps if c.max_steps > 0 else int(-(-len(rows[c.anchor]) // per_step) * c.num_train_epochs)
+    width = 2 if c.bf16 else 4
+    in_batch = {s: c.train_batch_size * (1 if s == c.anchor else c.per_anchor) * longest[s] for s in needed}
+    vectors = len({t.gradient for t in c.term_list}) + 1
+    return Plan(
+        base=run.base,
+        base_parameters=total - trainable,
+        trainable=trainable,
+        adapted=adapted(model),
+        rows={s: len(r) for s, r in rows.items()},
+        tokens_longest=longest,
+        steps=steps,
+        rows_per_step=per_step,
+        base_bytes=(total - trainable) * width,
+        adapter_bytes=4 * trainable,
+        gradient_bytes=4 * trainable * vectors,
+        optimizer_bytes=8 * trainable,
+        activation_bytes=width * max(in_batch.values()) * activation_floats(config, c.activation_checkpointing),
+    )
+
+
+def activation_floats(config: Any, checkpointing: bool | None) -> int:
+    """Floats that autograd keeps per token of one batch (estimate): inputs of norms, projections and the MLP of each block.
+
+    Attention weights are not counted (sdpa keeps none); only one batch's graph lives at a time.
+    """
+    text = config.get_text_config()
+    h, layers = text.hidden_size, text.num_hidden_layers
+    inner = getattr(text, "intermediate_size", None) or 4 * h
+    heads = text.num_attention_heads
+    kv = (getattr(text, "num_key_value_heads", None) or heads) * (getattr(text, "head_dim", None) or h // heads)
+    block = int(1.1 * (6 * h + 2 * kv + 4 * inner))
+    return h * layers + block if checkpointing else layers * block
+
+
+__all__ = ["Plan", "Run", "evaluate", "plan", "prepare", "save_adapter", "train"]
