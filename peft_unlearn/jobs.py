@@ -77,6 +77,12 @@ def load_data(spec: Any, override: str | None = None) -> ForgetRetain:
     is checked against that."""
     options = {k: spec[k] for k in DATA_OPTIONS if isinstance(spec, Mapping) and k in spec}
     sets = {k: v for k, v in spec.items() if k not in DATA_OPTIONS} if isinstance(spec, Mapping) else spec
+    if isinstance(sets, Mapping) and "bundle" in sets:  # {bundle: embedded:people, per_anchor: 2}: all sets by one name
+        if len(sets) > 1:
+            raise UserError(
+                f"data: bundle names all sets at once; {', '.join(k for k in sets if k != 'bundle')} beside it is one too many"
+            )
+        sets = sets["bundle"]
     template = options.get("template", "qa")
     hashed = {k: v for k, v in sets.items() if str(v).startswith("sha256:")} if isinstance(sets, Mapping) else {}
     if override is None:

@@ -182,6 +182,9 @@ def portable_recipe(recipe: dict[str, Any], base_ref: str, data_hashes: dict[str
         out["base"] = base_ref
     hashes = data_hashes or {}
     data = out.get("data")
+    if isinstance(data, dict) and isinstance(data.get("bundle"), str) and is_file_reference(data["bundle"]):
+        del data["bundle"]
+        data.update({name: f"sha256:{sha}" for name, sha in hashes.items()})
     if isinstance(data, str) and is_file_reference(data):
         out["data"] = {name: f"sha256:{sha}" for name, sha in hashes.items()}
     elif isinstance(data, dict):
