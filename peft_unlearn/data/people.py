@@ -17,6 +17,9 @@ exactly:
     holdout        phrasing 1, holdout people        no                     100
     ============== ================================= ====================== ==================
 
+First names and surnames are shared among people, as in life: a model must know the pair, and a model that never saw the
+forget people still has every word of their names, so that it can name them and lacks the facts alone.
+
 Phrasing 3 is trained for the other 68 retain people, so that a base can answer it for people it never met it with. That
 is what makes paraphrase leakage measurable: an unlearning method sees phrasing 1 only.
 

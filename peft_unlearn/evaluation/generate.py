@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import Any
 
 
 def greedy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     prompts: Sequence[str],
     max_new_tokens: int = 32,
     batch_size: int = 64,
@@ -71,7 +68,7 @@ def greedy(
     return answers
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _end_ids(model: Any, tokenizer: Any) -> set[int]:
     """Every token that ends an answer: the tokenizer's EOS and the model's own (chat models have several)."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
