@@ -127,32 +127,40 @@ def _restore(flags: list[tuple[nn.Parameter, bool]], training: list[nn.Module]) 
         m.training = True
 
 
-_DROPOUT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_DROPOUT: weakref.WeakKeyDictionary[nn.Module, tuple[list[str], bool]] = weakref.WeakKeyDictionary()
 
 
 def _has_dropout(model: nn.Module) -> bool:
-    if model not in _DROPOUT:
-        _DROPOUT[model] = bool(dropouts(model))
-    return _DROPOUT[model]
+    adapters = list(model.peft_config)  # type: ignore[call-overload, arg-type]  # one added later may bring dropout
+    if model not in _DROPOUT or _DROPOUT[model][0] != adapters:
+        _DROPOUT[model] = adapters, bool(dropouts(model))
+    return _DROPOUT[model][1]
 
 
 def dropouts(model: nn.Module) -> list[str]:
     """Names of the modules that drop something in training mode."""
     out = []
     for name, m in model.named_modules():
-        by_attribute = any(
-            getattr(m, a, 0) for a in ("attention_dropout", "attn_dropout", "resid_dropout") if _number(m, a)
-        )
-        if (isinstance(m, nn.Dropout) and m.p > 0) or by_attribute:
+        # Many models call F.dropout with a rate kept as a plain attribute: attention_dropout, dropout, layerdrop, ..
+        by_attribute = any("drop" in k and isinstance(v, float) and v > 0 for k, v in vars(m).items())
+        if (isinstance(m, _DROPPING) and m.p > 0) or by_attribute:
             out.append(name)
     return out
 
 
-def _number(m: nn.Module, attribute: str) -> bool:
-    return isinstance(getattr(m, attribute, None), (int, float))
+_DROPPING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------
+
+
+def _first_order(what: str) -> None:
+    """Raise when a backward runs with create_graph. `once_differentiable` alone is silent under torch.autograd.grad, which
+    never visits its error node."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{what} can be differentiated once only (its gradient is formed in forward): create_graph=True is refused"
+        )
 
 
 class _FusedLogp(torch.autograd.Function):
@@ -181,8 +189,8 @@ class _FusedLogp(torch.autograd.Function):
         return logp
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        _first_order("logp")
         (grad,) = ctx.saved_tensors
         return grad_out[:, None] * grad, None, None, None
 
@@ -208,8 +216,8 @@ class _ChunkedMap(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        _first_order("map_logits")
         (grads,) = ctx.saved_tensors  # (n, k, hidden)
         weights = grad_out[:, None] if grad_out.ndim == 1 else grad_out
         if grads.shape[1] == 1:
