@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from .errors import UserError, nearest
 
-KINDS = ("objective", "rule", "smoothing", "averaging", "selection", "metric", "attack")
+KINDS = ("objective", "rule", "smoothing", "averaging", "step_size", "selection", "metric", "attack")
 NEEDS = {"logp", "ref_logp", "logits", "ref_logits", "hidden", "ref_hidden", "router", "ref_router", "alternate"}
 NEEDS |= {"generation", "perturbed", "twin"}  # of metrics
 _ROOMS = ("peft_unlearn.objectives", "peft_unlearn.gradients", "peft_unlearn.attribution", "peft_unlearn.evaluation")
@@ -85,7 +85,7 @@ class Param:
             if self.range is not None and not self.range.holds(value):
                 return f"{self.name}={value!r} is outside {self.range}"
             return None
-        wanted = {"bool": bool, "str": str, "list": (list, tuple)}.get(self.type)
+        wanted = {"bool": bool, "str": str, "list": (list, tuple), "int or str": (int, str)}.get(self.type)
         if wanted is not None and not isinstance(value, wanted):
             return f"{self.name} must be {self._wanted()}, not {value!r}"
         return None
@@ -140,7 +140,7 @@ class Method:
         return {p.name: hyper.get(p.name, p.default) for p in self.params.values()}
 
     def as_json(self) -> dict[str, Any]:
-        unit = self.unit if self.unit is None or isinstance(self.unit, str) else "function"
+        unit = self.unit if self.unit is None or isinstance(self.unit, str) else self.unit.__name__
         return {
             "name": self.name,
             "kind": self.kind,
@@ -167,10 +167,12 @@ def _param(name: str, annotation: Any, default: Any) -> Param:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         inner = [a for a in typing.get_args(annotation) if a is not type(None)]
         nullable = len(inner) < len(typing.get_args(annotation))
-        if len(inner) != 1:
+        if len(inner) != 1 and set(inner) != {int, str}:
             raise TypeError(f"hyper-parameter {name}: a union of several types has no schema")
         found = _param(name, inner[0], default)
         rng, choices, type_name = rng or found.range, found.choices, found.type
+        if len(inner) == 2:  # a layer: its number or its module's name
+            type_name = "int or str"
     elif typing.get_origin(annotation) is Literal:
         choices = typing.get_args(annotation)
         type_name = type(choices[0]).__name__
@@ -221,13 +223,15 @@ def objective(
     source: Source,
     needs: tuple[str, ...] = (),
     faithful: str = "verified",
+    alternates: str | None = None,
 ):
     """Register ``fn(p: Pass, *, hyper...) -> (n_units,)``: one unreduced value per unit, minimized.
 
-    unit: "token" (targets), "sequence" (rows with a target), "position" (unpadded tokens), or ``fn(batch) -> int``.
+    unit: "token" (targets), "sequence" (rows with a target), "position" (unpadded tokens), or ``fn(batch, hyper) -> int``.
+    alternates: where winner answers come from, if it reads any: "row" (field ``alternate``), "refusal", or "generated".
     Hyper-parameters are the keyword-only arguments.
     """
-    return _register("objective", name, unit=unit, source=source, needs=needs, faithful=faithful)
+    return _register("objective", name, unit=unit, source=source, needs=needs, faithful=faithful, alternates=alternates)
 
 
 def rule(name: str, *, source: Source, requires: tuple[str, ...] = (), faithful: str = "verified"):
@@ -244,6 +248,12 @@ def smoothing(name: str, *, source: Source, spaces: tuple[str, ...] = ("adapter"
 def averaging(name: str, *, source: Source, faithful: str = "verified"):
     """Register ``fn(theta: Vec, space, state, step, *, hyper...) -> Vec | None``."""
     return _register("averaging", name, source=source, faithful=faithful)
+
+
+def step_size(name: str, *, source: Source, faithful: str = "verified"):
+    """Register ``fn(loss, eta, *, hyper...) -> float``: a new learning rate from ``loss(xi)``, the retain loss after the
+    optimizer's own update at learning rate xi."""
+    return _register("step_size", name, source=source, faithful=faithful)
 
 
 def selection(name: str, *, source: Source, faithful: str = "verified"):

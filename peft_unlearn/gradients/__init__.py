@@ -1,5 +1,5 @@
-"""Named gradients of one optimizer step, and the rules that combine them."""
+"""Named gradients of one optimizer step: rules that combine them, smoothing, averaging, automatic learning rate."""
 
-from . import rules
+from . import average, rules, smooth, step_size
 
-__all__ = ["rules"]
+__all__ = ["average", "rules", "smooth", "step_size"]

@@ -55,10 +55,12 @@ class Step:
         return out | {f"cos/{k}": v for k, v in self.cosines.items()}
 
 
-def count_units(unit: str | Callable[..., int] | None, batch: Mapping[str, Any]) -> int:
+def count_units(
+    unit: str | Callable[..., int] | None, batch: Mapping[str, Any], hyper: Mapping[str, Any] | None = None
+) -> int:
     """How many values an objective of that unit returns for a batch."""
     if callable(unit):
-        return unit(batch)
+        return unit(batch, hyper or {})
     targets = batch["labels"][:, 1:] != -100
     if unit == "token":
         return int(targets.sum())
@@ -126,7 +128,7 @@ class Window:
         Raises:
             UserError: a term has no unit in the whole window.
         """
-        local = [sum(count_units(t.objective.unit, mb[t.batch]) for mb in window) for t in self.terms]
+        local = [sum(count_units(t.objective.unit, mb[t.batch], t.hyper) for mb in window) for t in self.terms]
         total = torch.tensor(local, dtype=torch.float64, device=self.space.params[0].device)
         if self.reduce is not None:
             self.reduce(total)

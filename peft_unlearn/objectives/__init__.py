@@ -1,5 +1,5 @@
 """Forget and retain losses. One function each: ``fn(p: Pass, *, hyper...) -> (n_units,)``, unreduced, minimized."""
 
-from . import distillation, likelihood, preference
+from . import distillation, entropy, likelihood, preference, representation
 
-__all__ = ["distillation", "likelihood", "preference"]
+__all__ = ["distillation", "entropy", "likelihood", "preference", "representation"]

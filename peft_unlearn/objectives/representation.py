@@ -1,0 +1,55 @@
+"""Losses on hidden states. The forward ends after the layer they look at."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from ..forward import Pass
+from ..registry import Range, Source, objective
+
+_RMU = Source(
+    "The WMDP Benchmark: Measuring and Reducing Malicious Use (RMU)", "https://arxiv.org/abs/2403.03218", 2024
+)
+_GEFFECT = Source(
+    "Rethinking LLM Unlearning Objectives: A Gradient Perspective", "https://arxiv.org/abs/2502.19301", 2025
+)
+
+
+def _per_sequence(p: Pass, x: Tensor) -> Tensor:
+    """Mean over target positions of each row that has one: (batch, seq) -> (rows,)."""
+    mask = p.labels != -100
+    return ((x * mask).sum(1) / mask.sum(1).clamp_min(1))[p.mask.any(1)]
+
+
+def steering_vector(size: int, seed: int) -> Tensor:
+    """RMU's direction: uniform on [0, 1)^size, scaled to unit length, (size,)."""
+    u = torch.rand(size, generator=torch.Generator().manual_seed(seed))
+    return u / u.norm()
+
+
+@objective("rmu", unit="sequence", needs=("hidden",), source=_RMU)
+def rmu(
+    p: Pass,
+    *,
+    layer: int | str,
+    coeff: Annotated[float, Range(0, None)] = 2.0,
+    seed: Annotated[int, Range(0, None)] = 0,
+) -> Tensor:
+    """Misdirection: mean over target tokens and features of (h_layer - coeff * u)^2, (rows,); u is a fixed unit vector.
+
+    Put adapters on `layer` and below only: nothing above it is reached. coeff is compared with the hidden state's own
+    norm, which differs between models and layers.
+    """
+    h = p.hidden(layer).float()  # (batch, seq, hidden)
+    target = coeff * steering_vector(h.shape[-1], seed).to(h)
+    return _per_sequence(p, (h - target).square().mean(-1))
+
+
+@objective("representation_retention", unit="sequence", needs=("hidden", "ref_hidden"), source=_GEFFECT)
+def representation_retention(p: Pass, *, layer: int | str) -> Tensor:
+    """Mean over target tokens and features of (h_layer - h_layer of the reference)^2, (rows,): RMU's retain loss."""
+    h, ref = p.hidden(layer).float(), p.hidden(layer, reference=True).float()
+    return _per_sequence(p, (h - ref).square().mean(-1))
