@@ -1,0 +1,157 @@
+"""The demo's report: one picture and one HTML file that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from . import table
+
+FORGET, RETAIN, TWIN, BASE = "#c8452d", "#2a6f97", "#3c8d5a", "#6b6b6b"
+
+
+def picture(curve: Sequence[Mapping[str, float]], base: Mapping[str, float], twin: Mapping[str, float]) -> bytes:
+    """PNG of forgetting against retaining: over the steps on the left, as a path in the plane on the right.
+
+    Args:
+        curve: one mapping per evaluation: step, forget, retain (value accuracies), in order of steps; `kept` marks the one that
+            was saved. base, twin: forget and retain of the base (step 0) and of the retain-only twin.
+    """
+    from matplotlib.figure import Figure  # the object, not pyplot: no backend is chosen and none is changed
+    from matplotlib.ticker import PercentFormatter
+
+    steps = [0, *(c["step"] for c in curve)]
+    forget = [base["forget"], *(c["forget"] for c in curve)]
+    retain = [base["retain"], *(c["retain"] for c in curve)]
+    kept = next((c for c in curve if c.get("kept")), None)
+    figure = Figure(figsize=(11, 4.4), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
+    left.plot(steps, retain, color=RETAIN, marker="s", ms=4, lw=2, label="retain set (90 people)")
+    left.plot(steps, forget, color=FORGET, marker="o", ms=4, lw=2, label="forget set (10 people)")
+    left.axhline(twin["retain"], color=RETAIN, ls=":", lw=1.2)
+    left.axhline(twin["forget"], color=FORGET, ls=":", lw=1.2)
+    left.plot([], [], color=BASE, ls=":", lw=1.2, label="retain-only twin, same colors")
+    if kept:
+        left.axvline(kept["step"], color="#bbbbbb", lw=1, zorder=0)
+        left.annotate(
+            "saved", (kept["step"], 0.5), xytext=(-4, 0), textcoords="offset points", ha="right", color="#666666"
+        )
+    left.set(xlabel="step", ylabel="answers that name the right value", ylim=(-0.04, 1.08))
+    left.set_title("Forgetting and retaining over the steps", loc="left", fontsize=11)
+    left.legend(loc="center", frameon=False, fontsize=9)
+
+    right.plot(forget, retain, color="#999999", lw=1.3, marker=".", ms=5, zorder=2)
+    end = (kept["forget"], kept["retain"]) if kept else (forget[-1], retain[-1])
+    right.scatter(*end, s=110, color=FORGET, zorder=4, label="with the adapter")
+    right.scatter(base["forget"], base["retain"], s=110, color=BASE, marker="D", zorder=3, label="base (step 0)")
+    right.scatter(
+        twin["forget"], twin["retain"], s=190, facecolor="none", edgecolor=TWIN, lw=2.2, marker="o", zorder=5,
+        label="retain-only twin",
+    )  # fmt: skip
+    low = min(0.9, *retain)
+    right.set(xlabel="forget set: right answers", ylabel="retain set: right answers", xlim=(-0.06, 1.06))
+    right.set_ylim(low - 0.08 * (1.04 - low), 1.04)
+    right.set_title("Where it goes: up is keeping, left is forgetting", loc="left", fontsize=11)
+    right.legend(loc="lower center", frameon=False, fontsize=9)
+    for axes in (left, right):
+        axes.grid(color="#eeeeee", zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+img { width: 100%; height: auto; } code, pre { font: .86rem/1.45 ui-monospace, monospace; }
+pre { background: #f5f5f3; padding: .7rem .9rem; overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; } td, th { padding: .22rem .9rem .22rem 0; text-align: right;
+vertical-align: top; font-variant-numeric: tabular-nums; } td:first-child, th:first-child { text-align: left; }
+tr.head td { font-weight: 600; padding-top: .9rem; border-bottom: 1px solid #ccc; }
+table.said td, table.said th { text-align: left; padding-bottom: .6rem; } .said td:first-child { color: #666; }
+.lead { color: #555; margin-top: 0; } .note { color: #666; font-size: .9rem; } .good { color: #2f7d4b; font-weight: 600; }
+.bad { color: #c8452d; font-weight: 600; }
+"""
+
+
+def numbers(report: table.Report) -> str:
+    """The table of `table.show` as HTML."""
+    heads = list(table.subjects(report).values())
+    n, first = table.counts(report), True
+    lines = ["<table>", "<tr><th>set (rows)</th>" + "".join(f"<th>{escape(h)}</th>" for h in heads) + "</tr>"]
+    for title, rows in table.blocks(report):
+        lines.append(f'<tr class="head"><td colspan="{len(heads) + 1}">{escape(title)}</td></tr>')
+        for name, values in rows:
+            label = f"{name} ({n[name]})" if first and name in n else name
+            cells = "".join(f"<td>{table.number(v)}</td>" for v in values)
+            lines.append(f"<tr><td>{escape(label)}</td>{cells}</tr>")
+        first = False
+    lines.append("</table>")
+    lines += [f'<p class="note">{table.DASH} {escape(why)}</p>' for why in table.reasons(report)]
+    return "\n".join(lines)
+
+
+def samples_table(samples: Sequence[Mapping[str, str]]) -> str:
+    """Questions with answers before and after, as HTML; every text is escaped."""
+    lines = ['<table class="said">', "<tr><th></th><th>question</th><th>base</th><th>with adapter</th></tr>"]
+    for s in samples:
+        cells = "".join(f"<td>{escape(s[k])}</td>" for k in ("kind", "question", "before", "after"))
+        lines.append(f"<tr>{cells}</tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def verdict(ok: bool, text: str) -> str:
+    return f'<li><span class="{"good" if ok else "bad"}">{"yes" if ok else "no"}</span>: {escape(text)}</li>'
+
+
+def page(
+    report: table.Report,
+    samples: Sequence[Mapping[str, str]],
+    checks: Sequence[tuple[bool, str]],
+    removal: str,
+    recipe: str,
+    conditions: Sequence[str],
+    png: bytes,
+) -> str:
+    """The whole report as one HTML document that loads nothing.
+
+    checks: (held, what was checked). removal: the proof's own words. recipe: YAML. conditions: sentences on what the
+    numbers mean and what they do not.
+    """
+    image = base64.b64encode(png).decode("ascii")
+    body = [
+        "<h1>Forgetting ten people</h1>",
+        '<p class="lead">A small language model knows a hundred invented people. A forget adapter makes it lose ten of them and '
+        "keep ninety; the base model's own weights never change.</p>",
+        f'<img alt="Right answers on the forget and on the retain set over the steps" src="data:image/png;base64,{image}">',
+        "<h2>What it says now</h2>",
+        samples_table(samples),
+        "<h2>Numbers</h2>",
+        numbers(report),
+        "<h2>What was checked</h2>",
+        "<ul>",
+        *(verdict(ok, text) for ok, text in checks),
+        "</ul>",
+        "<h2>Taken off again</h2>",
+        f"<pre>{escape(removal)}</pre>",
+        "<h2>What these numbers mean</h2>",
+        *(f"<p>{escape(c)}</p>" for c in conditions),
+        "<h2>The recipe</h2>",
+        f"<pre>{escape(recipe)}</pre>",
+    ]
+    head = f'<meta charset="utf-8"><title>peft-unlearn demo</title><style>{_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body>\n</html>\n"
+
+
+def write(path: Path, html: str) -> None:
+    """Write the page whole: a reader never sees half of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(html, encoding="utf-8")
+    part.replace(path)
