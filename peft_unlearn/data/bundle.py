@@ -84,6 +84,7 @@ class ForgetRetain:
     @classmethod
     def _from_embedded(cls, spec: str, template: str) -> ForgetRetain:
         name, options = embedded.parse(spec)
+        options = {"seed": 0, **options}  # what a manifest names says its seed
         found = embedded.rows(spec)
         # Retaining only people would leave everything else the base knows unguarded: the general questions go in too.
         retain = found["retain"] + found["general"]

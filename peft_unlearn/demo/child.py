@@ -18,7 +18,7 @@ from typing import Any
 
 OURS = "peft_unlearn"
 
-_SCRIPT = r'''
+_SCRIPT = r"""
 import importlib, importlib.metadata, importlib.util, json, sys
 site, request, answer = sys.argv[1:4]
 sys.path.append(site)
@@ -51,7 +51,7 @@ foreign = sorted(m for m in sys.modules if m.partition(".")[0] == "peft_unlearn"
 assert not foreign, foreign
 with open(answer, "w", encoding="utf-8") as f:
     json.dump({"logits": logits, "peft": importlib.metadata.version("peft")}, f)
-'''
+"""
 
 
 def run(base: Path, adapter: Path, prompts: list[str]) -> dict[str, Any]:
@@ -97,7 +97,9 @@ def link_site(site: Path) -> None:
             try:
                 target.symlink_to(entry.resolve(), target_is_directory=entry.is_dir())
             except OSError as e:  # a system without links for plain users
-                raise RuntimeError(f"links cannot be made here ({e}), so no process without {OURS} can be set up") from e
+                raise RuntimeError(
+                    f"links cannot be made here ({e}), so no process without {OURS} can be set up"
+                ) from e
 
 
 def _installed() -> list[Path]:

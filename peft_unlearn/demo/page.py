@@ -7,7 +7,6 @@ import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from . import table
 
@@ -147,7 +146,9 @@ def page(
         f"<pre>{escape(recipe)}</pre>",
     ]
     head = f'<meta charset="utf-8"><title>peft-unlearn demo</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body>\n</html>\n"
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body>\n</html>\n"
+    )
 
 
 def write(path: Path, html: str) -> None:

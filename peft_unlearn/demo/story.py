@@ -26,7 +26,12 @@ TOLERANCE = 1e-4
 
 
 def tell(
-    out: str | Path, seed: int = 0, *, recipe: Mapping[str, Any] | None = None, n: int | None = None, show: bool | None = None
+    out: str | Path,
+    seed: int = 0,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    n: int | None = None,
+    show: bool | None = None,
 ) -> dict[str, Any]:
     """Run the demo into folder `out`: adapter/, merged/, picture.png, report.html. Running it again replaces them.
 
@@ -79,7 +84,11 @@ def tell(
         with chapter("remove", "taking the adapter off and comparing what is left with the base's files"):
             removal = _remove(out / ADAPTER)
         curve = watch.curve(folder.manifest.method.get("best_step"))
-        checks = [elsewhere.pop("held"), merged.pop("held"), (removal.ok, "after removal every tensor is the base's, bit for bit")]
+        checks = [
+            elsewhere.pop("held"),
+            merged.pop("held"),
+            (removal.ok, "after removal every tensor is the base's, bit for bit"),
+        ]
         png = page.picture(curve, _point(report, "base"), _point(report, "retain_only"))
         (out / PICTURE).write_bytes(png)
         seconds["total"] = round(time.perf_counter() - started, 1)
@@ -241,7 +250,12 @@ def bounds(report: table.Report) -> dict[str, Any]:
     for name, share in AT_LEAST.items():
         value, own = found.get(f"{name}/value_accuracy"), base.get(f"{name}/value_accuracy")
         part = None if value is None or not own else value / own
-        out[name] = {"value": value, "share_of_base": part, "at_least": share, "met": part is not None and part >= share}
+        out[name] = {
+            "value": value,
+            "share_of_base": part,
+            "at_least": share,
+            "met": part is not None and part >= share,
+        }
     return out
 
 
@@ -271,12 +285,17 @@ def conditions(report: table.Report, seconds: Mapping[str, float], seed: int, ro
         "was trained from nothing without the ten people: what forgetting perfectly would give.",
     ]
     if missed:
-        out.append(f"Aims missed in this run: {', '.join(missed)} (forget sets at most {AT_MOST:g}; retain sets against the base).")
+        out.append(
+            f"Aims missed in this run: {', '.join(missed)} (forget sets at most {AT_MOST:g}; retain sets against the base)."
+        )
     if p is not None:
         text = f"Forget quality, the p of a Kolmogorov-Smirnov test against one twin, is {table.number(p)} (base {table.number(base_p)})."
         if spread := twin_spread():
             others = ", ".join(table.number(x) for x in spread["p"])
-            text += f" {len(spread['p'])} other twins, which differ by their seed alone, give {others} against the same twin: p moves that much by chance."
+            text += (
+                f" {len(spread['p'])} other twins, which differ by their seed alone, give {others} against the same twin: "
+                "p moves that much by chance."
+            )
         out.append(text + " It needs the retain-only model, which outside of demonstrations nobody has.")
     out.append(
         "The adapter suppresses: the knowledge is still in the base model's weights, as taking it off shows, and fine-tuning or other "
@@ -305,12 +324,17 @@ def _print(report: Any, samples: Any, checks: Any, result: Mapping[str, Any], ou
         said.add_row(s["kind"], *(escape(s[k]) for k in ("question", "before", "after")))
     console.print(said)
     for held, what in checks:
-        console.print(f"[{'green' if held else 'bold red'}]{'yes' if held else 'NO'}[/]  {escape(what)}", highlight=False)
+        console.print(
+            f"[{'green' if held else 'bold red'}]{'yes' if held else 'NO'}[/]  {escape(what)}", highlight=False
+        )
     missed = [name for name, b in result["met"].items() if not b["met"]]
     if missed:
         console.print(f"[bold red]NO[/]  all aims met: missed {', '.join(missed)}", highlight=False)
     else:
-        console.print("[green]yes[/]  forgotten in every phrasing, retained in every phrasing (bounds in report.html)", highlight=False)
+        console.print(
+            "[green]yes[/]  forgotten in every phrasing, retained in every phrasing (bounds in report.html)",
+            highlight=False,
+        )
     console.print(f"\nLook at {out / PAGE}; the adapter is {out / ADAPTER}", highlight=False)
 
 

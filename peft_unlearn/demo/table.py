@@ -60,7 +60,9 @@ def blocks(report: Report) -> list[tuple[str, list[tuple[str, list[float | None]
     for metric, title in METRICS.items():
         if rows := [(s, [values[x].get(f"{s}/{metric}") for x in shown]) for s in sets(report, metric)]:
             out.append((title, rows))
-    whole = [(title, [values[x].get(k) for x in shown]) for k, title in WHOLE.items() if any(k in values[x] for x in shown)]
+    whole = [
+        (title, [values[x].get(k) for x in shown]) for k, title in WHOLE.items() if any(k in values[x] for x in shown)
+    ]
     return [*out, ("the suite as a whole", whole)] if whole else out
 
 
@@ -74,7 +76,10 @@ def reasons(report: Report) -> list[str]:
             if value is None and key in wanted:
                 why = (report["details"].get(subject, {}).get(key) or {}).get("reason") or "no reason is given"
                 found.setdefault(why, []).append(f"{heading} {key}")
-    out = [f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}: {why}" for why, keys in found.items()]
+    out = [
+        f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}: {why}"
+        for why, keys in found.items()
+    ]
     absent = [_SUBJECTS.get(s, s) for s, v in report["subjects"].items() if not v]
     return out + [f"{name}: {_absent(report, name)}" for name in absent]
 
@@ -191,9 +196,13 @@ def show_plan(plan: Plan, console: Any = None) -> None:
     table.add_column(overflow="fold")
     share = 100 * plan.trainable / max(1, plan.base_parameters)
     table.add_row("base", f"{plan.base_parameters:,} parameters, never changed")
-    table.add_row("trained", f"{plan.trainable:,} parameters ({share:.2f} % of the base) in {len(plan.adapted)} modules")
+    table.add_row(
+        "trained", f"{plan.trainable:,} parameters ({share:.2f} % of the base) in {len(plan.adapted)} modules"
+    )
     table.add_row("adapted", ", ".join(_leaves(plan.adapted)))
-    table.add_row("rows", ", ".join(f"{s} {n:,} (longest {plan.tokens_longest[s]} tokens)" for s, n in plan.rows.items()))
+    table.add_row(
+        "rows", ", ".join(f"{s} {n:,} (longest {plan.tokens_longest[s]} tokens)" for s, n in plan.rows.items())
+    )
     table.add_row("run", f"{plan.steps:,} steps of {plan.rows_per_step:,} anchor rows")
     table.add_section()
     table.add_row("base in memory", size(plan.base_bytes))

@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, TABLE = Path(__import__("os").environ.get("SEARCH_JSON", ROOT / "docs" / "search.json")), ROOT / "docs" / "search.md"
+RESULTS, TABLE = (
+    Path(__import__("os").environ.get("SEARCH_JSON", ROOT / "docs" / "search.json")),
+    ROOT / "docs" / "search.md",
+)
 
 START: dict[str, Any] = {
     "base": "embedded:people",
