@@ -3,7 +3,7 @@ shown at once, before any model is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,7 +17,7 @@ from .gradients.window import Term
 WORK = ".work"
 RESERVED = ("weight", "batch")
 BATCH_OF = {"constraint": "retain"}  # gradient names that read another set's batch unless told otherwise
-_LATER = {"smoothing": "smoothing", "selection": "selection", "step_size": "step_size", "averaging": "averaging"}
+METHODS = ("rule", "smoothing", "step_size", "averaging")  # recipe keys that name a registered method
 _DEFAULT_TERMS = {"forget": {"npo": {"beta": 0.1}}, "retain": {"nll": {"weight": 5.0}}}
 
 
@@ -30,7 +30,11 @@ class UnlearnConfig(TrainingArguments):
     Args:
         terms: ``{gradient: {objective: {hyper.., weight, batch}}}``; the key is the gradient's name and, unless `batch` says
             otherwise, the set it reads.
-        rule: how gradients combine: a name or ``{name: {hyper..}}``.
+        rule: how gradients combine: a name or ``{name: {hyper..}}``; `scope` among the hyper-parameters makes it work per "layer" or per
+            "tensor" instead of on all parameters as one vector ("global").
+        smoothing: of the gradient named forget: a name or ``{name: {hyper.., space: adapter | base}}``.
+        step_size: automatic learning rate, e.g. ``gen``. Wants a constant schedule and a retain term.
+        averaging: of the adapter, e.g. ``{wa: {start: 100}}``; the average is what training returns.
         reference: before | base | adapter:<name> | precomputed (reference log-probs of the data computed once).
         anchor: the set walked through once per epoch; `per_anchor` rows of every other set join each of its rows.
         max_length: tokens per row; `on_overflow` says what happens beyond: error | truncate | chunk.
@@ -39,6 +43,9 @@ class UnlearnConfig(TrainingArguments):
 
     terms: dict[str, Any] | None = None
     rule: Any = "sum"
+    smoothing: Any = None
+    step_size: Any = None
+    averaging: Any = None
     reference: str = "before"
     anchor: str = "forget"
     per_anchor: int = 1
@@ -52,7 +59,7 @@ class UnlearnConfig(TrainingArguments):
     lr_scheduler_type: Any = "constant"
     remove_unused_columns: bool | None = False  # batches are nested
     logging_nan_inf_filter: bool = False  # the default hides NaN losses
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = None  # type: ignore[assignment]  # 1; 0 with rules that set the norm themselves
     logging_steps: float = 10
     report_to: Any = "none"
     label_names: list[str] | None = field(default_factory=list)
@@ -67,22 +74,53 @@ class UnlearnConfig(TrainingArguments):
         if self.activation_checkpointing:
             given: Any = self.activation_checkpointing_kwargs or {}
             self.activation_checkpointing_kwargs = {"use_reentrant": False, **given}
+        errors = Errors()
+        self.terms = self.terms or dict(_DEFAULT_TERMS)
+        self.term_list = parse_terms(self.terms, errors)
+        self.rule_method, options = parse_method("rule", self.rule, errors, scope=("global", "layer", "tensor"))
+        self.scope: str = options.get("scope", "global")
+        self.smoothing_method, options = parse_method("smoothing", self.smoothing, errors, space=("adapter", "base"))
+        self.smoothing_space: str = options.get("space", "adapter")
+        self.step_size_method, _ = parse_method("step_size", self.step_size, errors)
+        self.averaging_method, _ = parse_method("averaging", self.averaging, errors)
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0 if _sets_norm(self.rule_method) else 1.0
         super().__post_init__()
         self.adapter_dir = (self.output_dir or "out").removesuffix(WORK).rstrip("/")
         self.output_dir = self.adapter_dir + WORK
-        self.terms = self.terms or dict(_DEFAULT_TERMS)
-        errors = Errors()
-        self.term_list = parse_terms(self.terms, errors)
-        self.rule_method = parse_method("rule", self.rule, errors)
         self._check(errors)
         errors.raise_if_any("configuration")
 
     def _check(self, errors: Errors) -> None:
+        have = {t.gradient for t in self.term_list}
         if self.rule_method is not None:
-            have = {t.gradient for t in self.term_list}
+            if self.rule_method[0].name == "gru" and not have & {"constraint", "retain"}:
+                errors.add("rule 'gru' needs a gradient named constraint or retain, and no term has it")
             if missing := [n for n in self.rule_method[0].extra.get("requires", ()) if n not in have]:
                 errors.add(
                     f"rule {self.rule_method[0].name!r} needs the gradient {', '.join(missing)}, and no term has it"
+                )
+        if self.smoothing_method is not None:
+            method = self.smoothing_method[0]
+            if "forget" not in have:
+                errors.add(f"smoothing {method.name!r} works on the gradient named forget, and no term has it")
+            if self.smoothing_space not in method.extra["spaces"]:
+                errors.add(f"smoothing {method.name!r} works in space {', '.join(method.extra['spaces'])} only")
+        if self.step_size_method is not None:
+            if "retain" not in have:
+                errors.add("step_size fits the retain loss, and no term is named retain")
+            if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "constant" or self.warmup_steps:
+                errors.add(
+                    "step_size sets the learning rate itself: lr_scheduler_type must be constant, warmup_steps 0"
+                )
+        if self.averaging_method is not None and self.load_best_model_at_end:
+            errors.add("averaging and keep_best (load_best_model_at_end) both replace the last iterate; choose one")
+        for batch, kinds in alternates_of(self.term_list).items():
+            if len(kinds) > 1:
+                errors.add(f"terms: the {batch} batch would need several winner answers ({', '.join(sorted(kinds))})")
+            if self.on_overflow == "chunk":
+                errors.add(
+                    "on_overflow=chunk cuts rows apart, and winner answers need whole ones; use truncate or error"
                 )
         check_reference(self.reference, self.term_list, errors)
         for name, allowed in (("anchor", ("forget", "retain")), ("on_overflow", ("error", "truncate", "chunk"))):
@@ -138,25 +176,50 @@ def parse_terms(spec: Mapping[str, Any], errors: Errors) -> list[Term]:
     return out
 
 
-def parse_method(kind: str, spec: Any, errors: Errors) -> tuple[registry.Method, dict[str, Any]] | None:
-    """(method, hyper-parameters) of ``name`` or ``{name: {hyper..}}``; complaints go to `errors`."""
+def _sets_norm(rule: tuple[registry.Method, Mapping[str, Any]] | None) -> bool:
+    """Whether a rule decides on its update's norm, so that clipping would undo it."""
+    return rule is not None and (rule[0].name == "ngdiff" or (rule[0].name == "gru" and rule[1]["tau"] is not None))
+
+
+def alternates_of(terms: Sequence[Term]) -> dict[str, set[str]]:
+    """Batch name -> kinds of winner answers its objectives read."""
+    out: dict[str, set[str]] = {}
+    for t in terms:
+        if kind := t.objective.extra.get("alternates"):
+            out.setdefault(t.batch, set()).add(kind)
+    return out
+
+
+def parse_method(
+    kind: str, spec: Any, errors: Errors, **options: tuple[str, ...]
+) -> tuple[tuple[registry.Method, dict[str, Any]] | None, dict[str, Any]]:
+    """((method, hyper-parameters) or None, engine options) of ``name`` or ``{name: {hyper..}}``; complaints go to `errors`.
+
+    options: names among the hyper-parameters that are the engine's business, with their choices.
+    """
     if spec is None:
-        return None
+        return None, {}
     if isinstance(spec, str):
         spec = {spec: {}}
     if not isinstance(spec, Mapping) or len(spec) != 1:
         errors.add(f"{kind}: give one name, or {{name: {{hyper-parameters}}}}; got {spec!r}")
-        return None
+        return None, {}
     ((name, hyper),) = spec.items()
     try:
         method = registry.get(kind, name)
     except UserError as e:
         errors.add(str(e))
-        return None
-    wrong = method.check(hyper or {})
+        return None, {}
+    hyper = dict(hyper or {})
+    mine = {k: hyper.pop(k) for k in options if k in hyper}
+    for k, v in mine.items():
+        if v not in options[k]:
+            errors.add(f"{kind} {method.name!r}: {k}={v!r} is not one of {', '.join(options[k])}")
+            return None, {}
+    wrong = method.check(hyper)
     for w in wrong:
         errors.add(w)
-    return None if wrong else (method, method.resolve(hyper or {}))
+    return (None if wrong else (method, method.resolve(hyper))), mine
 
 
 def check_reference(mode: str, terms: list[Term], errors: Errors) -> None:
@@ -190,9 +253,8 @@ def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
     train = dict(recipe.get("train") or {})
     data = recipe.get("data")
     options = {k: data[k] for k in DATA_OPTIONS if isinstance(data, Mapping) and k in data}
-    for key in _LATER:
-        if recipe.get(key) is not None and key not in known:
-            errors.add(f"{key} is not available in this version")
+    if recipe.get("selection") is not None:
+        errors.add("selection is not available in this version")
     if "terms" not in recipe:
         errors.add("terms are missing: say what is forgotten and kept, e.g. {forget: {npo: {}}, retain: {nll: {}}}")
     options.pop("template", None)
@@ -201,11 +263,7 @@ def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
     for key in train:
         if key not in known:
             errors.add(f"train: TrainingArguments has no {key!r}.{nearest(str(key), known)}")
-    top = {
-        k: recipe[k]
-        for k in ("terms", "rule", "reference", "seed", *_LATER)
-        if recipe.get(k) is not None and k in known
-    }
+    top = {k: recipe[k] for k in ("terms", "reference", "seed", *METHODS) if recipe.get(k) is not None}
     clean = {k: v for k, v in train.items() if k in known}
     try:
         config = UnlearnConfig(output_dir=output_dir, **{**clean, **options, **top})

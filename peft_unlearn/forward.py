@@ -329,6 +329,8 @@ class Pass:
             (batch, seq-1) cached, and ``alternate``, a batch of winner answers.
         layers: the layers whose hidden states will be asked for (blocks by number, or module names).
         stop: end the forward after the deepest of `layers` (nothing beyond is needed).
+        reference_cache: filled with what the reference model said about this batch, and read from when it is filled: for several
+            passes over one batch whose reference must not move with the parameters.
     """
 
     def __init__(
@@ -339,6 +341,7 @@ class Pass:
         reference: Reference | None = None,
         layers: Sequence[int | str] = (),
         stop: bool = False,
+        reference_cache: dict[str, dict[Any, Tensor]] | None = None,
     ) -> None:
         self.model, self.batch, self.reference = model, batch, reference
         self.input_ids: Tensor = batch["input_ids"]
@@ -349,6 +352,7 @@ class Pass:
         self._layers, self._stop = list(dict.fromkeys(layers)), stop
         self._head = _Head(model)
         self._seen: dict[bool, dict[Any, Tensor]] = {}
+        self._reference_cache = reference_cache
         self._cache: dict[str, Tensor] = {}
         self._alternate: Pass | None = None
 
@@ -407,7 +411,13 @@ class Pass:
         if self._alternate is None:
             if "alternate" not in self.batch:
                 raise UserError("this objective compares with winner answers, and the batch has none")
-            self._alternate = Pass(self.model, self.batch["alternate"], reference=self.reference)
+            cache = None if self._reference_cache is None else self._reference_cache.setdefault("alternate", {})
+            self._alternate = Pass(
+                self.model,
+                self.batch["alternate"],
+                reference=self.reference,
+                reference_cache=None if cache is None else {"own": cache},
+            )
         return self._alternate
 
     # shapes -------------------------------------------------------------------------------------------------------
@@ -424,6 +434,14 @@ class Pass:
     def lengths(self) -> Tensor:
         """Targets per row that has one, (rows,) float32."""
         return self.mask.sum(1)[self.mask.any(1)].float()
+
+    def see_reference(self) -> None:
+        """Run the reference model now, so that `reference_cache` holds it before the parameters move."""
+        self._run(True)
+        if not self._stop:
+            self._head_input(True)
+        if "alternate" in self.batch and self._reference_cache is not None:
+            self.alternate.see_reference()
 
     # running the model --------------------------------------------------------------------------------------------
 
@@ -447,6 +465,11 @@ class Pass:
         if reference in self._seen:
             return self._seen[reference]
         seen: dict[Any, Tensor] = {}
+        if reference and self._reference_cache is not None:
+            seen = self._reference_cache.setdefault("own", {})
+            if seen:
+                self._seen[True] = seen
+                return seen
         wanted = len(self._layers)
 
         def take_head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

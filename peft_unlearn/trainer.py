@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from .adapt import describe, get_forget_model, refuse_base
-from .config import UnlearnConfig, reference_of
+from .config import UnlearnConfig, alternates_of, reference_of
+from .data.alternates import add_alternates
 from .data.bundle import ForgetRetain
 from .data.collate import PairedRows, StreamSampler, collate, pad
 from .errors import UserError
 from .forward import Pass, dropouts
-from .gradients.vector import Space
+from .gradients.step_size import peeked_update
+from .gradients.vector import Space, Vec
 from .gradients.window import Step, Window
 
 STATE = "unlearn_state.pt"  # written last into a checkpoint: its presence means that the checkpoint is whole
@@ -75,9 +77,13 @@ class UnlearnTrainer(Trainer):
             raise UserError("the model already has an adapter and a peft_config was given too; pass one of them")
         pad_id = processing_class.pad_token_id
         self._pad_id = pad_id if pad_id is not None else (processing_class.eos_token_id or 0)
-        sets = {
-            name: self.data.encode(name, processing_class, args.max_length, args.on_overflow) for name in sorted(needed)
-        }
+        if dropped := dropouts(model):
+            exact = {"smoothing": args.smoothing, "step_size": args.step_size, "reference: precomputed": args.reference}
+            for what in [k for k, v in exact.items() if v == "precomputed" or (v and k != "reference: precomputed")]:
+                raise UserError(
+                    f"{what} needs the same forward twice, and {dropped[0]} drops at random; set dropout to 0"
+                )
+        sets = {name: self._encode(name, processing_class, args) for name in sorted(needed)}
         self.score = score
         self.trained_adapter = _trained_adapter(model)
         self._reference = reference_of(args.reference, self.trained_adapter)
@@ -97,6 +103,19 @@ class UnlearnTrainer(Trainer):
         self._pending: list[Any] = []
         self._sums: dict[str, list[float]] = defaultdict(list)
         self._restored: dict[str, Any] | None = None
+        self.average_state: dict[str, Any] = {}
+        if args.step_size_method is not None or args.averaging_method is not None:
+            self.add_callback(_EngineHooks(self))
+
+    def _encode(self, name: str, tokenizer: Any, args: UnlearnConfig) -> list[dict[str, Any]]:
+        """Token rows of one set, with their winner answers where an objective reads them."""
+        rows = self.data.encode(name, tokenizer, args.max_length, args.on_overflow)
+        for kind in alternates_of(args.term_list).get(name, ()):
+            winners = add_alternates(getattr(self.data, name), kind, args.seed, name)
+            encoded = self.data.encode(name, tokenizer, args.max_length, args.on_overflow, rows=winners)
+            for row, winner in zip(rows, encoded, strict=True):
+                row["alternate"] = winner
+        return rows
 
     # --- data ------------------------------------------------------------------------------------------------------
 
@@ -126,6 +145,9 @@ class UnlearnTrainer(Trainer):
             # Own file, own trust: written by this class, tensors and plain values only.
             self._restored = torch.load(Path(resume_from_checkpoint, STATE), weights_only=True)
         out = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if "averaged" in self.average_state:
+            averaged = [t.to(p.device) for t, p in zip(self.average_state["averaged"], space.params, strict=True)]
+            space.write(Vec(averaged))
         if self.state.global_step and not resume_from_checkpoint:
             self._check_changed(groups, space.names, before, _checksums(space))
         return out
@@ -139,6 +161,7 @@ class UnlearnTrainer(Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=device)
         window, self._pending = self._pending, []
+        self.last_window = window if self.config.step_size_method else None
         try:
             with self.accelerator.autocast():
                 step = self.window.step(window)
@@ -148,6 +171,7 @@ class UnlearnTrainer(Trainer):
             self._check_reached(step)
         for p, t in zip(self.window.space.params, step.update.tensors, strict=True):
             p.grad = t.to(p.dtype)
+        self.last_step = step
         for key, value in step.logs().items():
             self._sums[key].append(value)
         return torch.tensor(sum(step.values.values()), device=device, dtype=torch.float32)
@@ -158,11 +182,16 @@ class UnlearnTrainer(Trainer):
             self.bare,
             self.config.term_list,
             self.config.rule_method,
+            scope=self.config.scope,
+            smoothing=self.config.smoothing_method,
+            space=self.config.smoothing_space,
             reference=self._reference,
             reduce=_all_reduce if self.args.world_size > 1 else None,
+            seed=self.config.seed,
         )
         if self._restored is not None:
-            window.state = self._restored["window"]
+            window.load_state_dict(self._restored["window"])
+            self.average_state = self._restored["average"]
         return window
 
     # --- nothing trains silently -----------------------------------------------------------------------------------
@@ -206,8 +235,6 @@ class UnlearnTrainer(Trainer):
     @torch.no_grad()
     def _precompute(self) -> None:
         """Reference log-probabilities of every row that a term compares with, once, cached beside the checkpoints."""
-        if dropped := dropouts(self.bare):
-            raise UserError(f"reference: precomputed needs dropout 0, and {dropped[0]} drops; use reference: before")
         needing = {t.batch for t in self.config.term_list if "ref_logp" in t.objective.needs}
         for name in sorted(needing):
             rows = self.rows.sets[name]
@@ -272,7 +299,8 @@ class UnlearnTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save and folder.is_dir():
-            state = {"window": self.window.state if self.window else {}}
+            assert self.window is not None
+            state = {"window": self.window.state_dict(), "average": self.average_state}
             stage = folder / f"{STATE}.part"
             torch.save(state, stage)
             os.replace(stage, folder / STATE)
@@ -286,6 +314,44 @@ class UnlearnTrainer(Trainer):
         steps = a.max_steps if a.max_steps > 0 else int(-(-len(self.rows) // per_step) * a.num_train_epochs)
         sizes = ", ".join(f"{n} {len(r)}" for n, r in self.rows.sets.items())
         return f"{describe(self.bare)}\nrows: {sizes}; {per_step} {a.anchor} rows per step; {steps} steps"
+
+
+class _EngineHooks(TrainerCallback):
+    """Automatic learning rate after clipping, and averaging after the step: the two things that follow training_step."""
+
+    def __init__(self, trainer: UnlearnTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        t = self.trainer
+        if t.config.step_size_method is None or t.window is None or t.last_window is None:
+            return
+        method, hyper = t.config.step_size_method
+        if state.global_step % hyper["every"]:
+            return
+        window, batches, here = t.window, t.last_window, t.last_step.values["retain"]
+        with peeked_update(t.optimizer, window.space) as update:
+
+            def loss(xi: float) -> float:
+                if xi == 0:
+                    return here
+                with window.space.shifted(update * -xi), t.accelerator.autocast():
+                    return window.value("retain", batches)
+
+            eta = method.fn(loss, float(t.optimizer.param_groups[0]["lr"]), **hyper)  # type: ignore[union-attr]
+        for group in t.optimizer.param_groups:  # type: ignore[union-attr]
+            group["lr"] = eta
+        scheduler = getattr(t.lr_scheduler, "scheduler", t.lr_scheduler)
+        scheduler.base_lrs = [eta] * len(scheduler.base_lrs)  # type: ignore[union-attr]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        t = self.trainer
+        if t.config.averaging_method is None or t.window is None:
+            return
+        method, hyper = t.config.averaging_method
+        found = method.fn(t.window.space.read(), t.window.space, t.average_state, state.global_step, **hyper)
+        if found is not None:
+            t.average_state["averaged"] = found.tensors
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

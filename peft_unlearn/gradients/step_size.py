@@ -47,8 +47,8 @@ def gen(
     """The next learning rate, from the retain loss probed at multiples of the present one along the optimizer's own update.
 
     The minimum b/a of the fitted parabola c - b xi + a xi^2/2 is taken only where a > 0, b > 0 and R^2 >= min_r2; it is clamped to
-    [eta/max_ratio, eta max_ratio] and smoothed: smooth * eta + (1 - smooth) * proposal. A loss that is not finite halves eta. With the three
-    default probes the parabola is exact, so R^2 only tells once more are given.
+    [eta/max_ratio, eta max_ratio] and smoothed: smooth * eta + (1 - smooth) * proposal. A loss that is not finite halves
+    eta. With the three default probes the parabola is exact, so R^2 only tells once more are given.
 
     Args:
         loss: ``loss(xi)``, the retain loss at theta - xi u; ``loss(0)`` costs nothing.

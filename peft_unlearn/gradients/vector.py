@@ -61,6 +61,27 @@ class Space:
         """The parameters of `model` that require a gradient."""
         return cls([(n, p) for n, p in model.named_parameters() if p.requires_grad])
 
+    @classmethod
+    def under_adapters(cls, model: nn.Module) -> Space:
+        """The frozen weights under the adapters of `model`, the output embeddings excepted (the head has to stay plain)."""
+        head = model.get_base_model().get_output_embeddings()  # type: ignore[operator]
+        inside = {id(p) for p in head.parameters()} if head is not None else set()
+        return cls(
+            [(n, p) for n, p in model.named_parameters() if n.endswith(".base_layer.weight") and id(p) not in inside]
+        )
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """The parameters require a gradient; the flags come back as they were."""
+        flags = [p.requires_grad for p in self.params]
+        for p in self.params:
+            p.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for p, flag in zip(self.params, flags, strict=True):
+                p.requires_grad_(flag)
+
     def sub(self, indices: Sequence[int]) -> Space:
         """The space of some of the parameters."""
         return Space([(self.names[i], self.params[i]) for i in indices])
@@ -100,7 +121,9 @@ class Space:
         if at is None:
             yield
             return
-        saved = [p.detach().clone() for p in self.params]
+        # Adapters are small; base weights go to host memory, the one place where a copy of them is made.
+        host = not all(p.requires_grad for p in self.params)
+        saved = [p.detach().to("cpu" if host else p.device, copy=True) for p in self.params]
         try:
             with torch.no_grad():
                 for p, t in zip(self.params, at.tensors, strict=True):

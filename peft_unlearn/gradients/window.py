@@ -7,6 +7,7 @@ split into micro-batches or ranks, whatever their lengths, and non-linear rules 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,16 @@ class Step:
         return out | {f"cos/{k}": v for k, v in self.cosines.items()}
 
 
+def group_indices(names: Sequence[str], scope: str) -> dict[str, list[int]]:
+    """Indices of the parameters that a rule sees as one vector: "global", "layer" (up to the first number in the name), "tensor"."""
+    out: dict[str, list[int]] = {}
+    for i, n in enumerate(names):
+        block = re.match(r".*?\.\d+(?=\.)", n)
+        key = {"global": "", "layer": block[0] if block else "", "tensor": n}[scope]
+        out.setdefault(key, []).append(i)
+    return out
+
+
 def count_units(
     unit: str | Callable[..., int] | None, batch: Mapping[str, Any], hyper: Mapping[str, Any] | None = None
 ) -> int:
@@ -77,7 +88,10 @@ class Window:
     Args:
         model: the unwrapped model, called through its outermost forward.
         rule: (method, hyper-parameters).
+        scope: a rule works on all parameters as one vector ("global"), or on each block's ("layer") or each tensor's ("tensor") alone.
+        smoothing: (method, hyper-parameters) applied to the gradient named forget; its hyper-parameter `space` is "adapter" or "base".
         reduce: sums a flat tensor over ranks in place; None on one process.
+        seed: of the smoothing's random directions, equal on all ranks.
     """
 
     def __init__(
@@ -86,15 +100,30 @@ class Window:
         terms: Sequence[Term],
         rule: tuple[Method, Mapping[str, Any]],
         *,
+        scope: str = "global",
+        smoothing: tuple[Method, Mapping[str, Any]] | None = None,
+        space: str = "adapter",
         reference: Reference | None = None,
         reduce: Callable[[Tensor], Any] | None = None,
+        seed: int = 0,
     ) -> None:
         self.model, self.terms, self.rule = model, list(terms), rule
-        self.reference, self.reduce = reference, reduce
+        self.reference, self.reduce, self.smoothing = reference, reduce, smoothing
         self.space = Space.trainable(model)
-        self.state: dict[str, Any] = {"rule": {}}
         if not self.space:
             raise UserError("nothing is trainable: the model has no adapter parameter that requires a gradient")
+        self.smooth_space = self.space if space == "adapter" else Space.under_adapters(model)
+        self.groups = group_indices(self.space.names, scope)
+        self.rng = torch.Generator().manual_seed(seed)
+        self.rule_state: dict[str, dict[str, Any]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold: the rule's state and the random generator."""
+        return {"rule": self.rule_state, "rng": self.rng.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rule_state = dict(state["rule"])
+        self.rng.set_state(state["rng"])
 
     @property
     def gradients(self) -> list[str]:
@@ -110,7 +139,8 @@ class Window:
         g: dict[str, Vec] = {}
         values: dict[str, float] = {}
         for name in self.gradients:
-            g[name], values[name] = self.sweep(name, window, counts)
+            sweep = self._smoothed if self.smoothing is not None and name == "forget" else self.sweep
+            g[name], values[name] = sweep(name, window, counts)
         norms = {name: float(self.space.norm(v)) for name, v in g.items()}
         for name in g:
             self._check_finite(name, g[name], norms[name], values[name])
@@ -118,9 +148,57 @@ class Window:
             raise UserError(
                 f"the gradients of {', '.join(g)} are all exactly zero: nothing can be learned from this step"
             )
+        return Step(self._combine(g, values), values, norms, self._cosines(g, norms), self._moved(g))
+
+    def _combine(self, g: dict[str, Vec], values: dict[str, float]) -> Vec:
+        """The rule, once per group of the scope, each with its own sub-vectors, sub-space and state."""
         method, hyper = self.rule
-        update = method.fn(g, self.space, self.state["rule"], values, **hyper)
-        return Step(update, values, norms, self._cosines(g, norms), self._moved(g))
+        out: list[Any] = [None] * len(self.space)
+        for group, indices in self.groups.items():
+            part = {n: Vec([v.tensors[i] for i in indices]) for n, v in g.items()}
+            state = self.rule_state.setdefault(group, {})
+            update = method.fn(part, self.space.sub(indices), state, values, **hyper)
+            for i, t in zip(indices, update.tensors, strict=True):
+                out[i] = t
+        return Vec(out)
+
+    def _smoothed(self, name: str, window: Batches, counts: Sequence[int]) -> tuple[Vec, float]:
+        """The smoothed gradient, and the loss at the unshifted point, or the mean over the sweeps where none was there."""
+        assert self.smoothing is not None
+        method, hyper = self.smoothing
+        caches: list[dict[str, Any]] = [{} for _ in window]
+        if self.smooth_space is not self.space:
+            # The reference shares the weights that are about to be shifted: ask it first.
+            for mb, cache in zip(window, caches, strict=True):
+                for batch in dict.fromkeys(t.batch for t in self.terms if t.gradient == name):
+                    terms = [t for t in self.terms if t.gradient == name and t.batch == batch]
+                    if any(n.startswith("ref_") for t in terms for n in t.objective.needs):
+                        self._pass(mb[batch], terms, cache.setdefault(batch, {})).see_reference()
+        here: list[float] = []
+        there: list[float] = []
+
+        def grad(at: Vec | None, wrt: Space | None = None) -> Vec:
+            with self.smooth_space.shifted(at):
+                v, value = self.sweep(name, window, counts, wrt, caches)
+            (here if at is None else there).append(value)
+            return v
+
+        v = method.fn(grad, self.smooth_space, self.rng, **hyper)
+        seen = here[:1] or there
+        return v, sum(seen) / len(seen)
+
+    @torch.no_grad()
+    def value(self, name: str, window: Batches) -> float:
+        """Loss of one named gradient over the window and all ranks, without gradient."""
+        counts = self.counts(window)
+        mine = [(t, n) for t, n in zip(self.terms, counts, strict=True) if t.gradient == name]
+        total = torch.zeros((), dtype=torch.float64, device=self.space.params[0].device)
+        for mb in window:
+            for batch in dict.fromkeys(t.batch for t, _ in mine):
+                total += self.loss(mb[batch], [(t, n) for t, n in mine if t.batch == batch]).double()
+        if self.reduce is not None:
+            self.reduce(total)
+        return float(total)
 
     def counts(self, window: Batches) -> list[int]:
         """Units of each term over all micro-batches and ranks.
@@ -140,34 +218,52 @@ class Window:
                 )
         return counts
 
-    def sweep(self, name: str, window: Batches, counts: Sequence[int], space: Space | None = None) -> tuple[Vec, float]:
-        """(gradient, loss) of one name over the whole window and all ranks. One graph lives at a time."""
+    def sweep(
+        self,
+        name: str,
+        window: Batches,
+        counts: Sequence[int],
+        space: Space | None = None,
+        caches: Sequence[dict[str, Any]] | None = None,
+    ) -> tuple[Vec, float]:
+        """(gradient, loss) of one name over the whole window and all ranks. One graph lives at a time.
+
+        Args:
+            space: the parameters to differentiate by; default the adapter's.
+            caches: per micro-batch, what the reference said (see `Pass`).
+        """
         space = space or self.space
         total, value = space.zeros(), torch.zeros((), dtype=torch.float64, device=space.params[0].device)
         mine = [(t, n) for t, n in zip(self.terms, counts, strict=True) if t.gradient == name]
-        for mb in window:
-            for batch in dict.fromkeys(t.batch for t, _ in mine):
-                loss = self.loss(mb[batch], [(t, n) for t, n in mine if t.batch == batch])
-                value += loss.detach().double()
-                if not loss.requires_grad:  # constant here, e.g. every adapter lies beyond the layer it looks at
-                    continue
-                for into, got in zip(
-                    total.tensors, torch.autograd.grad(loss, space.params, allow_unused=True), strict=True
-                ):
-                    if got is not None:
-                        into.add_(got)
+        with space.differentiable():
+            for mb, cache in zip(window, caches or [None] * len(window), strict=True):
+                for batch in dict.fromkeys(t.batch for t, _ in mine):
+                    terms = [(t, n) for t, n in mine if t.batch == batch]
+                    loss = self.loss(mb[batch], terms, None if cache is None else cache.setdefault(batch, {}))
+                    value += loss.detach().double()
+                    if loss.requires_grad:  # else constant, e.g. every adapter lies beyond the layer it looks at
+                        found = torch.autograd.grad(loss, space.params, allow_unused=True)
+                        for into, got in zip(total.tensors, found, strict=True):
+                            if got is not None:
+                                into.add_(got)
         return self._reduced(total, value)
 
-    def loss(self, batch: Mapping[str, Any], terms: Sequence[tuple[Term, int]]) -> Tensor:
-        """Sum over terms of weight * sum of values / count, from one shared pass."""
-        needs = {n for t, _ in terms for n in t.objective.needs}
-        p = Pass(
+    def _pass(self, batch: Mapping[str, Any], terms: Sequence[Term], cache: dict[str, Any] | None) -> Pass:
+        needs = {n for t in terms for n in t.objective.needs}
+        return Pass(
             self.model,
             batch,
             reference=self.reference,
-            layers=[k for t, _ in terms for k in t.layers],
+            layers=[k for t in terms for k in t.layers],
             stop=bool(needs) and needs <= _HIDDEN_ONLY,
+            reference_cache=cache,
         )
+
+    def loss(
+        self, batch: Mapping[str, Any], terms: Sequence[tuple[Term, int]], cache: dict[str, Any] | None = None
+    ) -> Tensor:
+        """Sum over terms of weight * sum of values / count, from one shared pass."""
+        p = self._pass(batch, [t for t, _ in terms], cache)
         return torch.stack([t.weight * t.objective.fn(p, **t.hyper).sum() / n for t, n in terms]).sum()
 
     def _reduced(self, v: Vec, value: Tensor) -> tuple[Vec, float]:

@@ -59,7 +59,7 @@ def ascend(
         values = torch.where(seen > torch.log(seen.new_tensor(cap)), values, values.detach())
     if select < 1:
         padded = seen.new_full(p.mask.shape, -torch.inf).masked_scatter(p.mask, seen)  # (batch, seq-1)
-        rank = padded.argsort(1, descending=True, stable=True).argsort(1)
+        rank = padded.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         values = values[(rank < _kept(p.mask.sum(1), select)[:, None])[p.mask]]
     return values
 
