@@ -115,7 +115,7 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
     return model
 
 
-def refuse_base(model: nn.Module) -> None:
+def refuse_base(model: Any) -> None:
     """Raise a `UserError` for bases that cannot be trained truthfully yet."""
     quantization = getattr(getattr(model, "config", None), "quantization_config", None)
     if quantization is not None:

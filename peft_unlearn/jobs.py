@@ -13,13 +13,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .adapt import adapted, get_forget_model, peft_config
-from .config import DATA_OPTIONS, UnlearnConfig, from_recipe
+from .config import DATA_OPTIONS, UnlearnConfig, alternates_of, from_recipe
 from .data import embedded
+from .data.alternates import add_alternates
 from .data.bundle import ForgetRetain
-from .data.formats import layout_of
+from .data.formats import layout_of, to_text
 from .errors import Errors, UserError
 from .evaluation.callback import ForgetAtFloor, StopOn
+from .evaluation.generate import other_answers
 from .evaluation.quick import make_score
 from .evaluation.score import Report, on_one_model, score
 from .folder.base import base_reference, load_base, load_tokenizer, resolve_base
@@ -48,6 +52,7 @@ class Run:
     data: ForgetRetain
     base: str
     base_dir: Path
+    negate: float | None = None  # save the adapter's delta times minus this (task vectors)
 
 
 def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None, data: str | None = None) -> Run:
@@ -58,7 +63,13 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     """
     errors = Errors()
     config, adapter = None, None
-    for part in (lambda: from_recipe(recipe, str(out)), lambda: peft_config(recipe.get("adapter"))):
+    spec = dict(recipe.get("adapter") or {})
+    negate = spec.pop("negate", None)
+    if negate is not None and (not isinstance(negate, (int, float)) or isinstance(negate, bool) or not negate > 0):
+        errors.add(f"adapter.negate is the strength of the negation, a number above 0, not {negate!r}")
+    if negate is not None and str(spec.get("type", "lora")).lower() != "lora":
+        errors.add("adapter.negate works on LoRA, whose delta changes sign with lora_B")
+    for part in (lambda: from_recipe(recipe, str(out)), lambda: peft_config(spec)):
         try:
             made = part()
             config, adapter = (made, adapter) if isinstance(made, UnlearnConfig) else (config, made)
@@ -67,9 +78,12 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     errors.raise_if_any(f"recipe {recipe.get('name', '')}".strip())
     assert config is not None
     bundle = load_data(recipe.get("data"), data)
+    for batch, kinds in alternates_of(config.term_list).items():
+        if kinds <= {"row", "refusal"} and getattr(bundle, batch):  # generated ones come from the model itself
+            add_alternates(getattr(bundle, batch), next(iter(kinds)), config.seed, batch)
     named = base or recipe.get("base")
     path = resolve_base(recipe.get("base"), override=base)
-    return Run(dict(recipe), config, adapter, bundle, str(named), path)
+    return Run(dict(recipe), config, adapter, bundle, str(named), path, None if negate is None else float(negate))
 
 
 def load_data(spec: Any, override: str | None = None) -> ForgetRetain:
@@ -123,6 +137,7 @@ def train(
     run = prepare(recipe, out, base, data)
     dtype = "bfloat16" if run.config.bf16 else "float32"
     model, tokenizer = load_base(run.base_dir, dtype), load_tokenizer(run.base_dir)
+    generate_alternates(run, model, tokenizer)
     set_seed(run.config.seed)  # the adapter's random start
     model = get_forget_model(model, run.adapter)
     evaluation = dict(recipe.get("eval") or {})
@@ -139,6 +154,16 @@ def train(
         say(trainer.describe())
     trainer.train(resume_from_checkpoint=resume or None)
     return save_adapter(trainer, run, out) if first else None
+
+
+def generate_alternates(run: Run, model: Any, tokenizer: Any) -> None:
+    """Winner answers by the base itself, where an objective wants them and the rows have none of their own."""
+    for batch, kinds in alternates_of(run.config.term_list).items():
+        rows = getattr(run.data, batch)
+        if "generated" in kinds and not all("alternate" in r for r in rows):
+            texts = [to_text(r, tokenizer, run.data.template) for r in rows]
+            others = other_answers(model, tokenizer, *zip(*texts, strict=True), seed=run.config.seed)
+            setattr(run.data, batch, [{**r, "alternate": a} for r, a in zip(rows, others, strict=True)])
 
 
 def _score_callbacks(
@@ -171,12 +196,14 @@ def save_adapter(trainer: UnlearnTrainer, run: Run, out: str | Path) -> AdapterF
     """Write the trained adapter of `trainer` as a folder (design.md 4)."""
     model, config = trainer.bare, trainer.config
     model.eval()
+    if run.negate is not None:
+        negate(model, run.negate)
     modules = targeted_names(model, trainer.trained_adapter)
     manifest = Manifest(
         base=base_reference(
             run.base, run.base_dir, digest_checkpoint(run.base_dir), digest_targeted(run.base_dir, modules)
         ),
-        method=describe_method(config, run.adapter, trainer),
+        method=describe_method(config, run, trainer),
         data={
             name: {**{k: v for k, v in about.items() if v is not None}, "format": layout_of(run.data.sets()[name][0])}
             for name, about in run.data.describe().items()
@@ -200,17 +227,30 @@ def save_adapter(trainer: UnlearnTrainer, run: Run, out: str | Path) -> AdapterF
     )
 
 
-def describe_method(config: UnlearnConfig, adapter: Any, trainer: UnlearnTrainer) -> dict[str, Any]:
+@torch.no_grad()
+def negate(model: Any, strength: float) -> None:
+    """Multiply the adapter's delta by minus `strength`, exactly: B changes, A stays. Plain PEFT then runs it at scale 1."""
+    for n, p in model.named_parameters():
+        if "lora_B" in n or "lora_embedding_B" in n:
+            p.mul_(-strength)
+
+
+def describe_method(config: UnlearnConfig, run: Run, trainer: UnlearnTrainer) -> dict[str, Any]:
     """Every hyper-parameter with its default filled in."""
-    assert config.rule_method is not None
     terms: dict[str, Any] = {}
     for t in config.term_list:
         terms.setdefault(t.gradient, {})[t.objective.name] = {**t.hyper, "weight": t.weight, "batch": t.batch}
-    rule, hyper = config.rule_method
+    parts = {
+        "rule": (config.rule_method, {"scope": config.scope}),
+        "smoothing": (config.smoothing_method, {"space": config.smoothing_space}),
+        "step_size": (config.step_size_method, {}),
+        "averaging": (config.averaging_method, {}),
+    }
     return {
         "terms": terms,
-        "rule": {rule.name: dict(hyper)},
-        "peft_type": getattr(adapter.peft_type, "value", str(adapter.peft_type)),
+        **{kind: {m[0].name: {**m[1], **more}} if m else None for kind, (m, more) in parts.items()},
+        "peft_type": getattr(run.adapter.peft_type, "value", str(run.adapter.peft_type)),
+        "negate": run.negate,
         "optimizer": str(getattr(config.optim, "value", config.optim)),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)),
@@ -258,9 +298,7 @@ def evaluate(
     bundle = load_data(found[0].recipe.get("data"), data) if data or not _data_of(manifest) else ForgetRetain.load(spec)
     check_data(bundle, manifest)
     stack = ForgetModel.from_pretrained(base, dict(zip(names, [f.path for f in found], strict=True)))
-    subjects: dict[str, Any] = on_one_model(
-        stack.model, {"base": None, **_as_subjects(names)}
-    )
+    subjects: dict[str, Any] = on_one_model(stack.model, {"base": None, **_as_subjects(names)})
     subjects["retain_only"] = _twin(manifest.base.ref)
     report = score(
         subjects,
@@ -352,7 +390,6 @@ class Plan:
 
 def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = None, data: str | None = None) -> Plan:
     """Trainable parameters, memory and steps of a recipe, from the base's configuration alone: no weights are read."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     run = prepare(recipe, out, base, data)

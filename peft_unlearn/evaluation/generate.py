@@ -1,9 +1,11 @@
-"""Greedy answers, many at a time. Besides `Pass` this is the one place that runs a model."""
+"""Answers of a model, many at a time. Besides `Pass` this is the one place that runs a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from ..errors import UserError
 
 
 def greedy(
@@ -26,6 +28,52 @@ def greedy(
     Returns: One str per prompt, in the order of `prompts`, without the prompt, without special tokens, without blanks
         around it.
     """
+    return _answers(
+        model, tokenizer, prompts, max_new_tokens, batch_size, progress, {"do_sample": False, "temperature": None}
+    )
+
+
+def other_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], seed: int = 0, tries: int = 8
+) -> list[str]:
+    """For every prompt an answer of the model's own that is not `answers`: the winners of AltPO.
+
+    Sampled, hotter at every try (temperature 1, 1.25, ..), since a model that knows the answer well keeps giving it. The published
+    method asks an instruction-tuned model for an alternative instead; write such answers into the rows' field ``alternate`` to use them.
+
+    Raises:
+        UserError: rows for which the model gave nothing else in `tries` tries.
+    """
+    import torch
+
+    left, found = list(range(len(prompts))), [""] * len(prompts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for k in range(tries):
+            sampling = {"do_sample": True, "temperature": 1.0 + 0.25 * k}
+            said = _answers(model, tokenizer, [prompts[i] for i in left], 48, 64, None, sampling)
+            for i, text in zip(left, said, strict=True):
+                if text and text.casefold() != answers[i].strip().casefold():
+                    found[i] = text
+            left = [i for i in left if not found[i]]
+            if not left:
+                return found
+    raise UserError(
+        f"for {len(left)} rows (first {left[0]}) the model gives no other answer than the true one in {tries} tries; write winner "
+        "answers into the field 'alternate'"
+    )
+
+
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+    sampling: dict[str, Any],
+) -> list[str]:
+    """Generated continuations, length-sorted batches, in the order of `prompts`."""
     import torch
 
     ends = _end_ids(model, tokenizer)
@@ -49,9 +97,8 @@ def greedy(
                     input_ids=input_ids,
                     attention_mask=torch.tensor(real, device=device),
                     max_new_tokens=max_new_tokens,
-                    do_sample=False,
+                    **sampling,
                     num_beams=1,
-                    temperature=None,
                     top_p=None,
                     top_k=None,
                     use_cache=True,
