@@ -161,9 +161,10 @@ def demo(
     """The whole story on the embedded model, in under two minutes."""
     from .demo.story import tell
 
-    result = tell(out, seed=seed)
+    result = tell(out, seed=seed, show=not json)
     if json:
         _out(result)
+    raise typer.Exit(0 if result["ok"] else 1)
 
 
 @base_app.command("build")

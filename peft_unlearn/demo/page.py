@@ -13,15 +13,21 @@ from . import table
 FORGET, RETAIN, TWIN, BASE = "#c8452d", "#2a6f97", "#3c8d5a", "#6b6b6b"
 
 
-def picture(curve: Sequence[Mapping[str, float]], base: Mapping[str, float], twin: Mapping[str, float]) -> bytes:
+def picture(
+    curve: Sequence[Mapping[str, float]],
+    base: Mapping[str, float],
+    twin: Mapping[str, float],
+    adapter: Mapping[str, float] | None = None,
+) -> bytes:
     """PNG of forgetting against retaining: over the steps on the left, as a path in the plane on the right.
 
     Args:
         curve: one mapping per evaluation: step, forget, retain (value accuracies), in order of steps; `kept` marks the one that
-            was saved. base, twin: forget and retain of the base (step 0) and of the retain-only twin.
+            was saved. base, twin, adapter: forget and retain of the base (step 0), of the retain-only twin, and of the finished
+            adapter on all rows (default: the curve's own last point).
     """
     from matplotlib.figure import Figure  # the object, not pyplot: no backend is chosen and none is changed
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     steps = [0, *(c["step"] for c in curve)]
     forget = [base["forget"], *(c["forget"] for c in curve)]
@@ -44,16 +50,24 @@ def picture(curve: Sequence[Mapping[str, float]], base: Mapping[str, float], twi
     left.legend(loc="center", frameon=False, fontsize=9)
 
     right.plot(forget, retain, color="#999999", lw=1.3, marker=".", ms=5, zorder=2)
-    end = (kept["forget"], kept["retain"]) if kept else (forget[-1], retain[-1])
-    right.scatter(*end, s=110, color=FORGET, zorder=4, label="with the adapter")
+    end = adapter or kept or {"forget": forget[-1], "retain": retain[-1]}
+    for c in curve:  # the first steps, where the way is long, by their number
+        if c["forget"] > 0.08 and c is not kept:
+            right.annotate(
+                f"step {c['step']}", (c["forget"], c["retain"]), xytext=(7, -11), textcoords="offset points",
+                fontsize=8.5, color="#666666",
+            )  # fmt: skip
+    right.scatter(end["forget"], end["retain"], s=110, color=FORGET, zorder=4, label="with the adapter")
     right.scatter(base["forget"], base["retain"], s=110, color=BASE, marker="D", zorder=3, label="base (step 0)")
     right.scatter(
         twin["forget"], twin["retain"], s=190, facecolor="none", edgecolor=TWIN, lw=2.2, marker="o", zorder=5,
         label="retain-only twin",
     )  # fmt: skip
-    low = min(0.9, *retain)
+    low = max(0.0, min(0.9, *retain) - 0.02)
     right.set(xlabel="forget set: right answers", ylabel="retain set: right answers", xlim=(-0.06, 1.06))
-    right.set_ylim(low - 0.08 * (1.04 - low), 1.04)
+    room = 1 - low  # a third of it beneath, for the legend
+    right.set_ylim(low - 0.35 * room, 1 + 0.08 * room)
+    right.set_yticks([t for t in MaxNLocator(6).tick_values(low, 1.0) if max(0.0, low - 0.1 * room) <= t <= 1.0])
     right.set_title("Where it goes: up is keeping, left is forgetting", loc="left", fontsize=11)
     right.legend(loc="lower center", frameon=False, fontsize=9)
     for axes in (left, right):
@@ -118,6 +132,7 @@ def page(
     recipe: str,
     conditions: Sequence[str],
     png: bytes,
+    caption: str = "",
 ) -> str:
     """The whole report as one HTML document that loads nothing.
 
@@ -130,6 +145,7 @@ def page(
         '<p class="lead">A small language model knows a hundred invented people. A forget adapter makes it lose ten of them and '
         "keep ninety; the base model's own weights never change.</p>",
         f'<img alt="Right answers on the forget and on the retain set over the steps" src="data:image/png;base64,{image}">',
+        f'<p class="note">{escape(caption)}</p>' if caption else "",
         "<h2>What it says now</h2>",
         samples_table(samples),
         "<h2>Numbers</h2>",

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def tell(
     *,
     recipe: Mapping[str, Any] | None = None,
     n: int | None = None,
-    show: bool | None = None,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Run the demo into folder `out`: adapter/, merged/, picture.png, report.html. Running it again replaces them.
 
@@ -39,11 +39,11 @@ def tell(
         seed: of the run: the adapter's start and the pairing of rows. Data and base are the embedded ones.
         recipe: another recipe than people-demo.yaml.
         n: at most so many rows of each set in the evaluation (tests; such numbers are not stored with the adapter).
-        show: print the tables to standard output; None: unless ``--json`` stands on the command line.
+        show: print the tables to standard output.
 
     Returns:
-        The final numbers, JSON-ready: seconds, subjects (set/metric of base, adapter, retain_only), accuracies against their
-        bounds, samples, and what was checked.
+        The final numbers, JSON-ready: seconds, `report` (eval.json), `met` (accuracies against their bounds), samples, `checks`,
+        and `ok`: every check held (the bounds are no check: another seed may miss one, and it is said).
 
     Raises:
         UserError: `out` is a file, or holds something in the place of a result that is not one.
@@ -51,13 +51,10 @@ def tell(
     started = time.perf_counter()
     out = Path(out).expanduser()
     _check_out(out)
-    with _hushed():
-        import torch
-
+    with _hushed(), _one_thread():
         from .. import jobs
         from ..folder.recipe import dump_recipe, load_recipe
 
-        torch.set_num_threads(1)  # as fast as several for a model this small, and the same numbers on every machine
         say = _say
         chosen = dict(recipe) if recipe is not None else load_recipe(embedded.asset("recipes", RECIPE))
         chosen["seed"] = seed
@@ -74,13 +71,15 @@ def tell(
         with chapter("train", "training a forget adapter for ten of a hundred people"):
             folder = jobs.train(chosen, out / ADAPTER, callbacks=[watch], say=say)
         assert folder is not None  # one process
+        shutil.rmtree(f"{out / ADAPTER}.work", ignore_errors=True)  # the checkpoints of a run that ended
         with chapter("evaluate", "judging base, adapter and the twin that never saw the ten"):
             report = _evaluate(out / ADAPTER, n)
         samples = pick_samples(report)
+        prompts = [s["prompt"] for s in samples]
         with chapter("elsewhere", "loading the folder with plain PEFT in a process that has no peft_unlearn"):
-            elsewhere = _elsewhere(out / ADAPTER, [s["question"] for s in samples])
+            elsewhere = _elsewhere(out / ADAPTER, prompts)
         with chapter("merge", "merging into a plain float32 model"):
-            merged = _merge(out, [s["question"] for s in samples])
+            merged = _merge(out, prompts)
         with chapter("remove", "taking the adapter off and comparing what is left with the base's files"):
             removal = _remove(out / ADAPTER)
         curve = watch.curve(folder.manifest.method.get("best_step"))
@@ -89,16 +88,24 @@ def tell(
             merged.pop("held"),
             (removal.ok, "after removal every tensor is the base's, bit for bit"),
         ]
-        png = page.picture(curve, _point(report, "base"), _point(report, "retain_only"))
+        png = page.picture(curve, *(_point(report, s) for s in ("base", "retain_only", "adapter")))
         (out / PICTURE).write_bytes(png)
+        rows = (chosen.get("eval") or {}).get("n") or "some"
+        caption = (
+            f"Points on the lines: {rows} rows of each set, looked at while training. Marks on the right: all rows."
+        )
         seconds["total"] = round(time.perf_counter() - started, 1)
-        sentences = conditions(report, seconds, seed, watch.rows)
-        page.write(out / PAGE, page.page(report, samples, checks, str(removal), dump_recipe(chosen), sentences, png))
+        sentences = conditions(report, seconds, seed)
+        page.write(
+            out / PAGE, page.page(report, samples, checks, str(removal), dump_recipe(chosen), sentences, png, caption)
+        )
     result = {
         "format": 1,
         "seed": seed,
         "seconds": seconds,
+        "ok": all(held for held, _ in checks),
         "met": bounds(report),
+        "twins": twin_spread(),
         "checks": [{"held": held, "what": what} for held, what in checks],
         "samples": samples,
         "curve": curve,
@@ -108,7 +115,7 @@ def tell(
         "report": dict(report),
         "files": {"adapter": ADAPTER, "merged": MERGED, "picture": PICTURE, "report": PAGE},
     }
-    if show if show is not None else "--json" not in sys.argv:
+    if show:
         _print(report, samples, checks, result, out)
     say(f"[{seconds['total']:5.1f} s] done: {out / PAGE}")
     return result
@@ -123,12 +130,9 @@ def _check_out(out: Path) -> None:
     merged = out / MERGED
     if merged.exists():
         # A merged model never replaces anything by itself; this one may go only if it is recognizably an earlier demo's.
-        if not (out / PAGE).is_file() or not (merged / "config.json").is_file():
+        ours = (out / ADAPTER / "forget.json").is_file() and (merged / "config.json").is_file()
+        if not ours:
             raise UserError(f"{merged}: is not an earlier demo's merged model; name another folder.")
-        shutil.rmtree(merged)
-    work = Path(f"{out / ADAPTER}.work")
-    if work.is_dir() and (out / ADAPTER / "forget.json").is_file():
-        shutil.rmtree(work)  # checkpoints of a run that ended
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -140,12 +144,11 @@ def _watch() -> Any:
 
         def __init__(self) -> None:
             self.points: list[dict[str, float]] = []
-            self.rows = 0
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-            found = {r: (metrics or {}).get(f"eval_{r}/value_accuracy") for r in ("forget", "retain")}
-            if None not in found.values():
-                self.points.append({"step": state.global_step, **found})
+            keys = {r: f"eval_{r}/value_accuracy" for r in ("forget", "retain")}
+            if metrics is not None and all(k in metrics for k in keys.values()):
+                self.points.append({"step": state.global_step, **{r: float(metrics[k]) for r, k in keys.items()}})
 
         def curve(self, best: Any) -> list[dict[str, Any]]:
             last = self.points[-1]["step"] if self.points else None
@@ -182,22 +185,22 @@ def pick_samples(report: Report) -> list[dict[str, str]]:
             "kind": kind,
             "question": str(rows[i]["question"]),
             "prompt": to_text(rows[i])[0],
-            "before": report.said["base"][name][i],
-            "after": report.said["adapter"][name][i],
+            "before": printable(report.said["base"][name][i]),
+            "after": printable(report.said["adapter"][name][i]),
         })  # fmt: skip
     return out
 
 
-def _prompts(questions: list[str]) -> list[str]:
-    return [f"Question: {q}\nAnswer:" for q in questions]
+def printable(text: str) -> str:
+    """`text` with control characters written out: a model that lost its answer may say any byte."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _elsewhere(adapter: Path, questions: list[str]) -> dict[str, Any]:
+def _elsewhere(adapter: Path, prompts: list[str]) -> dict[str, Any]:
     import torch
 
     from ..stack.model import ForgetModel
 
-    prompts = _prompts(questions)
     stack = ForgetModel.from_pretrained(None, adapter)
     there = child.run(stack.base_dir, adapter, prompts)
     gap = 0.0
@@ -213,14 +216,14 @@ def _elsewhere(adapter: Path, questions: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _merge(out: Path, questions: list[str]) -> dict[str, Any]:
+def _merge(out: Path, prompts: list[str]) -> dict[str, Any]:
     from ..evaluation.generate import greedy
     from ..folder.base import load_base, load_tokenizer
     from ..stack.merge import merge
     from ..stack.model import ForgetModel
 
+    shutil.rmtree(out / MERGED, ignore_errors=True)  # an earlier demo's, see _check_out
     found = merge(out / ADAPTER, None, out / MERGED, dtype="float32")
-    prompts = _prompts(questions)
     stack = ForgetModel.from_pretrained(None, out / ADAPTER)
     ours = greedy(stack.model, stack.tokenizer, prompts)
     theirs = greedy(load_base(out / MERGED), load_tokenizer(out / MERGED), prompts)
@@ -260,14 +263,14 @@ def bounds(report: table.Report) -> dict[str, Any]:
 
 
 def twin_spread() -> dict[str, Any] | None:
-    """Forget quality of further retain-only twins against the shipped one, measured when the base was released."""
+    """Forget quality of further retain-only twins against the shipped one, as measured with the released base: what p can mean."""
     try:
         return json.loads(embedded.asset("bases", "people-twins.json").read_text(encoding="utf-8"))
     except UserError:
         return None
 
 
-def conditions(report: table.Report, seconds: Mapping[str, float], seed: int, rows: int = 0) -> list[str]:
+def conditions(report: table.Report, seconds: Mapping[str, float], seed: int) -> list[str]:
     """What the numbers mean and what they do not, in sentences."""
     import platform
 
@@ -327,6 +330,10 @@ def _print(report: Any, samples: Any, checks: Any, result: Mapping[str, Any], ou
         console.print(
             f"[{'green' if held else 'bold red'}]{'yes' if held else 'NO'}[/]  {escape(what)}", highlight=False
         )
+    if result["twins"] is not None:
+        p = table.number(report["subjects"]["adapter"].get("forget/forget_quality"))
+        others = ", ".join(map(table.number, result["twins"]["p"]))
+        console.print(f"forget quality p {p}; further twins against the same twin: {others}", highlight=False)
     missed = [name for name, b in result["met"].items() if not b["met"]]
     if missed:
         console.print(f"[bold red]NO[/]  all aims met: missed {', '.join(missed)}", highlight=False)
@@ -340,6 +347,19 @@ def _print(report: Any, samples: Any, checks: Any, result: Mapping[str, Any], ou
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread is as fast as several for a model this small, and gives the same numbers whatever the number of cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -365,5 +385,4 @@ def _hushed() -> Iterator[None]:
             logging.getLogger(name).setLevel(old)
 
 
-Tell = Callable[..., dict[str, Any]]
 __all__ = ["bounds", "conditions", "pick_samples", "tell"]

@@ -27,14 +27,14 @@ WHOLE = {
     "model_utility": "model utility",
 }
 DASH = "–"
-_SUBJECTS = {"base": "base", "adapter": "with adapter", "retain_only": "retain-only twin"}
+_SUBJECTS: dict[str, str] = {"base": "base", "adapter": "with adapter", "retain_only": "retain-only twin"}
 
 
 def subjects(report: Report) -> dict[str, str]:
     """Subject -> heading, base first, then adapters, then the twin; those that were not given are left out."""
     found = [s for s, values in report["subjects"].items() if values]
     order = sorted(found, key=lambda s: (s != "base", s == "retain_only"))
-    return {s: _SUBJECTS.get(s, s.removeprefix("adapter:")) for s in order}
+    return {s: str(_SUBJECTS.get(s) or s.removeprefix("adapter:")) for s in order}
 
 
 def sets(report: Report, metric: str) -> list[str]:
@@ -80,13 +80,10 @@ def reasons(report: Report) -> list[str]:
         f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}: {why}"
         for why, keys in found.items()
     ]
-    absent = [_SUBJECTS.get(s, s) for s, v in report["subjects"].items() if not v]
-    return out + [f"{name}: {_absent(report, name)}" for name in absent]
-
-
-def _absent(report: Report, heading: str) -> str:
-    subject = next((s for s, name in _SUBJECTS.items() if name == heading), heading)
-    return str(report["details"].get(subject, {}).get("reason") or "this model was not given")
+    for subject in (s for s, values in report["subjects"].items() if not values):
+        why = report["details"].get(subject, {}).get("reason") or "this model was not given"
+        out.append(f"{_SUBJECTS.get(subject, subject)}: {why}")
+    return out
 
 
 def counts(report: Report) -> dict[str, int]:

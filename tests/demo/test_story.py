@@ -167,6 +167,12 @@ def test_child_hides_this_package(tmp_path: Path) -> None:
     assert done.stdout.strip() == "None"
 
 
+def test_control_characters_are_written_out() -> None:
+    from peft_unlearn.demo.story import printable
+
+    assert printable("born in\x12\x1b[2J. Zürich") == "born in\\x12\\x1b[2J. Zürich"
+
+
 def test_demo_refuses_a_stranger_in_the_place_of_its_results(tmp_path: Path) -> None:
     from peft_unlearn.demo.story import tell
 
@@ -195,11 +201,12 @@ def test_the_whole_story_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert [c["held"] for c in result["checks"]] == [True, True, True]
     assert result["elsewhere"]["max_logit_difference"] <= 1e-4
     assert result["removal"]["digest"] == result["removal"]["base_digest"]
+    assert result["ok"] and not (out / "adapter.work").exists()
     assert [s["kind"] for s in result["samples"]] == ["forgotten", "retained", "general knowledge"]
     assert [c["step"] for c in result["curve"]] == [3, 6]
     assert (out / "merged" / "model.safetensors").is_file() and (out / "picture.png").is_file()
     html = (out / "report.html").read_text(encoding="utf-8")
     assert "Removed default" in html and str(tmp_path) not in html
-    tell(out, seed=2, recipe=recipe, n=10, show=True)
+    tell(out, seed=2, recipe=recipe, n=10)
     assert "retain-only twin" in capfd.readouterr().out
     assert (out / "report.html").read_text(encoding="utf-8") != html
