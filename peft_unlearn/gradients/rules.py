@@ -7,6 +7,8 @@ of tensors and numbers that goes into checkpoints. A gradient may be exactly zer
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Annotated, Any
 
 import torch
@@ -101,7 +103,7 @@ def gru(
     rest = {n: v for n, v in g.items() if n not in own and n != bound}
     m = g[bound] * gamma
     if "m" in state:
-        m.add_(Vec(state["m"]), 1 - gamma)
+        m.add_(Vec([t.to(u.device) for t, u in zip(state["m"], m.tensors, strict=True)]), 1 - gamma)
     state["m"] = m.tensors
     out = rectified(total(own, space), m, space, cos_floor)
     if add:
@@ -133,41 +135,42 @@ def mgda(
     space: Space,
     state: dict[str, Any],
     values: dict[str, float],
-    *,
-    iterations: Annotated[int, Range(1, None)] = 100,
 ) -> Vec:
     """Multiple gradient descent: the shortest vector in the convex hull of the gradients; no loss rises to first order.
 
-    Two gradients in closed form, more by Frank-Wolfe steps on their Gram matrix.
+    A gradient that is exactly zero (kl at its reference) is left out: with it the shortest vector would be zero, and nothing
+    would ever move. Exact, by trying every subset of the gradients, which are few.
     """
-    vs = list(g.values())
-    gram = torch.stack([torch.stack([space.dot(a, b) for b in vs]) for a in vs]).cpu()  # (k, k)
-    weights = min_norm_weights(gram, iterations)
     out = space.zeros()
-    for v, w in zip(vs, weights.tolist(), strict=True):
+    vs = [v for v in g.values() if float(space.norm(v)) > 0]
+    if not vs:
+        return out
+    gram = torch.stack([torch.stack([space.dot(a, b) for b in vs]) for a in vs]).cpu()  # (k, k)
+    for v, w in zip(vs, min_norm_weights(gram).tolist(), strict=True):
         out.add_(v, w)
     return out
 
 
-def min_norm_weights(gram: torch.Tensor, iterations: int = 100) -> torch.Tensor:
-    """Weights on the simplex that minimize w^T gram w, (k,)."""
+def min_norm_weights(gram: torch.Tensor) -> torch.Tensor:
+    """Weights on the simplex that minimize w^T gram w, (k,): the best of the stationary points of all faces."""
     k = len(gram)
-    w = torch.full((k,), 1 / k, dtype=gram.dtype)
-    if k == 2:
-        a, b, ab = gram[0, 0], gram[1, 1], gram[0, 1]
-        spread = a + b - 2 * ab  # |g1 - g2|^2
-        first = ((b - ab) / spread).clamp(0, 1) if spread > 0 else torch.full_like(a, 0.5)
-        return torch.stack([first, 1 - first])
-    for _ in range(iterations):
-        slope = gram @ w
-        i = int(slope.argmin())
-        d = -w.clone()
-        d[i] += 1
-        curve = d @ gram @ d
-        if slope @ d >= -1e-14 * gram.diagonal().max() or curve <= 0:
-            break
-        w = w + (-(slope @ d) / curve).clamp(0, 1) * d
-    return w
+    scaled = gram / gram.diagonal().amax()
+    best, least = torch.zeros(k, dtype=gram.dtype), math.inf
+    for face in (f for n in range(1, k + 1) for f in itertools.combinations(range(k), n)):
+        at, n = list(face), len(face)
+        system = torch.ones(n + 1, n + 1, dtype=gram.dtype)  # gram w = mu 1, sum w = 1
+        system[:n, :n], system[n, n] = scaled[at][:, at], 0
+        right = torch.zeros(n + 1, 1, dtype=gram.dtype)
+        right[n] = 1
+        w = torch.linalg.lstsq(system, right).solution[:n, 0]
+        if not (torch.isfinite(w).all() and (w >= -1e-12).all()):
+            continue
+        w = w.clamp_min(0) / w.clamp_min(0).sum()
+        value = float(w @ scaled[at][:, at] @ w)
+        if value < least:
+            best, least = torch.zeros_like(best), value
+            best[at] = w
+    return best
 
 
 @rule("primal_dual", source=_PDU, requires=("forget", "retain"))

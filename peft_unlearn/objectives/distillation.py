@@ -28,8 +28,11 @@ _IHL = Source(
 
 def kl_rows(z: Tensor, z_ref: Tensor, y: Tensor) -> Tensor:
     """KL(reference || model) of each row of logits, (m,)."""
-    logq = z_ref.log_softmax(1)  # (m, vocab)
-    return (logq.exp() * (logq - z.log_softmax(1))).sum(1)
+    logq, logp = z_ref.log_softmax(1), z.log_softmax(1)  # (m, vocab)
+    q = logq.exp()
+    # sum (p - q) is zero, but with it the gradient is exactly zero where the two are equal, not the rounding of sum q = 1,
+    # which a rule that normalizes gradients would blow up to unit length.
+    return (q * (logq - logp) + (logp.exp() - q)).sum(1)
 
 
 @objective("kl", unit="token", needs=("logits", "ref_logits"), source=_TOFU)

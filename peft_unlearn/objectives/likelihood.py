@@ -6,6 +6,7 @@ tmlr-group/Unlearning-with-Control) as options of each: likelihood capping, loss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -47,16 +48,20 @@ def ascend(
 
     Args:
         weight: log p (n,) detached -> (n,); None = 1.
-        cap: likelihood below which a token counts as forgotten and stops contributing.
+        cap: likelihood below which a token counts as forgotten: its log-likelihood stays at log cap, without gradient.
         select: fraction of each row's targets kept: those with the smallest NLL, still remembered best.
-        temperature: of the softmax; above 1 it flattens what is pushed.
+        temperature: of the softmax that is pushed; above 1 it flattens it. Weights, cap and selection look at the model's own
+            likelihoods, so that those of a reference stay comparable.
     """
-    logp = p.logp if temperature == 1 else p.map_logits(lambda z, y: token_logp(z / temperature, y))
-    seen = logp.detach()
-    values = logp if weight is None else weight(seen) * logp
+    if temperature == 1:
+        pushed = own = p.logp
+    else:
+        pair = p.map_logits(lambda z, y: torch.stack([token_logp(z / temperature, y), token_logp(z.detach(), y)], 1))
+        pushed, own = pair.unbind(1)
+    seen = own.detach()
     if cap is not None:
-        # The value stays where the cap holds it, the gradient ends: a clamp.
-        values = torch.where(seen > torch.log(seen.new_tensor(cap)), values, values.detach())
+        pushed = torch.where(seen > math.log(cap), pushed, math.log(cap))
+    values = pushed if weight is None else weight(seen) * pushed
     if select < 1:
         padded = seen.new_full(p.mask.shape, -torch.inf).masked_scatter(p.mask, seen)  # (batch, seq-1)
         rank = padded.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -119,8 +124,9 @@ def wtnpo(
 
 
 def _npo_weight(logp: Tensor, ref: Tensor, beta: float, eps: float) -> Tensor:
-    own, other = (beta * logp).exp(), (beta * ref).exp()
-    return 2 * own / (own + other + eps)
+    """2 p^beta / (p^beta + p_ref^beta + eps) as a sigmoid of log-likelihoods: no 0/0 where both powers underflow."""
+    other = torch.logaddexp(beta * ref, ref.new_tensor(math.log(eps) if eps else -math.inf))
+    return 2 * torch.sigmoid(beta * logp - other)
 
 
 @objective("satimp", unit=selected_token, needs=("logp",), source=_SATIMP)
