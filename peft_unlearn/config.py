@@ -3,6 +3,7 @@ shown at once, before any model is loaded."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -156,10 +157,15 @@ def parse_terms(spec: Mapping[str, Any], errors: Errors) -> list[Term]:
             errors.add(f"terms.{gradient}: name an objective, e.g. {{npo: {{beta: 0.1}}}}")
             continue
         for name, hyper in objectives.items():
-            hyper = dict(hyper or {}) if isinstance(hyper, (Mapping, type(None))) else {"?": hyper}
+            if not isinstance(hyper, (Mapping, type(None))):
+                errors.add(
+                    f"terms.{gradient}.{name}: hyper-parameters are a mapping, e.g. {{weight: 1}}; got {hyper!r}"
+                )
+                continue
+            hyper = dict(hyper or {})
             weight, batch = hyper.pop("weight", 1.0), hyper.pop("batch", BATCH_OF.get(gradient, gradient))
-            if not isinstance(weight, (int, float)) or isinstance(weight, bool):
-                errors.add(f"terms.{gradient}.{name}: weight must be a number, not {weight!r}")
+            if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
+                errors.add(f"terms.{gradient}.{name}: weight must be a finite number, not {weight!r}")
                 continue
             if batch not in ("forget", "retain"):
                 errors.add(f"terms.{gradient}.{name}: reads the set {batch!r}; say batch: forget or batch: retain")
@@ -205,6 +211,9 @@ def parse_method(
         errors.add(f"{kind}: give one name, or {{name: {{hyper-parameters}}}}; got {spec!r}")
         return None, {}
     ((name, hyper),) = spec.items()
+    if not isinstance(hyper, (Mapping, type(None))):
+        errors.add(f"{kind} {name!r}: hyper-parameters are a mapping, e.g. {{{name}: {{key: value}}}}; got {hyper!r}")
+        return None, {}
     try:
         method = registry.get(kind, name)
     except UserError as e:

@@ -143,7 +143,8 @@ class UnlearnTrainer(Trainer):
             self._precompute()
         if resume_from_checkpoint:
             # Own file, own trust: written by this class, tensors and plain values only.
-            self._restored = torch.load(Path(resume_from_checkpoint, STATE), weights_only=True)
+            self._restored = torch.load(Path(resume_from_checkpoint, STATE), map_location="cpu", weights_only=True)
+            self.average_state = self._restored["average"]
         out = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if "averaged" in self.average_state:
             averaged = [t.to(p.device) for t, p in zip(self.average_state["averaged"], space.params, strict=True)]
@@ -191,7 +192,6 @@ class UnlearnTrainer(Trainer):
         )
         if self._restored is not None:
             window.load_state_dict(self._restored["window"])
-            self.average_state = self._restored["average"]
         return window
 
     # --- nothing trains silently -----------------------------------------------------------------------------------

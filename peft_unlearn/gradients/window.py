@@ -113,6 +113,12 @@ class Window:
         if not self.space:
             raise UserError("nothing is trainable: the model has no adapter parameter that requires a gradient")
         self.smooth_space = self.space if space == "adapter" else Space.under_adapters(model)
+        if not self.smooth_space or not all(p.is_floating_point() for p in self.smooth_space.params):
+            raise UserError(
+                "smoothing in space base moves the weights under the adapters, and "
+                + ("they are quantized" if self.smooth_space else "there are none")
+                + "; use space: adapter"
+            )
         self.groups = group_indices(self.space.names, scope)
         self.rng = torch.Generator().manual_seed(seed)
         self.rule_state: dict[str, dict[str, Any]] = {}
