@@ -11,6 +11,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from . import registry
+from .data.alternates import add_alternates
+from .data.bundle import ForgetRetain
 from .errors import Errors, UserError, nearest
 from .forward import Reference
 from .gradients.window import Term
@@ -116,6 +118,11 @@ class UnlearnConfig(TrainingArguments):
                 )
         if self.averaging_method is not None and self.load_best_model_at_end:
             errors.add("averaging and keep_best (load_best_model_at_end) both replace the last iterate; choose one")
+        if self.averaging_method is not None and 0 < self.max_steps < self.averaging_method[1].get("start", 0):
+            errors.add(
+                f"averaging {self.averaging_method[0].name!r} starts at step {self.averaging_method[1]['start']}, and the run "
+                f"ends at step {self.max_steps}: nothing would be averaged"
+            )
         for batch, kinds in alternates_of(self.term_list).items():
             if len(kinds) > 1:
                 errors.add(f"terms: the {batch} batch would need several winner answers ({', '.join(sorted(kinds))})")
@@ -194,6 +201,28 @@ def alternates_of(terms: Sequence[Term]) -> dict[str, set[str]]:
         if kind := t.objective.extra.get("alternates"):
             out.setdefault(t.batch, set()).add(kind)
     return out
+
+
+def require_sets(config: UnlearnConfig, data: ForgetRetain) -> None:
+    """Refuse data that lack a set, or winner answers, that the terms read.
+
+    Raises:
+        UserError: everything missing, at once.
+    """
+    errors = Errors()
+    needed = {t.batch for t in config.term_list} | {config.anchor}
+    if missing := sorted(n for n in needed if not getattr(data, n)):
+        errors.add(f"the terms read the {', '.join(missing)} set, and the data have none")
+    for batch, kinds in alternates_of(config.term_list).items():
+        for kind in kinds - {"generated"}:  # those are made once the model is there
+            try:
+                add_alternates(getattr(data, batch) or [], kind, config.seed, batch)
+            except UserError as e:
+                names = ", ".join(
+                    t.objective.name for t in config.term_list if t.objective.extra.get("alternates") == kind
+                )
+                errors.add(f"{names}: {e}")
+    errors.raise_if_any("data")
 
 
 def parse_method(

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from .adapt import adapted, get_forget_model, peft_config
-from .config import DATA_OPTIONS, UnlearnConfig, alternates_of, from_recipe
+from .config import DATA_OPTIONS, UnlearnConfig, alternates_of, from_recipe, require_sets
 from .data import embedded
-from .data.alternates import add_alternates
 from .data.bundle import ForgetRetain
 from .data.formats import layout_of, to_text
 from .errors import Errors, UserError
@@ -78,12 +77,26 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     errors.raise_if_any(f"recipe {recipe.get('name', '')}".strip())
     assert config is not None
     bundle = load_data(recipe.get("data"), data)
-    for batch, kinds in alternates_of(config.term_list).items():
-        if kinds <= {"row", "refusal"} and getattr(bundle, batch):  # generated ones come from the model itself
-            add_alternates(getattr(bundle, batch), next(iter(kinds)), config.seed, batch)
+    require_sets(config, bundle)
     named = base or recipe.get("base")
     path = resolve_base(recipe.get("base"), override=base)
+    _check_layers(config, path)
     return Run(dict(recipe), config, adapter, bundle, str(named), path, None if negate is None else float(negate))
+
+
+def _check_layers(config: UnlearnConfig, base_dir: Path) -> None:
+    """Refuse block numbers that the base does not have (module names are looked up once the model is there)."""
+    from transformers import AutoConfig
+
+    numbers = [(t.objective.name, k) for t in config.term_list for k in t.layers if isinstance(k, int)]
+    if not numbers:
+        return
+    n = AutoConfig.from_pretrained(str(base_dir)).get_text_config().num_hidden_layers
+    errors = Errors()
+    for name, k in numbers:
+        if not -n <= k < n:
+            errors.add(f"{name}: layer {k} does not exist: the base has blocks 0 to {n - 1}")
+    errors.raise_if_any("terms")
 
 
 def load_data(spec: Any, override: str | None = None) -> ForgetRetain:

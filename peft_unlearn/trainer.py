@@ -22,7 +22,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .adapt import describe, get_forget_model, refuse_base
-from .config import UnlearnConfig, alternates_of, reference_of
+from .config import UnlearnConfig, alternates_of, reference_of, require_sets
 from .data.alternates import add_alternates
 from .data.bundle import ForgetRetain
 from .data.collate import PairedRows, StreamSampler, collate, pad
@@ -63,9 +63,8 @@ class UnlearnTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         self.data = ForgetRetain.load(data)
+        require_sets(args, self.data)
         needed = {t.batch for t in args.term_list} | {args.anchor}
-        if missing := sorted(n for n in needed if not getattr(self.data, n)):
-            raise UserError(f"the terms read the {', '.join(missing)} set, and the data have none")
         if args.eval_strategy != "no" and score is None:
             raise UserError("eval_strategy is set and there is no score: pass score=make_score(data, tokenizer)")
         if args.n_gpu > 1:
