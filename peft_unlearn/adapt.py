@@ -20,6 +20,9 @@ _NO = {
     "CPT": "soft prompts lengthen every input, so target positions and cached references no longer line up",
     "XLORA": "it mixes trained adapters by a gate over hidden states of a first pass",
     "POLY": "it needs task ids in every batch",
+    "CARTRIDGE": "it works through the key/value cache, which training passes do not use",
+    "SHADOW": "it changes what passes between the blocks, which losses and hooks on the model read",
+    "ADALORA": "its ranks are pruned by calls from a training loop of its own; without them it is an odd LoRA",
 }
 _LORA_KEYS = {
     "r",
@@ -49,6 +52,8 @@ def peft_config(spec: Mapping[str, Any] | None) -> Any:
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
+    if spec is not None and not isinstance(spec, Mapping):
+        raise UserError(f"adapter: settings are a mapping, e.g. {{type: lora, r: 16}}, not {spec!r}")
     spec = {"type": "lora", **(spec or {})}
     kind = str(spec.pop("type")).upper()
     names = {t.name for t in PeftType}
@@ -69,9 +74,25 @@ def peft_config(spec: Mapping[str, Any] | None) -> Any:
     if kind == "LORA":
         spec = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **spec}
     try:
-        return cls(task_type="CAUSAL_LM", **spec)
-    except (TypeError, ValueError) as e:
+        config = cls(task_type="CAUSAL_LM", **spec)
+    except (TypeError, ValueError, ImportError) as e:
         raise UserError(f"adapter: {e}") from e
+    _refuse(config)
+    return config
+
+
+def _refuse(config: Any) -> None:
+    """Raise a `UserError` for a PEFT config that cannot be trained truthfully here."""
+    kind = getattr(config.peft_type, "name", str(config.peft_type))
+    if kind in _NO:
+        raise UserError(f"adapter.type {kind.lower()} is refused: {_NO[kind]}")
+    if getattr(config, "is_prompt_learning", False):
+        raise UserError(f"adapter.type {kind.lower()} is refused: {_NO['PROMPT_TUNING']}")
+    bias = getattr(config, "bias", "none")
+    if bias not in ("none", False, None):
+        raise UserError(
+            f"adapter: bias {bias!r} is refused: it trains the base's own biases, which stay changed when the adapter is off"
+        )
 
 
 def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str = "default", quiet: bool = True) -> Any:
@@ -90,9 +111,7 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
 
     if config is None or isinstance(config, Mapping):
         config = peft_config(config)
-    kind = getattr(config.peft_type, "name", str(config.peft_type))
-    if kind in _NO:
-        raise UserError(f"adapter type {kind} is refused: {_NO[kind]}")
+    _refuse(config)
     refuse_base(base)
     try:
         if isinstance(base, PeftModel):
@@ -107,7 +126,7 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
             model: Any = base
         else:
             model = get_peft_model(base, config, adapter_name=adapter_name)
-    except ValueError as e:
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as e:
         raise UserError(f"adapter: PEFT refuses this configuration: {e}") from e
     _assert_adapted(model, config)
     if not quiet:

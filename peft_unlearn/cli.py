@@ -200,6 +200,10 @@ def main() -> None:
 
     try:
         app()
+    except SystemExit as e:
+        # Typer's own codes: 130 for Ctrl-C, 1 when the reader of our output went away.
+        lost = e.code == 130 or isinstance(e.__context__, BrokenPipeError)
+        sys.exit(3 if lost else e.code)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -4,6 +4,7 @@ shown at once, before any model is loaded."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -78,7 +79,7 @@ class UnlearnConfig(TrainingArguments):
             given: Any = self.activation_checkpointing_kwargs or {}
             self.activation_checkpointing_kwargs = {"use_reentrant": False, **given}
         errors = Errors()
-        self.terms = self.terms or dict(_DEFAULT_TERMS)
+        self.terms = dict(_DEFAULT_TERMS) if self.terms is None else self.terms
         self.term_list = parse_terms(self.terms, errors)
         self.rule_method, options = parse_method("rule", self.rule, errors, scope=("global", "layer", "tensor"))
         self.scope: str = options.get("scope", "global")
@@ -146,6 +147,7 @@ class UnlearnConfig(TrainingArguments):
             errors.add("torch_compile is not supported: hooks on the model's head break the graph at every step")
         if self.label_smoothing_factor:
             errors.add("label_smoothing_factor has no meaning here: terms are the losses")
+        check_numbers(self, errors)
         given: Any = self.activation_checkpointing_kwargs or {}
         if given.get("use_reentrant"):
             errors.add("gradient_checkpointing with use_reentrant=True hides named gradients; leave it at False")
@@ -262,7 +264,9 @@ def parse_method(
 
 def check_reference(mode: str, terms: list[Term], errors: Errors) -> None:
     """Complain about an unknown reference mode, or one that cannot give what the terms need."""
-    if mode == "precomputed":
+    if not isinstance(mode, str):
+        errors.add(f"reference must be text, not {mode!r}")
+    elif mode == "precomputed":
         more = sorted(
             {t.objective.name for t in terms if {"ref_logits", "ref_hidden", "ref_router"} & set(t.objective.needs)}
         )
@@ -273,6 +277,36 @@ def check_reference(mode: str, terms: list[Term], errors: Errors) -> None:
             )
     elif mode not in ("before", "base") and not (mode.startswith("adapter:") and len(mode) > len("adapter:")):
         errors.add(f"reference={mode!r} is not one of before, base, adapter:<name>, precomputed")
+
+
+_AT_LEAST = {
+    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1, "max_length": 2, "seed": 0,
+}  # fmt: skip
+
+
+def check_numbers(config: UnlearnConfig, errors: Errors) -> None:
+    """Complain about numbers that would only fail, or do nothing, far inside a run."""
+    for name, low in _AT_LEAST.items():
+        value = getattr(config, name)
+        if isinstance(value, (int, float)) and not low <= value < math.inf:
+            errors.add(f"{name}={value!r} must be a finite number and at least {low}")
+    if isinstance(config.seed, int) and config.seed >= 2**32:
+        errors.add(f"seed={config.seed} must be below 2**32")
+
+
+def wrong_type(name: str, value: Any) -> str | None:
+    """What the field `name` of `UnlearnConfig` wants, e.g. "a number", where `value` is nothing of the kind."""
+    annotation = next(str(f.type) for f in fields(UnlearnConfig) if f.name == name)
+    words = set(re.findall(r"[A-Za-z_]+", annotation)) - {"class"}
+    if not words <= {"bool", "int", "float", "None", "NoneType", "Optional", "Union", "typing"}:
+        return None  # texts, lists and mappings have checks of their own
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {"bool": isinstance(value, bool), "int": number and isinstance(value, int), "float": number}
+    if any(fits[k] for k in fits if k in words) or (value is None and words & {"None", "NoneType", "Optional"}):
+        return None
+    names = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+    return " or ".join(v for k, v in names.items() if k in words and not (k == "int" and "float" in words))
 
 
 def reference_of(mode: str, trained: str = "default") -> Reference:
@@ -288,12 +322,19 @@ def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
     """
     errors = Errors()
     known = {f.name for f in fields(UnlearnConfig) if f.init}
+    for key in ("train", "eval"):
+        if not isinstance(recipe.get(key), (Mapping, type(None))):
+            errors.add(f"{key} is a section with keys, not {recipe[key]!r}")
+            recipe = {**recipe, key: None}
     train = dict(recipe.get("train") or {})
+    if reserved := sorted(set(train) & {"output_dir", "terms", "rule", "reference"}):
+        errors.add(f"train: {', '.join(reserved)} does not belong there; it has a place of its own")
+        train = {k: v for k, v in train.items() if k not in reserved}
     data = recipe.get("data")
     options = {k: data[k] for k in DATA_OPTIONS if isinstance(data, Mapping) and k in data}
     if recipe.get("selection") is not None:
         errors.add("selection is not available in this version")
-    if "terms" not in recipe:
+    if recipe.get("terms") is None:
         errors.add("terms are missing: say what is forgotten and kept, e.g. {forget: {npo: {}}, retain: {nll: {}}}")
     options.pop("template", None)
     evaluation = dict(recipe.get("eval") or {})
@@ -303,6 +344,11 @@ def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
             errors.add(f"train: TrainingArguments has no {key!r}.{nearest(str(key), known)}")
     top = {k: recipe[k] for k in ("terms", "reference", "seed", *METHODS) if recipe.get(k) is not None}
     clean = {k: v for k, v in train.items() if k in known}
+    for section, values in (("train", clean), ("data", options), ("recipe", top)):
+        for key, value in list(values.items()):
+            if wanted := wrong_type(key, value):
+                errors.add(f"{section}: {key} must be {wanted}, not {value!r}")
+                del values[key]
     try:
         config = UnlearnConfig(output_dir=output_dir, **{**clean, **options, **top})
     except UserError as e:
@@ -326,6 +372,10 @@ def eval_options(evaluation: Mapping[str, Any], errors: Errors) -> dict[str, Any
     for key in evaluation:
         if key not in _EVAL_KEYS:
             errors.add(f"eval has no {key!r}.{nearest(str(key), _EVAL_KEYS)}")
+    for key in ("n", "retain_floor", "stop_below"):
+        value = evaluation.get(key)
+        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+            errors.add(f"eval.{key} must be a number, not {value!r}")
     every = evaluation.get("every")
     if not every:
         if evaluation.get("keep_best") or evaluation.get("stop_below") is not None:
@@ -333,7 +383,7 @@ def eval_options(evaluation: Mapping[str, Any], errors: Errors) -> dict[str, Any
                 "eval: keep_best and stop_below judge by scores; say every how many steps to evaluate (eval.every)"
             )
         return {}
-    if not isinstance(every, int) or every < 1:
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         errors.add(f"eval.every must be a whole number of steps, not {every!r}")
         return {}
     out: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": every}

@@ -77,11 +77,12 @@ class Param:
         if self.choices is not None:
             return None if value in self.choices else f"{self.name}={value!r} is not one of {list(self.choices)}"
         if self.type in ("float", "int"):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or (self.type == "int" and value != int(value)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
                 return f"{self.name} must be {self._wanted()}, not {value!r}"
             if not math.isfinite(value):
                 return f"{self.name} must be finite, not {value!r}"
+            if self.type == "int" and value != int(value):
+                return f"{self.name} must be {self._wanted()}, not {value!r}"
             if self.range is not None and not self.range.holds(value):
                 return f"{self.name}={value!r} is outside {self.range}"
             return None
@@ -122,8 +123,14 @@ class Method:
     faithful: str = "verified"
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self, hyper: Mapping[str, Any]) -> list[str]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name: a plug-in's function may be a closure, and checkpoints pickle the arguments of a run.
+        return get, (self.kind, self.name)
+
+    def check(self, hyper: Any) -> list[str]:
         """Every complaint about a set of hyper-parameters: unknown names, types, ranges, missing ones."""
+        if not isinstance(hyper, Mapping):
+            return [f"{self.kind} {self.name!r}: hyper-parameters are a mapping, e.g. {{beta: 0.1}}, not {hyper!r}"]
         out = []
         for key, value in hyper.items():
             if key not in self.params:

@@ -20,8 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from .adapt import describe, get_forget_model, refuse_base
+from .checkpoints import STATE, fingerprint, last_checkpoint, load_adapter, read_state, write_state
 from .config import UnlearnConfig, alternates_of, reference_of, require_sets
 from .data.alternates import add_alternates
 from .data.bundle import ForgetRetain
@@ -31,8 +33,6 @@ from .forward import Pass, dropouts
 from .gradients.step_size import peeked_update
 from .gradients.vector import Space, Vec
 from .gradients.window import Step, Window
-
-STATE = "unlearn_state.pt"  # written last into a checkpoint: its presence means that the checkpoint is whole
 
 
 class UnlearnTrainer(Trainer):
@@ -133,17 +133,16 @@ class UnlearnTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.config.output_dir)
             if resume_from_checkpoint is None:
                 raise UserError(f"{self.config.output_dir} holds no whole checkpoint to resume from")
-        elif resume_from_checkpoint and not Path(resume_from_checkpoint, STATE).is_file():
-            raise UserError(f"{resume_from_checkpoint} is no whole checkpoint: {STATE} is missing")
+        self.window, self._pending, self._restored, self.average_state = None, [], None, {}
+        self._sums.clear()
+        if resume_from_checkpoint:
+            self._restored = read_state(resume_from_checkpoint, self._fingerprint())
+            self.average_state = self._restored["average"]
         space = Space.trainable(self.bare)
         groups = _groups(self.bare, space.names)
         before = _checksums(space)
         if self.config.reference == "precomputed":
             self._precompute()
-        if resume_from_checkpoint:
-            # Own file, own trust: written by this class, tensors and plain values only.
-            self._restored = torch.load(Path(resume_from_checkpoint, STATE), map_location="cpu", weights_only=True)
-            self.average_state = self._restored["average"]
         out = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if "averaged" in self.average_state:
             averaged = [t.to(p.device) for t, p in zip(self.average_state["averaged"], space.params, strict=True)]
@@ -267,9 +266,13 @@ class UnlearnTrainer(Trainer):
 
     def _cache_key(self, rows: list[dict[str, Any]]) -> str:
         """sha256 over the base, the active adapters, ids and labels of the rows, and the dtype."""
-        h = hashlib.sha256()
-        for n, p in self.bare.named_parameters():
-            if f".{self.trained_adapter}" not in n:
+        h, model = hashlib.sha256(), self.bare
+        # Which adapters are on and how strongly they act (lora_alpha and its like) is not in the weights.
+        others = [a for a in model.base_model.active_adapters if a != self.trained_adapter]
+        settings = [{**model.peft_config[a].to_dict(), "base_model_name_or_path": None} for a in others]
+        h.update(json.dumps([others, settings], sort_keys=True, default=str).encode())
+        for n, p in model.named_parameters():
+            if not _belongs(n, self.trained_adapter):
                 h.update(f"{n}{p.dtype}{tuple(p.shape)}".encode())
                 h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         h.update(json.dumps([[r["input_ids"], r["labels"]] for r in rows]).encode())
@@ -295,14 +298,34 @@ class UnlearnTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if self.args.should_save and folder.is_dir():
-            assert self.window is not None
-            state = {"window": self.window.state_dict(), "average": self.average_state}
-            stage = folder / f"{STATE}.part"
-            torch.save(state, stage)
-            os.replace(stage, folder / STATE)
+        if self.args.should_save:
+            (folder / STATE).unlink(missing_ok=True)  # an earlier run's: what is written over it is not whole yet
+        # Older checkpoints go only once this one is whole; else a kill in between would leave none.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # every rank writes its own random state
+        if self.args.should_save:
+            window = self.window.state_dict() if self.window else {}
+            write_state(folder, {"window": window, "average": self.average_state, "run": self._fingerprint()})
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.bare, resume_from_checkpoint, self.trained_adapter)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        load_adapter(self.bare, self.state.best_model_checkpoint, self.trained_adapter)
+
+    def _fingerprint(self) -> str:
+        c = self.config
+        rows = [[(r["input_ids"], r["labels"]) for r in rows] for _, rows in sorted(self.rows.sets.items())]
+        per_step = c.train_batch_size * c.gradient_accumulation_steps * c.world_size
+        method = (c.terms, c.rule, c.smoothing, c.step_size, c.averaging, c.reference)
+        return fingerprint(method, c.anchor, c.per_anchor, c.seed, per_step, rows)
 
     # --- the finished adapter --------------------------------------------------------------------------------------
 
@@ -353,12 +376,6 @@ class _EngineHooks(TrainerCallback):
             t.average_state["averaged"] = found.tensors
 
 
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in `folder`, or None."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if (p / STATE).is_file()]
-    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
-
-
 def _all_reduce(flat: torch.Tensor) -> None:
     torch.distributed.all_reduce(flat)
 
@@ -370,13 +387,15 @@ def _n_targets(row: Mapping[str, Any]) -> int:
 def _trained_adapter(model: Any) -> str:
     """Name of the one adapter whose parameters require a gradient."""
     names = [
-        a
-        for a in model.peft_config
-        if any(p.requires_grad and (f".{a}." in n or n.endswith(f".{a}")) for n, p in model.named_parameters())
+        a for a in model.peft_config if any(p.requires_grad and _belongs(n, a) for n, p in model.named_parameters())
     ]
     if len(names) != 1:
         raise UserError(f"exactly one adapter must be trainable, and {len(names)} are ({', '.join(names) or 'none'})")
     return names[0]
+
+
+def _belongs(parameter: str, adapter: str) -> bool:
+    return f".{adapter}." in parameter or parameter.endswith(f".{adapter}")
 
 
 def _groups(model: Any, names: list[str]) -> dict[str, str]:

@@ -28,17 +28,15 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.forward import Pass, Reference, blocks, dropouts, layer_module
 
 VOCAB = 97
-_SMALL: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2,
-)  # fmt: skip
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 FAMILIES: dict[str, Callable[..., Any]] = {
     "llama": lambda **k: LlamaConfig(**_SMALL, **k),
     "qwen3": lambda **k: Qwen3Config(**_SMALL, head_dim=8, **k),
     # final_logit_softcapping 5 with a head scaled up below: a path that forgets the cap is far off
-    "gemma2": lambda **k: Gemma2Config(
-        **_SMALL, head_dim=8, final_logit_softcapping=5.0, query_pre_attn_scalar=8, **k
-    ),
+    "gemma2": lambda **k: Gemma2Config(**_SMALL, head_dim=8, final_logit_softcapping=5.0, query_pre_attn_scalar=8, **k),
     "gpt2": lambda **k: GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **k
     ),
@@ -57,7 +55,7 @@ def make(family: str, adapt_head: bool = False) -> Any:
             p.add_(torch.randn_like(p) * 0.2)
     targets: Any = ["c_attn", "c_fc", "c_proj"] if family == "gpt2" else "all-linear"
     if adapt_head:
-        targets = (["c_attn", "lm_head"] if family == "gpt2" else ["q_proj", "v_proj", "lm_head"])
+        targets = ["c_attn", "lm_head"] if family == "gpt2" else ["q_proj", "v_proj", "lm_head"]
     model = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
     with torch.no_grad():
         for n, p in model.named_parameters():

@@ -18,6 +18,7 @@ from .collate import encode
 from .formats import SUFFIXES, identity, load_rows, to_text
 
 SETS = ("forget", "retain", "holdout")
+TEMPLATES = ("qa", "chat")
 
 
 @dataclass
@@ -38,6 +39,8 @@ class ForgetRetain:
     template: str = "qa"
 
     def __post_init__(self) -> None:
+        if self.template not in TEMPLATES:
+            raise UserError(f"data: template {self.template!r} is not one of {', '.join(TEMPLATES)}")
         for name in SETS:
             if (rows := getattr(self, name)) is not None:
                 setattr(self, name, load_rows(rows, name=f"{name} set"))

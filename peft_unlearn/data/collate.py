@@ -30,13 +30,15 @@ def encode(
         UserError: too long with "error", or no target left.
     """
     text = prompt + answer
+    # Chat templates write the beginning-of-sequence token out; the tokenizer must not add a second one.
+    special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     if getattr(tokenizer, "is_fast", False):
-        enc = tokenizer(text, return_offsets_mapping=True)
+        enc = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
         ids, ends = list(enc["input_ids"]), [end for _, end in enc["offset_mapping"]]
         first = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
     else:
-        ids = list(tokenizer(text)["input_ids"])
-        first = min(len(tokenizer(prompt)["input_ids"]), len(ids)) if prompt else 0
+        ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+        first = min(len(tokenizer(prompt, add_special_tokens=special)["input_ids"]), len(ids)) if prompt else 0
     eos = tokenizer.eos_token_id
     if eos is not None and (not ids or ids[-1] != eos):
         ids.append(eos)
@@ -46,10 +48,13 @@ def encode(
         raise UserError(
             f"has {len(ids)} tokens, more than max_length {max_length}; raise max_length or set on_overflow to truncate or chunk"
         )
-    if first >= max_length:
+    if max(first, 1) >= max_length:
         raise UserError(f"has a prompt of {first} tokens, which leaves no target within max_length {max_length}")
     if on_overflow == "truncate":
         return [_labelled(ids[:max_length], first)]
+    if first == 0:  # nothing stands before the text: each piece begins with the last token of the one before
+        step = max_length - 1
+        return [_labelled(ids[i : i + max_length], 0) for i in range(0, len(ids) - 1, step)]
     room = max_length - first
     return [_labelled(ids[:first] + ids[i : i + room], first) for i in range(first, len(ids), room)]
 

@@ -7,6 +7,7 @@ A row is a plain dict in one of four layouts; `LAYOUTS` names their fields. File
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -90,7 +91,11 @@ def load_rows(source: Any, name: str = "") -> list[dict[str, Any]]:
 def _read(source: str | Path) -> Iterator[tuple[str, Any]]:
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError:  # e.g. a name longer than a file system takes
+        there = False
+    if not there:
         if isinstance(source, str) and suffix not in SUFFIXES and _HUB_ID.match(source):
             yield from _read_hub(source)
             return
@@ -106,6 +111,8 @@ def _read(source: str | Path) -> Iterator[tuple[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{source}: is not UTF-8 text (byte {e.start})") from e
+    except OSError as e:
+        raise UserError(f"{source}: cannot be read ({e.strerror})") from e
     if suffix == ".jsonl":
         # Not splitlines(): a JSON string may hold U+2028 and its like unescaped.
         for i, line in enumerate(text.split("\n"), 1):
@@ -117,7 +124,7 @@ def _read(source: str | Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{source}: holds one {type(rows).__name__}, not a list of rows")
         yield from ((f"row {i}", row) for i, row in enumerate(rows))
     else:
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             for row in reader:
                 if None in row or None in row.values():
@@ -132,6 +139,8 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(f"{where} is not valid JSON: {e.msg} (column {e.colno})") from e
+    except (ValueError, RecursionError) as e:  # a number of too many digits, or too deep a nesting
+        raise UserError(f"{where} is not valid JSON: {e}") from e
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:

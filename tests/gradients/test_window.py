@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peft_unlearn import registry
-from peft_unlearn.config import UnlearnConfig, parse_method, parse_terms
+from peft_unlearn.config import UnlearnConfig, parse_terms
 from peft_unlearn.data.collate import encode, pad
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.errors import Errors, UserError
@@ -33,13 +33,11 @@ def encoded(tag: str, n: int) -> list[dict[str, Any]]:
     return [encode(*to_text(r), tok)[0] for r in tiny.rows(n, tag, seed=len(tag))]
 
 
-def window_of(model: Any, terms: Any = None, rule: Any = "sum", **kw: Any) -> Window:
+def window_of(model: Any, terms: Any = None, rule: str = "sum", **kw: Any) -> Window:
     errors = Errors()
     parsed = parse_terms(terms or TERMS, errors)
-    method = parse_method("rule", rule, errors)
     errors.raise_if_any("test")
-    assert method is not None
-    return Window(model, parsed, method, reference=Reference(), **kw)
+    return Window(model, parsed, (registry.get("rule", rule), {}), reference=Reference(), **kw)
 
 
 def micro(forget: list[Any], retain: list[Any], split: Sequence[int]) -> list[dict[str, Any]]:
@@ -74,7 +72,9 @@ def test_named_gradients_equal_the_literal_full_batch(rows8):
         return z[labels != -100].log_softmax(1), labels[labels != -100]
 
     forget, retain = rows8
-    n_tokens = {name: sum(y != -100 for r in rows for y in r["labels"][1:]) for name, rows in zip("fr", rows8, strict=True)}
+    n_tokens = {
+        name: sum(y != -100 for r in rows for y in r["labels"][1:]) for name, rows in zip("fr", rows8, strict=True)
+    }
     loss_f, loss_r = torch.zeros(()), torch.zeros(())
     for row in forget:
         logp, y = logits(row)
@@ -190,7 +190,10 @@ def test_all_zero_is_refused(rows8):
 
 def test_vectors_and_space():
     torch.manual_seed(0)
-    named = [(f"p{i}", torch.nn.Parameter(torch.randn(3, i + 1, dtype=d))) for i, d in enumerate([torch.float32, torch.bfloat16])]
+    named = [
+        (f"p{i}", torch.nn.Parameter(torch.randn(3, i + 1, dtype=d)))
+        for i, d in enumerate([torch.float32, torch.bfloat16])
+    ]
     space = Space(named)
     a, b = space.randn(torch.Generator().manual_seed(1)), space.randn(torch.Generator().manual_seed(2))
     flat = lambda v: torch.cat([t.flatten() for t in v.tensors]).double()  # noqa: E731

@@ -137,7 +137,9 @@ def test_masked_positions_are_inert(model, name):
         torch.testing.assert_close(left, want[keep])
     else:
         lengths = (batch["labels"][:, 1:] != -100).sum(1)
-        torch.testing.assert_close(left, torch.cat([c for c, k in zip(want.split(lengths.tolist()), keep, strict=True) if k]))
+        torch.testing.assert_close(
+            left, torch.cat([c for c, k in zip(want.split(lengths.tolist()), keep, strict=True) if k])
+        )
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
