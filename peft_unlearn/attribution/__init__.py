@@ -1,0 +1,1 @@
+"""What training does where: computes only, writes nothing. `effect` holds the G-effect."""
