@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import shapes
 import torch
-from shapes import RUNS, SHAPES, adapted, base, peak_above_model, rows
+from shapes import METHODS, RUNS, SHAPES, adapted, base, peak_above_model, rows
 
 from peft_unlearn.data.collate import pad
 from peft_unlearn.forward import Pass
@@ -35,6 +35,9 @@ TIME_GOALS = [
     ("our Trainer / bare loop", "S1", "graddiff", "bare_graddiff", 1.05),
     ("our Trainer / bare loop", "S2", "graddiff", "bare_graddiff", 1.05),
 ]
+# (method, goal for its step time over GradDiff's)
+METHOD_GOALS = [("ngdiff", 1.10), ("gru", 1.10), ("sam", 1.6), ("rs3", 2.1), ("rmu", 0.60)]
+VECTORS = 4  # adapter-sized vectors of memory beyond rule sum's, at most
 MEMORY_GOALS = [("S1", 0.42), ("S2", 0.06)]
 
 
@@ -70,6 +73,18 @@ def times(shape: str, rounds: int, steps: int) -> dict[str, float]:
     return {n: statistics.median(s) for n, s in seconds.items()}
 
 
+def method_times(rounds: int) -> dict[str, float]:
+    """Mean CPU seconds of a step over ten steps of every method on S1 (a mean, since one step in ten refits a learning rate)."""
+    seconds: dict[str, list[float]] = {n: [] for n in METHODS}
+    for r in range(rounds):
+        for name in list(METHODS) if r % 2 == 0 else list(reversed(METHODS)):
+            # Step 0 warms up and refits; steps 1 to 10 hold exactly one refit.
+            seconds[name] += METHODS[name](base("S1"), "S1", 11)[1:]
+            gc.collect()
+            print(f"  S1 round {r + 1} {name}: {statistics.mean(seconds[name]):.3f} s", file=sys.stderr, flush=True)
+    return {n: statistics.mean(s) for n, s in seconds.items()}
+
+
 def memory(shape: str, name: str) -> int:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(peak_above_model, (name, shape))
@@ -101,6 +116,15 @@ def main() -> int:
         found["peak_bytes"][shape] = peaks
         goal = dict(MEMORY_GOALS)[shape]
         check("peak GradDiff / L", shape, peaks["graddiff"] / peaks["hf_lora_nll"], goal, ".3f")
+    if a.only != "S2":
+        t = found["method_cpu_seconds"] = method_times(a.rounds)
+        for name, goal in METHOD_GOALS:
+            check(f"{name} step / GradDiff", "S1", t[name] / t["graddiff"], goal)
+        adapter = 4 * sum(p.numel() for p in adapted(base("S1")).parameters() if p.requires_grad)
+        peaks = found["method_peak_bytes"] = {n: memory("S1", n) for n in METHODS}
+        for name in ("ngdiff", "gru", "sam", "rs3"):
+            more = (peaks[name] - peaks["graddiff"]) / adapter
+            check(f"{name} memory beyond sum, adapters", "S1", more, VECTORS)
     if not a.only:
         apart = (found["peak_bytes"]["S2"]["graddiff"] - found["peak_bytes"]["S1"]["graddiff"]) / 2**20
         check("peak(S2) - peak(S1), MiB", "  ", apart, 70, ".0f")

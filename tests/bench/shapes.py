@@ -45,9 +45,13 @@ def base(shape: str) -> Any:
     )  # fmt: skip
 
 
-def adapted(model: Any) -> Any:
+def adapted(model: Any, layers: list[int] | None = None) -> Any:
     torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(
+        model,
+        LoraConfig(r=16, lora_alpha=32, target_modules=names, layers_to_transform=layers, task_type="CAUSAL_LM"),
+    )
 
 
 def rows(shape: str, seed: int, n: int = ROWS) -> list[dict[str, list[int]]]:
@@ -81,7 +85,9 @@ class Clock(TrainerCallback):
         self.seconds.append(time.process_time() - self._start)
 
 
-def ours(terms: dict[str, Any], **config: Any) -> Callable[[Any, str, int], list[float]]:
+def ours(
+    terms: dict[str, Any], layers: list[int] | None = None, **config: Any
+) -> Callable[[Any, str, int], list[float]]:
     """CPU seconds per step of `UnlearnTrainer`."""
 
     def run(model: Any, shape: str, steps: int) -> list[float]:
@@ -94,7 +100,7 @@ def ours(terms: dict[str, Any], **config: Any) -> Callable[[Any, str, int], list
             data.shape = shape
             clock = Clock()
             trainer = UnlearnTrainer(
-                adapted(model), args, data=data, processing_class=tiny.tokenizer(), callbacks=[clock]
+                adapted(model, layers), args, data=data, processing_class=tiny.tokenizer(), callbacks=[clock]
             )
             quiet(trainer)
             trainer.train()
@@ -155,12 +161,23 @@ RUNS: dict[str, Callable[[Any, str, int], list[float]]] = {
 }
 
 
+# Methods over rule sum on the same batch. ngdiff refits its learning rate every ten steps: it is timed over ten.
+METHODS: dict[str, Callable[[Any, str, int], list[float]]] = {
+    "graddiff": RUNS["graddiff"],
+    "ngdiff": ours(GD, rule="ngdiff", step_size={"gen": {"every": 10}}),
+    "gru": ours(GD, rule="gru"),
+    "sam": ours(GD, smoothing="sam"),
+    "rs3": ours(GD, smoothing={"rs": {"n": 3}}),
+    "rmu": ours({"forget": {"rmu": {"layer": 1}}, "retain": {"representation_retention": {"layer": 1}}}, layers=[0, 1]),
+}
+
+
 def peak_above_model(name: str, shape: str) -> int:
     """Peak bytes of torch's CPU allocator above the loaded base over two steps; call it in a fresh process."""
     model = base(shape)
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
-        RUNS[name](model, shape, 2)
+        (RUNS | METHODS)[name](model, shape, 2)
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for e in sorted(events, key=lambda e: e.start_ns()):
