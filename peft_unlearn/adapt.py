@@ -113,6 +113,8 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
         config = peft_config(config)
     _refuse(config)
     refuse_base(base)
+    # PEFT rewrites the config in place on mixture-of-experts bases: what was asked for has to be kept.
+    asked = getattr(config, "target_modules", None), bool(getattr(config, "target_parameters", None))
     try:
         if isinstance(base, PeftModel):
             tuner: Any = base.base_model
@@ -128,7 +130,7 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
             model = get_peft_model(base, config, adapter_name=adapter_name)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as e:
         raise UserError(f"adapter: PEFT refuses this configuration: {e}") from e
-    _assert_adapted(model, config)
+    _assert_adapted(model, *asked)
     if not quiet:
         print(describe(model), file=sys.stderr)
     return model
@@ -157,13 +159,11 @@ def adapted(model: Any) -> list[str]:
     return sorted({*getattr(tuner, "targeted_module_names", []), *getattr(tuner, "targeted_parameter_names", [])})
 
 
-def _assert_adapted(model: Any, config: Any) -> None:
-    names = adapted(model)
-    if not names:
-        raise UserError(f"adapter: target_modules {config.target_modules!r} match no module of the base")
-    wanted = getattr(config, "target_modules", None)
+def _assert_adapted(model: Any, wanted: Any, names_parameters: bool) -> None:
+    if not adapted(model):
+        raise UserError(f"adapter: target_modules {wanted!r} match no module of the base")
     extra = list(getattr(model.base_model, "targeted_parameter_names", []))
-    if extra and not getattr(config, "target_parameters", None):
+    if extra and not names_parameters:
         raise UserError(
             f"adapter: PEFT turned target_modules {wanted!r} into fused parameters ({', '.join(extra[:4])}..): on a mixture-of-experts "
             "base that adapts every expert and the router. Name the attention modules, e.g. [q_proj, k_proj, v_proj, o_proj]"

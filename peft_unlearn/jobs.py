@@ -29,7 +29,7 @@ from .folder.base import base_reference, load_base, load_tokenizer, resolve_base
 from .folder.digest import digest_checkpoint, digest_targeted, targeted_names
 from .folder.manifest import Manifest, probes
 from .folder.read import AdapterFolder, read_adapter
-from .folder.write import update_eval, write_adapter
+from .folder.write import check_destination, update_eval, write_adapter
 from .stack.model import ForgetModel
 from .trainer import UnlearnTrainer
 
@@ -62,7 +62,11 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     """
     errors = Errors()
     config, adapter = None, None
-    spec = dict(recipe.get("adapter") or {})
+    given = recipe.get("adapter")
+    if not isinstance(given, (Mapping, type(None))):
+        errors.add(f"adapter: settings are a mapping, e.g. {{type: lora, r: 16}}, not {given!r}")
+        given = None
+    spec = dict(given or {})
     negate = spec.pop("negate", None)
     if negate is not None and (not isinstance(negate, (int, float)) or isinstance(negate, bool) or not negate > 0):
         errors.add(f"adapter.negate is the strength of the negation, a number above 0, not {negate!r}")
@@ -148,6 +152,7 @@ def train(
     from transformers import set_seed
 
     run = prepare(recipe, out, base, data)
+    check_destination(out)
     dtype = "bfloat16" if run.config.bf16 else "float32"
     model, tokenizer = load_base(run.base_dir, dtype), load_tokenizer(run.base_dir)
     generate_alternates(run, model, tokenizer)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .atomic import staged, write_text
+from .atomic import _check_free, staged, write_text
 from .base import peft_base_name
 from .card import default_card
 from .manifest import Manifest, path_like
@@ -67,6 +67,12 @@ def write_adapter(
         _refuse_machine_paths(stage, peft_model, out)
         read_adapter(stage)
     return read_adapter(out)
+
+
+def check_destination(out: str | Path) -> None:
+    """Raise the `UserError` that `write_adapter` would raise for what stands at `out`: before the work, not after it."""
+    out = Path(out).expanduser()
+    _check_free(out.resolve() if out.is_symlink() else out, _why_not_replaceable)
 
 
 def update_eval(folder: str | Path, eval_json: dict[str, Any], card: str | None = None) -> None:
