@@ -131,6 +131,32 @@ def methods(
 
 
 @app.command()
+def effect(
+    folder: Folder,
+    out: Annotated[str, typer.Option("--out", help="Folder for effect.json and the pictures.")] = "effect",
+    objectives: Annotated[
+        str | None, typer.Option(help="Beside the run's own: ga,npo,.. or YAML, e.g. '{rmu: {layer: 2}}'.")
+    ] = None,
+    space: Annotated[str, typer.Option(help="Gradients by the adapter, or by the base weights under it.")] = "adapter",
+    batches: Annotated[int, typer.Option(min=1, help="How many batches; standard errors need two.")] = 4,
+    base: Base = None,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """What each step of a run did to the forget and the retain risk, over its checkpoints (G-effect)."""
+    from .effects import effect as run
+    from .effects import write
+    from .progress import bars
+
+    with bars() as tell:
+        found = run(folder, objectives=objectives, space=space, batches=batches, base=base, data=data, progress=tell)
+    paths = write(found, out)
+    for note in found["notes"]:
+        print(note, file=sys.stderr)
+    _out(found) if json else print("\n".join(map(str, paths)))
+
+
+@app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
     base: Base = None,

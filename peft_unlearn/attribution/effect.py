@@ -129,7 +129,7 @@ def measure(
         space: gradients by the "adapter", or by the frozen weights under it ("base"; the output embeddings excepted).
         update: a window of the run; its whole update (rule, smoothing) is measured too, under the label "update". Adapter space only;
             its state is left alone.
-        instances: per-token or per-sequence values for so many forget rows; one backward per target token.
+        instances: values of every token of so many forget rows, or of four times as many sequences; one backward each.
         repro: the released code's estimator: moving averages (0.6 old, 0.4 new) of the gradients over batches, so that the
             result depends on their order. Default: each batch by itself, plain mean.
         reduce: sums a tensor over ranks in place; the batches are then the ranks' shares.

@@ -1,7 +1,7 @@
 """The G-effect of single tokens and sequences, for objectives that re-weight the likelihood: sum_i w_i log p_i / N.
 
 What an objective does with an instance is its weight; what raising the instance's likelihood would do to either risk is the same
-for every objective. So each row is differentiated once, one backward per target token.
+for every objective. So each row's tokens are differentiated once, one backward each.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..forward import Pass, Reference
 from ..gradients.vector import Space, Vec
 from ..gradients.window import Batches, Term
+
+SEQUENCES = 4  # a sequence costs one backward, a row's tokens as many as there are
 
 
 @dataclass(frozen=True)
@@ -56,40 +58,37 @@ class PerInstance:
 
     def __init__(self, model: nn.Module, space: Space, risks: tuple[Vec, Vec], reference: Reference | None) -> None:
         self.model, self.space, self.risks, self.reference = model, space, risks, reference
-        self._pairs: dict[int, Tensor] = {}  # row -> (n, 2): forget, retain
+        self._tokens: dict[int, Tensor] = {}  # row -> (n, 2)
 
     def of(self, terms: Sequence[Term], batches: Batches, limit: int) -> tuple[list[Instance], str | None]:
         """Instances of an objective, or why it has none."""
         if len(terms) != 1 or terms[0].batch != "forget":
             return [], "no instances: only a single objective on the forget set has weights per instance"
         out: list[Instance] = []
+        whole = terms[0].objective.unit == "sequence"
         with self.space.differentiable():
-            for number, row in enumerate(_rows(batches, limit)):
+            for number, row in enumerate(_rows(batches, limit * SEQUENCES if whole else limit)):
                 p = Pass(self.model, row, reference=self.reference)
-                p.logp  # noqa: B018  # the forward, before the weights are asked for
+                logp = p.logp  # the forward, before the weights are asked for
                 w = weights(p, terms[0])
                 if w is None:
                     return [], f"no instances: {terms[0].objective.name} is no re-weighted likelihood of the answers"
-                out += self._row(number, p, w, terms[0].objective.unit == "sequence")
+                if whole:  # grad log p of a sequence is the sum over its tokens
+                    both = self._tokens[number].sum(0) if number in self._tokens else self._pair(logp.sum())
+                    mean = float(logp.detach().mean().exp())
+                    out.append(Instance(number, None, mean, float(w.mean()), *both.tolist()))
+                    continue
+                if number not in self._tokens:
+                    self._tokens[number] = torch.stack([self._pair(x) for x in logp])
+                found = zip(logp.exp().tolist(), w.tolist(), self._tokens[number].tolist(), strict=True)
+                out += [Instance(number, t, prob, weight, *both) for t, (prob, weight, both) in enumerate(found)]
         return out, None
 
-    def _row(self, number: int, p: Pass, w: Tensor, whole: bool) -> list[Instance]:
-        pairs, logp = self._differentiate(number, p), p.logp.detach()
-        if whole:
-            both = pairs.sum(0).tolist()  # grad log p of a sequence is the sum over its tokens
-            return [Instance(number, None, float(logp.mean().exp()), float(w.mean()), *both)]
-        rows = zip(logp.exp().tolist(), w.tolist(), pairs.tolist(), strict=True)
-        return [Instance(number, t, prob, weight, *both) for t, (prob, weight, both) in enumerate(rows)]
-
-    def _differentiate(self, number: int, p: Pass) -> Tensor:
-        if number not in self._pairs:
-            rows = []
-            for t in range(len(p.logp)):
-                found = torch.autograd.grad(p.logp[t], self.space.params, retain_graph=True, allow_unused=True)
-                v = [torch.zeros_like(x) if g is None else g for g, x in zip(found, self.space.params, strict=True)]
-                rows.append(torch.stack([products(risk, Vec(v)).sum() for risk in self.risks]))
-            self._pairs[number] = torch.stack(rows)
-        return self._pairs[number]
+    def _pair(self, logp: Tensor) -> Tensor:
+        """(<grad R_forget, grad logp>, <grad R_retain, grad logp>), (2,) float64."""
+        found = torch.autograd.grad(logp, self.space.params, retain_graph=True, allow_unused=True)
+        v = Vec([torch.zeros_like(x) if g is None else g for g, x in zip(found, self.space.params, strict=True)])
+        return torch.stack([products(risk, v).sum() for risk in self.risks])
 
 
 def _rows(batches: Batches, limit: int) -> Iterator[dict[str, Any]]:
