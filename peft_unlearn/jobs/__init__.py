@@ -1,0 +1,21 @@
+"""What the commands do, without a terminal. Everything a user can get wrong is checked before a model is loaded."""
+
+from .evaluate import check_data, evaluate
+from .plan import Plan, plan
+from .run import Run, load_data, prepare
+from .save import save_adapter
+from .train import generate_alternates, quiet, train
+
+__all__ = [
+    "Plan",
+    "Run",
+    "check_data",
+    "evaluate",
+    "generate_alternates",
+    "load_data",
+    "plan",
+    "prepare",
+    "quiet",
+    "save_adapter",
+    "train",
+]
