@@ -1,0 +1,340 @@
+"""Expert adapters as stock PEFT files, and back.
+
+Stock LoRA on a fused parameter of E experts (``target_parameters``) has factors for all of them: ``A (E * r, in)``, expert
+by expert, and ``B (out, r * E)``, rank by rank. The chosen experts' factors go to their places and the others are zero:
+the same function, loadable without this package, E / n times the size. A router is an entry of its own rank: low-rank
+factors as they are, a whole delta D as ``I D`` (or ``D I``), which is exact.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...folder.atomic import staged
+from ..registration import PREFIX
+from .blocks import MoeBlock, innermost, is_llama4, moe_blocks
+from .config import ExpertLoraConfig
+from .layer import PROJECTIONS, ExpertsLayer, RouterLayer, TunerLayer
+
+COMPACT = "expert_lora"  # the compact form's subfolder
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def export_stock(peft_model: nn.Module, out_dir: str | Path, adapter_name: str = "default") -> Path:
+    """Write `adapter_name` as a stock PEFT folder, atomically, with the compact form in its subfolder ``expert_lora/``.
+
+    The folder loads by ``PeftModel.from_pretrained`` and ``model.load_adapter`` where this package is not installed. It
+    names no base model. Never replaces a folder that is not empty.
+
+    Raises:
+        UserError: the model has no such expert adapter, or something stands at `out_dir`.
+    """
+    _config(peft_model, adapter_name)
+    with staged(out_dir, lambda _: "is not empty") as stage:
+        save_into(stage, peft_model, adapter_name)
+    return Path(out_dir)
+
+
+def save_into(
+    stage: Path, model: nn.Module, adapter_name: str, base_name: str = "", revision: str | None = None
+) -> None:
+    """Write both forms of an expert adapter into an existing folder: stock on top, compact in ``expert_lora/``.
+
+    base_name, revision: what both configurations call the base; a Hub id or nothing, never a path.
+    """
+    config = _config(model, adapter_name)
+    _write(stage, stock_config(model, adapter_name), stock_tensors(model, adapter_name), base_name, revision)
+    (stage / COMPACT).mkdir()
+    _write(stage / COMPACT, config, compact_tensors(model, adapter_name), base_name, revision)
+
+
+def compact_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The compact form's tensors by their names on disk; the same that ``save_pretrained`` writes."""
+    _config(model, adapter_name)
+    out = {}
+    for path, layer in _layers(model, adapter_name):
+        for factor in layer.adapter_layer_names:
+            if adapter_name in getattr(layer, factor):
+                out[f"base_model.model.{path}.{factor}"] = _plain(getattr(layer, factor)[adapter_name])
+    return out
+
+
+def stock_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The stock form's tensors by their names on disk."""
+    _config(model, adapter_name)
+    out = {}
+    for path, layer in _layers(model, adapter_name):
+        if isinstance(layer, ExpertsLayer):
+            for projection, inside in _nesting(layer.get_base_layer(), PROJECTIONS):
+                a, b = _widened(layer, adapter_name, projection)
+                out[f"base_model.model.{path}{inside}.lora_A.weight"] = a
+                out[f"base_model.model.{path}{inside}.lora_B.weight"] = b
+        elif isinstance(layer, RouterLayer):
+            a, b = _router_factors(layer, adapter_name)
+            out[f"base_model.model.{path}.lora_A.weight"] = a
+            out[f"base_model.model.{path}.lora_B.weight"] = b
+    return out
+
+
+def stock_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
+    """The ``LoraConfig`` that goes with `stock_tensors`; every target is a full path."""
+    config = _config(model, adapter_name)
+    targets: list[str] = []
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for path, layer in _layers(model, adapter_name):
+        if isinstance(layer, ExpertsLayer):
+            targets += [f"{path}.{p}_proj" for p in PROJECTIONS]
+        elif isinstance(layer, RouterLayer):
+            name = f"{path}.weight"
+            targets.append(name)
+            rank = _router_factors(layer, adapter_name)[0].shape[0]
+            ranks[name] = rank
+            alphas[name] = rank if config.train_router == "full" else config.lora_alpha
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        target_modules=[],
+        target_parameters=targets,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,  # type: ignore[arg-type]
+        task_type=config.task_type,
+    )
+
+
+def import_stock(folder: str | Path, base: nn.Module, adapter_name: str = "default") -> Any:
+    """`base` as a PeftModel with the compact form of a stock adapter on experts and routers; the inverse of `export_stock`.
+
+    Experts whose delta is zero are left out (all are kept in a layer where every delta is zero and A is not). Reads the stock
+    form even where the compact one lies beside it: use ``PeftModel.from_pretrained(.., subfolder="expert_lora")`` for that.
+
+    Raises:
+        UserError: the folder holds anything that an expert adapter cannot be, or does not fit `base`.
+    """
+    folder = Path(folder)
+    try:
+        stock = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(str(folder / WEIGHTS))
+    except OSError as e:
+        raise UserError(f"{folder}: is no adapter folder ({e.strerror or e}).") from None
+    if stock.get("peft_type") != "LORA" or not stock.get("target_parameters") or stock.get("target_modules"):
+        raise UserError(f"{folder}: is no LORA adapter on fused parameters alone (target_parameters).")
+    found = _Stock(folder, stock, tensors)
+    try:
+        blocks = moe_blocks(base)
+        experts = {b.layer: found.experts(base, b) for b in blocks.values()}
+        routers = {b.layer: found.router(base, b) for b in blocks.values() if b.router}
+        config, values = found.compact(blocks, experts, routers)
+        model = get_peft_model(base, config, adapter_name=adapter_name)  # type: ignore[arg-type]
+    except ValueError as e:
+        raise UserError(f"{folder}: {e}") from None
+    with torch.no_grad():
+        for path, layer in _layers(model, adapter_name):
+            for factor in layer.adapter_layer_names:
+                if adapter_name in getattr(layer, factor):
+                    getattr(layer, factor)[adapter_name].copy_(values[path, factor.removeprefix(PREFIX)])
+    return model
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def _config(model: Any, adapter_name: str) -> ExpertLoraConfig:
+    configs = getattr(model, "peft_config", None) or {}
+    if adapter_name not in configs:
+        raise UserError(f"The model holds no adapter {adapter_name!r} (it holds: {', '.join(configs) or 'none'}).")
+    if not isinstance(configs[adapter_name], ExpertLoraConfig):
+        kind = getattr(configs[adapter_name].peft_type, "value", "?")
+        raise UserError(f"The adapter {adapter_name!r} is of type {kind}; only expert adapters need an export.")
+    return configs[adapter_name]
+
+
+def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
+    """(module path in the base, layer) of every layer that holds the adapter."""
+    for name, module in model.named_modules():
+        if isinstance(module, TunerLayer) and adapter_name in module.scaling:
+            yield name.removeprefix("base_model.model."), module
+
+
+def _nesting(experts: nn.Module, projections: Any) -> list[tuple[str, str]]:
+    """(projection, what stands between the experts' path and its factors): PEFT wraps once per parameter, the first inmost."""
+    order = [n.removesuffix("_proj") for n, _ in experts.named_parameters(recurse=False)]
+    order = [p for p in order if p in projections]
+    return [(p, ".base_layer" * (len(order) - 1 - i)) for i, p in enumerate(order)]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _factors(layer: Any, adapter_name: str, what: str) -> tuple[Tensor, Tensor]:
+    return tuple(_plain(getattr(layer, f"{PREFIX}{what}_{f}")[adapter_name]) for f in "AB")  # type: ignore[return-value]
+
+
+def _widened(layer: ExpertsLayer, adapter_name: str, projection: str) -> tuple[Tensor, Tensor]:
+    """Factors of all experts as stock LoRA has them, zero for those not chosen."""
+    a, b = _factors(layer, adapter_name, projection)  # (n, r, in), (n, out, r)
+    if is_llama4(layer):  # these are (in, out) in memory and do not say so: PEFT takes them for (out, in)
+        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    ids = layer.experts[adapter_name]
+    wide_a = a.new_zeros(layer.num_experts, *a.shape[1:])
+    wide_b = b.new_zeros(*b.shape[1:], layer.num_experts)
+    wide_a[ids] = a
+    wide_b[:, :, ids] = b.permute(1, 2, 0)
+    return wide_a.flatten(0, 1), wide_b.flatten(1, 2)
+
+
+def _router_factors(layer: RouterLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    deltas = getattr(layer, f"{PREFIX}router_delta")
+    if adapter_name not in deltas:
+        return _factors(layer, adapter_name, "router")
+    delta = _plain(deltas[adapter_name])
+    experts, hidden = delta.shape
+    if experts <= hidden:
+        return delta, torch.eye(experts, dtype=delta.dtype)
+    return torch.eye(hidden, dtype=delta.dtype), delta
+
+
+def _write(folder: Path, config: Any, tensors: dict[str, Tensor], base_name: str, revision: str | None) -> None:
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    config.base_model_name_or_path = base_name
+    config.revision = revision
+    config.save_pretrained(str(folder))
+    written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    for name, value in written.items():
+        if isinstance(value, list) and isinstance(getattr(config, name, None), set):
+            written[name] = sorted(value)  # a set's order changes from process to process
+    (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+Factors = tuple[Tensor, Tensor, float]  # A, B, scaling
+
+
+class _Stock:
+    """A stock adapter being taken apart; every tensor must end up somewhere."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.folder, self.config = folder, config
+        self.left = {n.removeprefix("base_model.model."): t for n, t in tensors.items()}
+
+    def _targeted(self, parameter: str) -> bool:
+        return any(parameter == t or parameter.endswith(f".{t}") for t in self.config["target_parameters"])
+
+    def _take(self, at: str, parameter: str) -> Factors:
+        try:
+            a, b = (self.left.pop(f"{at}.lora_{f}.weight") for f in "AB")
+        except KeyError as e:
+            raise UserError(f"{self.folder}: {parameter} is a target, and {e} is not in the file.") from None
+        rank = self._setting(parameter, "rank_pattern", "r")
+        alpha = self._setting(parameter, "alpha_pattern", "lora_alpha")
+        return a, b, alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def _setting(self, parameter: str, pattern: str, default: str) -> Any:
+        found = self.config.get(pattern) or {}
+        return found.get(get_pattern_key(list(found), parameter), self.config[default])
+
+    def experts(self, base: nn.Module, block: MoeBlock) -> dict[str, Factors]:
+        """projection -> A (E, r, in), B (E, out, r), scaling, of what the adapter targets in this block."""
+        inner = innermost(base.get_submodule(block.experts))
+        targeted = [p for p in PROJECTIONS if self._targeted(f"{block.experts}.{p}_proj")]
+        out = {}
+        for p, inside in _nesting(inner, targeted):
+            a, b, scaling = self._take(block.experts + inside, f"{block.experts}.{p}_proj")
+            n = block.num_experts
+            if a.shape[0] % n or b.shape[1] != a.shape[0]:
+                raise UserError(
+                    f"{self.folder}: {block.experts}.{p}_proj has factors of {tuple(a.shape)} and {tuple(b.shape)}, which "
+                    f"do not fit the {n} experts of this base."
+                )
+            a, b = a.unflatten(0, (n, -1)), b.unflatten(1, (-1, n)).permute(2, 0, 1)
+            out[p] = (b.transpose(1, 2), a.transpose(1, 2), scaling) if is_llama4(inner) else (a, b, scaling)
+        return out
+
+    def router(self, base: nn.Module, block: MoeBlock) -> Factors | None:
+        name = f"{block.router}.weight"
+        return self._take(str(block.router), name) if self._targeted(name) else None
+
+    def compact(
+        self, blocks: dict[int, MoeBlock], experts: dict[int, dict[str, Factors]], routers: dict[int, Factors | None]
+    ) -> tuple[ExpertLoraConfig, dict[tuple[str, str], Tensor]]:
+        """The config, and the values by (module path, factor)."""
+        if self.left:
+            odd = next(iter(self.left))
+            raise UserError(f"{self.folder}: {odd} is neither on experts nor on a router of this base.")
+        chosen = {layer: _chosen(parts) for layer, parts in experts.items() if parts}
+        trained = {layer: f for layer, f in routers.items() if f is not None}
+        if trained and not set(chosen) <= set(trained):
+            raise UserError(f"{self.folder}: routers are trained in some of its layers only; that cannot be imported.")
+        shapes = {(a.shape[1], round(s, 12)) for parts in experts.values() for a, _, s in parts.values()}
+        if len(shapes) > 1:
+            raise UserError(f"{self.folder}: experts have different ranks or scalings; that cannot be imported.")
+        r, scaling = next(iter(shapes), (self.config["r"], self.config["lora_alpha"] / self.config["r"]))
+        values: dict[tuple[str, str], Tensor] = {}
+        for layer, ids in chosen.items():
+            block, parts = blocks[layer], experts[layer]
+            some = next(iter(parts.values()))[0]
+            for p in PROJECTIONS:
+                if p not in parts:  # the other projection alone was adapted: zero factors, of a shape that broadcasts
+                    values[block.experts, f"{p}_A"] = values[block.experts, f"{p}_B"] = some.new_zeros(())
+                else:
+                    values[block.experts, f"{p}_A"], values[block.experts, f"{p}_B"] = (f[ids] for f in parts[p][:2])
+        mode: dict[str, Any] = {"train_router": "none"}
+        if trained:
+            mode = self._routers(blocks, trained, r * scaling, values)
+        layers = {**{layer: [] for layer in trained}, **chosen}
+        config = ExpertLoraConfig(
+            experts=layers,  # type: ignore[arg-type]
+            r=r,
+            lora_alpha=r * scaling,
+            task_type=self.config.get("task_type"),
+            **mode,
+        )
+        return config, values
+
+    def _routers(
+        self, blocks: dict[int, MoeBlock], trained: dict[int, Factors], alpha: float, values: dict[Any, Tensor]
+    ) -> dict[str, Any]:
+        rank = next(iter(trained.values()))[0].shape[0]
+        low = all(
+            a.shape[0] == rank and scaling * rank == alpha and not _is_identity(a) and not _is_identity(b)
+            for a, b, scaling in trained.values()
+        )
+        for layer, (a, b, scaling) in trained.items():
+            at = str(blocks[layer].router)
+            if low:
+                values[at, "router_A"], values[at, "router_B"] = a, b
+            else:
+                values[at, "router_delta"] = b @ a * scaling
+        return {"train_router": "lora", "router_r": rank} if low else {"train_router": "full"}
+
+
+def _chosen(parts: dict[str, Factors]) -> list[int]:
+    """Experts whose delta is not zero; where there is none, those whose A is not."""
+    tests = [
+        [(a.flatten(1) != 0).any(1) & (b.flatten(1) != 0).any(1) for a, b, _ in parts.values()],
+        [(a.flatten(1) != 0).any(1) for a, _, _ in parts.values()],
+    ]
+    for hits in tests:
+        ids = torch.stack(hits).any(0).nonzero().flatten().tolist()
+        if ids:
+            return ids
+    return []
+
+
+def _is_identity(x: Tensor) -> bool:
+    return x.shape[0] == x.shape[1] and bool((x == torch.eye(x.shape[0], dtype=x.dtype)).all())
