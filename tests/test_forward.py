@@ -23,7 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from peft_unlearn import forward
+from peft_unlearn import head as head_room
 from peft_unlearn.errors import UserError
 from peft_unlearn.forward import Pass, Reference, blocks, dropouts, layer_module
 
@@ -107,8 +107,8 @@ def kl_and_product(z: Tensor, z_ref: Tensor, y: Tensor) -> Tensor:
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch):
     """Chunks of 16 rows are the smallest there are; make the batch's 14 targets need more than one."""
-    monkeypatch.setattr(forward, "_CHUNK_FLOATS", 1)
-    monkeypatch.setattr(forward, "_FUSED_FLOATS", 1)
+    monkeypatch.setattr(head_room, "_CHUNK_FLOATS", 1)
+    monkeypatch.setattr(head_room, "_FUSED_FLOATS", 1)
 
 
 @pytest.mark.parametrize("adapt_head", [False, True], ids=["frozen-head", "adapted-head"])
@@ -191,8 +191,8 @@ def _same(t: Tensor, a: Tensor) -> bool:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_no_logits_tensor_and_no_head_gradient(family, monkeypatch):
     vocab, hidden = 2048, 32
-    monkeypatch.setattr(forward, "_CHUNK_FLOATS", 16 * vocab)
-    monkeypatch.setattr(forward, "_FUSED_FLOATS", 16 * vocab)
+    monkeypatch.setattr(head_room, "_CHUNK_FLOATS", 16 * vocab)
+    monkeypatch.setattr(head_room, "_FUSED_FLOATS", 16 * vocab)
     monkeypatch.setitem(_SMALL, "vocab_size", vocab)
     model, b = make(family), batch(vocab, rows=8, seq=24)
     head = Pass(model, b)._head

@@ -21,7 +21,7 @@ from ..registry import Method
 from .vector import Space, Vec
 
 Batches = Sequence[Mapping[str, Any]]  # micro-batches: {"forget": batch, "retain": batch, ..}
-_HIDDEN_ONLY = frozenset({"hidden", "ref_hidden"})
+_STOPPING = frozenset({"hidden", "ref_hidden", "router", "ref_router"})  # nothing beyond a layer is needed
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,18 @@ class Term:
 
     @property
     def layers(self) -> tuple[int | str, ...]:
+        """Blocks or modules whose hidden states the objective reads."""
+        if not {"hidden", "ref_hidden"} & set(self.objective.needs):
+            return ()
         one, many = self.hyper.get("layer"), self.hyper.get("layers")
         return tuple(many or ()) if one is None else (one,)
+
+    @property
+    def routers(self) -> tuple[int, ...]:
+        """Blocks whose router logits the objective reads: the keys of its `experts`, or its `layers`."""
+        if not {"router", "ref_router"} & set(self.objective.needs):
+            return ()
+        return tuple(int(k) for k in self.hyper.get("experts") or self.hyper.get("layers") or ())
 
 
 @dataclass
@@ -261,7 +271,8 @@ class Window:
             batch,
             reference=self.reference,
             layers=[k for t in terms for k in t.layers],
-            stop=bool(needs) and needs <= _HIDDEN_ONLY,
+            routers=[k for t in terms for k in t.routers],
+            stop=bool(needs) and needs <= _STOPPING,
             reference_cache=cache,
         )
 

@@ -1,5 +1,5 @@
 """Forget and retain losses. One function each: ``fn(p: Pass, *, hyper...) -> (n_units,)``, unreduced, minimized."""
 
-from . import distillation, entropy, likelihood, preference, representation
+from . import distillation, entropy, likelihood, preference, representation, routing
 
-__all__ = ["distillation", "entropy", "likelihood", "preference", "representation"]
+__all__ = ["distillation", "entropy", "likelihood", "preference", "representation", "routing"]

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from ..forward import Pass, token_logp
+from ..forward import Pass
+from ..head import token_logp
 from ..registry import Range, Source, objective
 
 _TOFU = Source("TOFU: A Task of Fictitious Unlearning for LLMs", "https://arxiv.org/abs/2401.06121", 2024)
