@@ -16,6 +16,7 @@ from peft_unlearn.demo import page, table
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.recipe import load_recipe
 
+WHOLE_BUNDLE = ("people-demo", "people-simnpo", "people-npo", "people-kl", "people-ga")
 RECIPES = sorted(embedded.asset("recipes").glob("*.yaml"))
 
 
@@ -129,8 +130,10 @@ def test_every_recipe_is_understood(path: Path, tmp_path: Path) -> None:
     assert recipe["name"] == path.stem
     assert f"peft-unlearn train adapters/recipes/{path.name} --out" in path.read_text(encoding="utf-8")
     run = jobs.prepare(recipe, tmp_path / "out")
-    assert run.config.per_anchor == 2 and len(run.data.forget) == 100 and len(run.data.retain or []) == 1100
-    assert run.data.refs["forget"] == "embedded:people?seed=0"
+    assert len(run.data.forget) == 100
+    if path.stem in WHOLE_BUNDLE:
+        assert run.config.per_anchor == 2 and len(run.data.retain or []) == 1100
+        assert run.data.refs["forget"] == "embedded:people?seed=0"
 
 
 def test_bundle_beside_other_sets_is_refused() -> None:
