@@ -22,9 +22,9 @@ def gates(logits: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(q).scatter(-1, kept.indices, kept.values)
 
 
-def _top_k(p: Pass) -> int:
-    config: Any = p.model.config  # type: ignore[union-attr]
-    text = config.get_text_config()
+def top_k_of(model: Any) -> int:
+    """Experts that a token gets, from the model's config."""
+    text = model.config.get_text_config()
     for name in ("num_experts_per_tok", "moe_top_k", "num_experts_per_token"):
         if getattr(text, name, None):
             return int(getattr(text, name))
@@ -48,7 +48,7 @@ def router_anchor(
     per_layer = []
     for layer, ids in (experts or {}).items():
         logits = p.router(int(layer))[tokens]  # (unpadded tokens, experts)
-        q = logits.float().softmax(-1) if on == "full_softmax" else gates(logits, _top_k(p))
+        q = logits.float().softmax(-1) if on == "full_softmax" else gates(logits, top_k_of(p.model))
         target = torch.zeros_like(q[:1])
         target[0, list(ids)] = 1 / len(ids)
         per_layer.append((q - target).square().sum(-1))
