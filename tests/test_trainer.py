@@ -257,6 +257,27 @@ def test_resume_in_process_and_refusals(tmp_path):
         make(tmp_path / "a", data=data, **over).train(resume_from_checkpoint=True)
 
 
+_PDU = {"forget": {"ga": {}}, "retain": {"nll": {}}}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"rule": "primal_dual", "terms": _PDU}, {"rule": "gru"}, {"rule": {"pcgrad": {"scope": "layer"}}},
+        {"smoothing": {"rs": {"n": 2, "sigma": 0.01}}}, {"smoothing": {"sam": {"space": "base"}}},
+        {"averaging": {"wa": {"start": 2, "every": 1}}}, {"step_size": {"gen": {"every": 2}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_state_of_rules_and_their_kin_stands_in_checkpoints(tmp_path, method):
+    over = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7, **method}
+    whole = make(tmp_path / "a", **over)
+    whole.train()
+    again = make(tmp_path / "a", **over)
+    again.train(resume_from_checkpoint=f"{tmp_path}/a.work/checkpoint-3")
+    assert same(parameters(whole), parameters(again))
+
+
 def test_a_kill_before_the_seal_keeps_the_older_checkpoint(tmp_path, monkeypatch):
     """save_total_limit=1: the old checkpoint may go only when the new one is whole."""
     over = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 6}

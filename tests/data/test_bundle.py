@@ -72,9 +72,12 @@ def test_near_duplicates_are_warned_about():
 
 
 def test_near_duplicates_find_no_templates():
-    rows = lambda a: [
-        {"question": f"When was person number {i} of group {a} born?", "answer": f"in {1900 + i}{a}"} for i in range(60)
-    ]
+    def rows(a):
+        return [
+            {"question": f"When was person number {i} of group {a} born?", "answer": f"in {1900 + i}{a}"}
+            for i in range(60)
+        ]
+
     assert near_duplicates(rows("x"), rows("y")) == []
 
 

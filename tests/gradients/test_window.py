@@ -273,7 +273,8 @@ torch.save(got, out / f"rank{{rank}}.pt")
 
 
 @pytest.mark.parametrize(
-    ("batch", "accumulation", "over"), [(4, 1, {}), (2, 2, {"max_steps": -1, "num_train_epochs": 2})]
+    ("batch", "accumulation", "over"),
+    [pytest.param(4, 1, {}, marks=pytest.mark.slow), (2, 2, {"max_steps": -1, "num_train_epochs": 2})],
 )
 def test_two_gloo_processes_equal_one(tmp_path, batch, accumulation, over):
     one = run(tmp_path / "one", 8, 1, optim="adamw_torch", learning_rate=1e-3, **over)
