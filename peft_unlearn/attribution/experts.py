@@ -1,7 +1,8 @@
-"""Which experts of a mixture-of-experts model answer for the forget set: affinity, its lift over the retain set, and how stable both are.
+"""Which experts of a mixture-of-experts model answer for the forget set: affinity, its lift over the retain set, stability.
 
-Affinity as in SEUF / UOE (arXiv 2411.18797): the gate of an expert, truncated to the top k and not renormalized, averaged over the tokens of a
-sequence and then over sequences. Raw affinity reproducibly picks hub experts that serve everything, so it is never shown without its lift.
+Affinity as in SEUF / UOE (arXiv 2411.18797): the gate of an expert, truncated to the top k and not renormalized, averaged
+over the tokens of a sequence and then over sequences. Raw affinity reproducibly picks hub experts that serve everything, so
+it is never shown without its lift.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Ranking = Literal["affinity", "contrast"]
 class Affinity:
     """Mean truncated gate of every expert on forget and retain sequences.
 
-    forget, retain: (layers, experts) float64.   halves: the same on the even and the odd forget sequences.   layers: block numbers of the rows.
+    forget, retain: (layers, experts) float64. halves: forget on its even and its odd sequences. layers: block numbers.
     """
 
     layers: list[int]
