@@ -365,6 +365,7 @@ class _EngineHooks(TrainerCallback):
             group["lr"] = eta
         scheduler = getattr(t.lr_scheduler, "scheduler", t.lr_scheduler)
         scheduler.base_lrs = [eta] * len(scheduler.base_lrs)  # type: ignore[union-attr]
+        scheduler._last_lr = list(scheduler.base_lrs)  # type: ignore[union-attr]  # what this step's log shows
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         t = self.trainer

@@ -31,7 +31,7 @@ def wa(
     if step < start or (step - start) % every:
         return None
     if exact:
-        state.setdefault("kept", []).append([t.cpu() for t in theta.tensors])
+        state.setdefault("kept", []).append([t.to("cpu", copy=True) for t in theta.tensors])
         return _mean_product(state["kept"], space, theta)
     n = state["n"] = state.get("n", 0) + 1
     mean = Vec([t.to(u.device) for t, u in zip(state["mean"], theta.tensors, strict=True)]) if n > 1 else space.zeros()
