@@ -413,7 +413,7 @@ def model() -> Any:
 def test_a_model_in_chunks_equals_its_logits_at_once(name, model, monkeypatch):
     """Value and gradient of the chunked head against plain autograd through all logits, in chunks of 16 rows."""
     batch = with_winners("f", 5)
-    monkeypatch.setattr("peft_unlearn.forward._CHUNK_FLOATS", 1)
+    monkeypatch.setattr("peft_unlearn.head._CHUNK_FLOATS", 1)
 
     def fake(b: dict[str, Any]) -> FakePass:
         mask = b["labels"][:, 1:] != -100
