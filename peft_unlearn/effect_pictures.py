@@ -77,13 +77,12 @@ def _scale(axes: Any, along: str, values: Sequence[float], decades: int) -> None
     top = math.ceil(math.log10(sizes[-1]))
     low = top - decades
     getattr(axes, f"set_{along}scale")("symlog", linthresh=10.0**low, linscale=0.7)
+    axes.autoscale(True, axis=along)  # margins in the new scale
     powers = [10.0**k for k in range(low, top + 1) if (top - k) % max(1, decades // 2) == 0]
-    ticks = [
-        t for t in (*(-x for x in reversed(powers)), 0.0, *powers) if min(values) <= t * 1.5 and t <= 1.5 * max(values)
-    ]
-    ticks = [t for t in ticks if (t <= 0 or max(values) > 0) and (t >= 0 or min(values) < 0)]
+    first, last = getattr(axes, f"get_{along}lim")()
+    ticks = [t for t in (*(-x for x in reversed(powers)), 0.0, *powers) if first <= t <= last]
     axis = getattr(axes, f"{along}axis")
-    axis.set_ticks(ticks, [_short(t) for t in ticks])
+    axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_ticks([], minor=True)
 
 
@@ -109,8 +108,8 @@ def curves(found: Mapping[str, Any]) -> bytes:
             color, line = _color(label, labels), "--" if label == UPDATE else "-"
             axes.fill_between(steps, low, high, color=color, alpha=0.16, lw=0)
             axes.plot(steps, y, color=color, ls=line, marker="o", ms=4, lw=1.8, label=_shown(label, found))
-        _scale(axes, "y", [v for v in every if math.isfinite(v)], decades=3)
         axes.axhline(0, color=GRAY, lw=1.0, zorder=1)
+        _scale(axes, "y", every, decades=3)
         bottom = axes.get_ylim()[0]
         good = side == "unlearning"
         axes.axhspan(min(bottom, 0), 0, color="#3c8d5a" if good else FORGET, alpha=0.05, zorder=0, lw=0)
@@ -233,9 +232,6 @@ def _scatter(figure: Any, axes: Any, found: Sequence[Mapping[str, Any]]) -> None
         axes.text(0.5, 0.5, "none", ha="center", transform=axes.transAxes, color=GRAY)
         return
     x, y, w = ([i[k] for i in kept] for k in ("forget", "retain", "weight"))
-    for along, values, line in (("x", x, axes.axvline), ("y", y, axes.axhline)):
-        _scale(axes, along, values, decades=4)
-        line(0, color=GRAY, lw=0.9, zorder=1)
     top, low = max(w), min(w)
     same = top - low <= 1e-3 * max(abs(top), 1e-30)
     if same:  # one weight for all: no scale to read off
@@ -250,4 +246,8 @@ def _scatter(figure: Any, axes: Any, found: Sequence[Mapping[str, Any]]) -> None
         bar = figure.colorbar(dots, ax=axes, pad=0.02, aspect=22)
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_visible(False)
+    for along, values, line in (("x", x, axes.axvline), ("y", y, axes.axhline)):
+        line(0, color=GRAY, lw=0.9, zorder=1)
+        _scale(axes, along, values, decades=4)
+    axes.tick_params(labelsize=8.5)
     _plain_axes(axes)

@@ -213,14 +213,10 @@ def _model(run: Run) -> tuple[Any, dict[str, list[dict[str, Any]]], int]:
 def _points(found: AdapterFolder) -> tuple[list[_Point], list[str]]:
     """Start, whole checkpoints, finished adapter; and what a reader has to know about them."""
     method, notes = found.manifest.method, []
-    work = found.path.with_name(found.path.resolve().name + WORK)
+    at = found.path.resolve()
+    work = at.with_name(at.name + WORK)
     kept = sorted(_checkpoints(work), key=lambda p: p.step)
     last = int(method.get("best_step") or method.get("steps") or (kept[-1].step if kept else 1))
-    if not kept:
-        notes.append(
-            f"{work.name} holds no checkpoint: only the start and the finished adapter were measured. A run keeps some with "
-            "train: {save_strategy: steps, save_steps: 20}"
-        )
     if method.get("negate"):
         notes.append("the finished adapter is the negated one; the checkpoints before it learn what it takes away")
     if method.get("averaging"):
@@ -228,6 +224,11 @@ def _points(found: AdapterFolder) -> tuple[list[_Point], list[str]]:
     states = {p.step: p.state for p in kept}
     # The last step is the finished adapter's, whether or not a checkpoint was written there too.
     path = [p for p in kept if p.step != last]
+    if not path:
+        notes.append(
+            f"{work.name} holds no checkpoint from before the end: only the start and the finished adapter were measured. A run "
+            "keeps some with train: {save_strategy: steps, save_steps: 20}"
+        )
     final = _Point(last, found.path / WEIGHTS, states.get(last), final=True)
     return [_Point(0, None), *sorted([*path, final], key=lambda p: p.step)], notes
 

@@ -201,7 +201,7 @@ def test_instances_sum_to_the_objective(model, name):
 
     effect = measure(model, spec, [batch], reference=Reference(), instances=4).effects[name]
     whole = term.objective.unit == "sequence"
-    assert len(effect.instances) == (4 if whole else len(w))
+    assert len(effect.instances) == (4 if whole else len(w))  # all of them
     n = len(effect.instances)
     for side, total in (("forget", effect.unlearning), ("retain", effect.retaining)):
         summed = sum(i.weight * getattr(i, side) for i in effect.instances) / n
