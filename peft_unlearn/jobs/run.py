@@ -35,7 +35,11 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     """
     errors = Errors()
     config, adapter = None, None
-    spec = dict(recipe.get("adapter") or {})
+    given = recipe.get("adapter")
+    if not isinstance(given, (Mapping, type(None))):
+        errors.add(f"adapter: settings are a mapping, e.g. {{type: lora, r: 16}}, not {given!r}")
+        given = None
+    spec = dict(given or {})
     negate = spec.pop("negate", None)
     if negate is not None and (not isinstance(negate, (int, float)) or isinstance(negate, bool) or not negate > 0):
         errors.add(f"adapter.negate is the strength of the negation, a number above 0, not {negate!r}")

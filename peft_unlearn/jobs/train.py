@@ -15,6 +15,7 @@ from ..evaluation.generate import other_answers
 from ..evaluation.quick import make_score
 from ..folder.base import load_base, load_tokenizer
 from ..folder.read import AdapterFolder
+from ..folder.write import check_destination
 from ..trainer import UnlearnTrainer
 from .run import Run, prepare
 from .save import negate, save_adapter
@@ -47,6 +48,7 @@ def train(
     from transformers import set_seed
 
     run = prepare(recipe, out, base, data)
+    check_destination(out)
     dtype = "bfloat16" if run.config.bf16 else "float32"
     model, tokenizer = load_base(run.base_dir, dtype), load_tokenizer(run.base_dir)
     generate_alternates(run, model, tokenizer)
