@@ -86,11 +86,10 @@ class ForgetRetain:
 
     @classmethod
     def _from_embedded(cls, spec: str, template: str) -> ForgetRetain:
-        name, options = embedded.parse(spec)
-        options = {"seed": 0, **options}  # what a manifest names says its seed
+        name, options = embedded.resolve(spec)  # what a manifest names says its seed
         found = embedded.rows(spec)
         # Retaining only people would leave everything else the base knows unguarded: the general questions go in too.
-        retain = found["retain"] + found["general"]
+        retain = found["retain"] + found.get("general", [])
         extra = {k: v for k, v in found.items() if k not in ("forget", "holdout")}
         portable = f"embedded:{name}?" + "&".join(f"{k}={v}" for k, v in sorted(options.items()))
         refs: dict[str, str] = {k: portable for k in SETS}  # noqa: C420

@@ -11,7 +11,9 @@ from pathlib import Path
 from peft_unlearn.errors import UserError, nearest
 
 PREFIX = "embedded:"
-NAMES = ("people",)
+OPTIONS: dict[str, dict[str, int | str]] = {"people": {"seed": 0}, "domains": {"forget": "chem", "seed": 0}}
+NAMES = tuple(OPTIONS)  # the data sets; each has a base of the same name, and a retain-only twin of it
+BASES = (*NAMES, "domains-natural")  # the last: trained like domains, its routing never seeded; a negative control
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -36,9 +38,10 @@ def is_embedded(reference: object) -> bool:
     return isinstance(reference, str) and reference.startswith(PREFIX)
 
 
-def _known(name: str) -> str:
-    if name not in NAMES:
-        raise UserError(f"There is no embedded model or data set {name!r}.{nearest(name, NAMES)}")
+def _known(name: str, names: tuple[str, ...] = BASES) -> str:
+    if name not in names:
+        what = "model or data set" if names is BASES else "data set"
+        raise UserError(f"There is no embedded {what} {name!r}.{nearest(name, names)}")
     return name
 
 
@@ -48,31 +51,73 @@ def base_path(name: str = "people") -> Path:
 
 
 def twin_path(name: str = "people") -> Path:
-    """The folder of the retain-only twin of an embedded base: trained alike, but never on the forget set."""
-    return asset("bases", f"{_known(name)}-retain")
+    """The folder of the retain-only twin of an embedded base: trained alike, but never on the forget set.
+
+    The twin of ``domains`` was trained without chem; for another forget domain it is no gold standard.
+    """
+    if _known(name) not in NAMES:
+        raise UserError(f"The embedded model {name} has no retain-only twin.")
+    return asset("bases", f"{name}-retain")
 
 
-def parse(reference: str) -> tuple[str, dict[str, int]]:
-    """``embedded:people?seed=0`` -> ``("people", {"seed": 0})``; without a seed the options are empty."""
+def twin_for(base: str, data: str | None) -> Path | None:
+    """The retain-only twin for a base and a forget set, by their references; None where there is none.
+
+    data: where the forget set came from, e.g. ``embedded:domains?forget=lang``; None or a file of the user's own leaves
+        the people's twin in place, as the nearest there is.
+    """
+    if not is_embedded(base):
+        return None
+    name, _ = parse(base)
+    if name == "people":
+        return twin_path(name)
+    if name not in NAMES or not is_embedded(data):
+        return None
+    used, options = resolve(str(data).partition("#")[0])
+    return twin_path(name) if (used, options) == (name, OPTIONS[name]) else None
+
+
+def parse(reference: str) -> tuple[str, dict[str, int | str]]:
+    """``embedded:people?seed=0`` -> ``("people", {"seed": 0})``; only the options that are given.
+
+    ``embedded:domains?forget=lang&seed=1`` names the domain to be forgotten.
+    """
     if not is_embedded(reference):
         raise UserError(
             f"{reference!r} is not an embedded reference: those read embedded:people or embedded:people?seed=0."
         )
     name, mark, query = reference.removeprefix(PREFIX).partition("?")
-    options: dict[str, int] = {}
+    known = OPTIONS.get(_known(name), {})
+    options: dict[str, int | str] = {}
     for part in query.split("&") if mark else ():
         key, _, value = part.partition("=")
-        if key not in ("", "seed"):
-            raise UserError(f"{reference!r}: unknown option {key!r}.{nearest(key, ['seed'])}")
-        if not (key and value.isascii() and value.isdigit()):
+        if key and key not in known:
+            raise UserError(f"{reference!r}: unknown option {key!r}.{nearest(key, known)}")
+        if key == "forget":
+            options[key] = _domain(value)
+        elif key and value.isascii() and value.isdigit():
+            options[key] = int(value)
+        else:
             raise UserError(f"{reference!r}: after the ? stands seed=N, with N a whole number from 0 up.")
-        options[key] = int(value)
-    return _known(name), options
+    return name, options
+
+
+def _domain(name: str) -> str:
+    from peft_unlearn.data import domains
+
+    return domains.check_forget(name)
+
+
+def resolve(reference: str) -> tuple[str, dict[str, int | str]]:
+    """`parse` of a data set with every option filled in, sorted by name: what a manifest says and a model depends on."""
+    name, options = parse(reference)
+    return name, dict(sorted((OPTIONS[_known(name, NAMES)] | options).items()))
 
 
 def rows(reference: str = "embedded:people") -> dict[str, list[dict]]:
-    """The sets of an embedded data set by name, as `people.generate` describes them."""
-    from peft_unlearn.data import people
+    """The sets of an embedded data set by name, as `people.generate` and `domains.generate` describe them."""
+    from peft_unlearn.data import domains, people
 
-    _, options = parse(reference)
-    return people.generate(options.get("seed", 0))
+    name, options = resolve(reference)
+    seed = int(options["seed"])
+    return people.generate(seed) if name == "people" else domains.generate(seed, str(options["forget"]))

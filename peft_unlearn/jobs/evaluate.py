@@ -43,7 +43,7 @@ def evaluate(
     check_data(bundle, manifest)
     stack = ForgetModel.from_pretrained(base, dict(zip(names, [f.path for f in found], strict=True)))
     subjects: dict[str, Any] = on_one_model(stack.model, {"base": None, **_as_subjects(names)})
-    subjects["retain_only"] = _twin(manifest.base.ref)
+    subjects["retain_only"] = _twin(manifest.base.ref, bundle.refs.get("forget"))
     report = score(
         subjects,
         suite or str((found[0].recipe.get("eval") or {}).get("suite") or "people"),
@@ -90,11 +90,11 @@ def check_data(bundle: ForgetRetain, manifest: Manifest) -> None:
         )
 
 
-def _twin(base_ref: str) -> Callable[[], Any] | None:
+def _twin(base_ref: str, data_ref: str | None) -> Callable[[], Any] | None:
     """The retain-only model of an embedded base; other bases have none unless someone trained it."""
-    if not embedded.is_embedded(base_ref):
+    path = embedded.twin_for(base_ref, data_ref)
+    if path is None:
         return None
-    path = embedded.twin_path(embedded.parse(base_ref)[0])
 
     @contextmanager
     def twin() -> Iterator[Any]:
