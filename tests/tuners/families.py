@@ -128,7 +128,7 @@ def dense(plain: Any, model: Any, *names: str) -> Any:
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 def quietly(fn: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -311,7 +312,7 @@ class _Stock:
     ) -> dict[str, Any]:
         rank = next(iter(trained.values()))[0].shape[0]
         low = all(
-            a.shape[0] == rank and scaling * rank == alpha and not _is_identity(a) and not _is_identity(b)
+            a.shape[0] == rank and math.isclose(scaling * rank, alpha) and not _is_identity(a) and not _is_identity(b)
             for a, b, scaling in trained.values()
         )
         for layer, (a, b, scaling) in trained.items():
