@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .errors import Errors, UserError, nearest
+from .tuners.registration import register
 
 # Types whose delta can be trained, saved, switched off and loaded by stock PEFT; the others are refused with the reason.
 _NO = {
@@ -56,6 +57,8 @@ def peft_config(spec: Mapping[str, Any] | None) -> Any:
         raise UserError(f"adapter: settings are a mapping, e.g. {{type: lora, r: 16}}, not {spec!r}")
     spec = {"type": "lora", **(spec or {})}
     kind = str(spec.pop("type")).upper()
+    if kind == "EXPERT_LORA":
+        kind = str(register().value)
     names = {t.name for t in PeftType}
     if kind not in names:
         raise UserError(

@@ -144,8 +144,8 @@ def effect(
     json: Json = False,
 ) -> None:
     """What each step of a run did to the forget and the retain risk, over its checkpoints (G-effect)."""
-    from .effects import effect as run
-    from .effects import write
+    from .jobs.effect import effect as run
+    from .jobs.effect import write
     from .progress import bars
 
     with bars() as tell:
@@ -195,18 +195,20 @@ def demo(
 
 @base_app.command("build")
 def base_build(
+    name: Annotated[str, typer.Argument(help="people, or domains: a mixture of experts, and its control.")] = "people",
     out: Annotated[str, typer.Option("--out", help="Folder that receives the models.")] = "adapters/bases",
     twins: Annotated[int, typer.Option(min=0, help="How many retain-only twins.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data and initialization.")] = 0,
     json: Json = False,
 ) -> None:
-    """Train the embedded base and its twins again, verify them, and only then write them."""
-    from .demo.build import build
+    """Train an embedded base and its twins again, verify them, and only then write them."""
+    from .demo.build import builder
     from .progress import bars
 
+    build = builder(name)
     with bars() as tell:
         found = build(out, seed=seed, twins=twins, progress=tell)
-    _out(found) if json else print("\n".join(f"{out}/{name}" for name in found))
+    _out(found) if json else print("\n".join(f"{out}/{folder}" for folder in found))
 
 
 @base_app.command("path")

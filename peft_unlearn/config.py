@@ -16,7 +16,7 @@ from .data.alternates import add_alternates
 from .data.bundle import ForgetRetain
 from .errors import Errors, UserError, nearest
 from .forward import Reference
-from .gradients.window import Term
+from .gradients.terms import Term
 
 WORK = ".work"
 RESERVED = ("weight", "batch")
@@ -43,6 +43,7 @@ class UnlearnConfig(TrainingArguments):
         anchor: the set walked through once per epoch; `per_anchor` rows of every other set join each of its rows.
         max_length: tokens per row; `on_overflow` says what happens beyond: error | truncate | chunk.
         allow_untrained: parameter names (or parts) that may stay without a gradient.
+        router_learning_rate: of the routers that an expert adapter trains; default the learning rate itself.
     """
 
     terms: dict[str, Any] | None = None
@@ -56,6 +57,7 @@ class UnlearnConfig(TrainingArguments):
     max_length: int | None = None
     on_overflow: str = "error"
     allow_untrained: list[str] = field(default_factory=list)
+    router_learning_rate: float | None = None
 
     # TrainingArguments whose defaults would hurt here
     learning_rate: float = 1e-4

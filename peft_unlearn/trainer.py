@@ -7,9 +7,6 @@ gradients and writes ``.grad``: clipping, optimizer, schedule, logging and check
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import os
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -17,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -27,12 +23,15 @@ from .checkpoints import STATE, fingerprint, last_checkpoint, load_adapter, read
 from .config import UnlearnConfig, alternates_of, reference_of, require_sets
 from .data.alternates import add_alternates
 from .data.bundle import ForgetRetain
-from .data.collate import PairedRows, StreamSampler, collate, pad
+from .data.collate import PairedRows, StreamSampler, collate
 from .errors import UserError
-from .forward import Pass, dropouts
+from .forward import dropouts
 from .gradients.step_size import peeked_update
+from .gradients.terms import with_experts
 from .gradients.vector import Space, Vec
 from .gradients.window import Step, Window
+from .reference import belongs, precompute
+from .tuners.registration import PREFIX
 
 
 class UnlearnTrainer(Trainer):
@@ -86,6 +85,7 @@ class UnlearnTrainer(Trainer):
         self.score = score
         self.trained_adapter = _trained_adapter(model)
         self._reference = reference_of(args.reference, self.trained_adapter)
+        args.term_list = with_experts(args.term_list, getattr(self._peft_config(model), "experts", None))
         self.rows = PairedRows(sets, args.anchor, args.per_anchor, args.seed)
         self.config = args
         super().__init__(
@@ -106,6 +106,9 @@ class UnlearnTrainer(Trainer):
         if args.step_size_method is not None or args.averaging_method is not None:
             self.add_callback(_EngineHooks(self))
 
+    def _peft_config(self, model: Any) -> Any:
+        return model.peft_config[self.trained_adapter]
+
     def _encode(self, name: str, tokenizer: Any, args: UnlearnConfig) -> list[dict[str, Any]]:
         """Token rows of one set, with their winner answers where an objective reads them."""
         rows = self.data.encode(name, tokenizer, args.max_length, args.on_overflow)
@@ -121,6 +124,21 @@ class UnlearnTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> StreamSampler:  # type: ignore[override]
         a = self.config
         return StreamSampler(len(self.rows), a.train_batch_size * a.gradient_accumulation_steps * a.world_size)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's optimizer; routers get a group, and with it a learning rate, of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.config.router_learning_rate
+        if rate is not None:
+            routers = {id(p) for n, p in self.bare.named_parameters() if p.requires_grad and f"{PREFIX}router" in n}
+            if not routers:
+                raise UserError("router_learning_rate is set, and the adapter trains no router")
+            for group in list(optimizer.param_groups):
+                mine = [p for p in group["params"] if id(p) in routers]
+                if mine:
+                    group["params"] = [p for p in group["params"] if id(p) not in routers]
+                    optimizer.add_param_group({**group, "params": mine, "lr": rate})
+        return optimizer
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate reads one flat batch; ours are several
@@ -142,7 +160,15 @@ class UnlearnTrainer(Trainer):
         groups = _groups(self.bare, space.names)
         before = _checksums(space)
         if self.config.reference == "precomputed":
-            self._precompute()
+            precompute(
+                self.bare,
+                self.rows.sets,
+                {t.batch for t in self.config.term_list if "ref_logp" in t.objective.needs},
+                Path(self.config.output_dir or ""),
+                reference=self._reference,
+                pad_id=self._pad_id,
+                write=self.is_world_process_zero(),
+            )
         out = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if "averaged" in self.average_state:
             averaged = [t.to(p.device) for t, p in zip(self.average_state["averaged"], space.params, strict=True)]
@@ -229,54 +255,6 @@ class UnlearnTrainer(Trainer):
     def bare(self) -> Any:
         """The PEFT model itself, without what the accelerator wraps around it."""
         return self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
-
-    @torch.no_grad()
-    def _precompute(self) -> None:
-        """Reference log-probabilities of every row that a term compares with, once, cached beside the checkpoints."""
-        needing = {t.batch for t in self.config.term_list if "ref_logp" in t.objective.needs}
-        for name in sorted(needing):
-            rows = self.rows.sets[name]
-            both = rows + [r["alternate"] for r in rows if "alternate" in r]
-            if all("ref_logp" in r for r in both):
-                continue
-            path = Path(self.config.output_dir, f"reference-{self._cache_key(both)[:16]}.safetensors")
-            if path.is_file():
-                values = list(load_file(path)["ref_logp"].split([_n_targets(r) for r in both]))
-            else:
-                values = self._reference_logp(both)
-                if self.is_world_process_zero():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    stage = path.with_suffix(f".{os.getpid()}.part")
-                    save_file({"ref_logp": torch.cat(values)}, stage)
-                    os.replace(stage, path)
-            for row, v in zip(both, values, strict=True):
-                row["ref_logp"] = v
-
-    def _reference_logp(self, rows: list[dict[str, Any]]) -> list[torch.Tensor]:
-        out: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-        device = next(self.bare.parameters()).device
-        for at in range(0, len(order), 32):
-            part = order[at : at + 32]
-            batch = {k: v.to(device) for k, v in pad([rows[i] for i in part], self._pad_id).items()}
-            p = Pass(self.bare, batch, reference=self._reference)
-            for i, v in zip(part, p.ref_logp.split(p.mask.sum(1).tolist()), strict=True):
-                out[i] = v.cpu()
-        return out
-
-    def _cache_key(self, rows: list[dict[str, Any]]) -> str:
-        """sha256 over the base, the active adapters, ids and labels of the rows, and the dtype."""
-        h, model = hashlib.sha256(), self.bare
-        # Which adapters are on and how strongly they act (lora_alpha and its like) is not in the weights.
-        others = [a for a in model.base_model.active_adapters if a != self.trained_adapter]
-        settings = [{**model.peft_config[a].to_dict(), "base_model_name_or_path": None} for a in others]
-        h.update(json.dumps([others, settings], sort_keys=True, default=str).encode())
-        for n, p in model.named_parameters():
-            if not _belongs(n, self.trained_adapter):
-                h.update(f"{n}{p.dtype}{tuple(p.shape)}".encode())
-                h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        h.update(json.dumps([[r["input_ids"], r["labels"]] for r in rows]).encode())
-        return h.hexdigest()
 
     # --- logs, evaluation, checkpoints -----------------------------------------------------------------------------
 
@@ -381,22 +359,14 @@ def _all_reduce(flat: torch.Tensor) -> None:
     torch.distributed.all_reduce(flat)
 
 
-def _n_targets(row: Mapping[str, Any]) -> int:
-    return sum(y != -100 for y in row["labels"][1:])
-
-
 def _trained_adapter(model: Any) -> str:
     """Name of the one adapter whose parameters require a gradient."""
     names = [
-        a for a in model.peft_config if any(p.requires_grad and _belongs(n, a) for n, p in model.named_parameters())
+        a for a in model.peft_config if any(p.requires_grad and belongs(n, a) for n, p in model.named_parameters())
     ]
     if len(names) != 1:
         raise UserError(f"exactly one adapter must be trainable, and {len(names)} are ({', '.join(names) or 'none'})")
     return names[0]
-
-
-def _belongs(parameter: str, adapter: str) -> bool:
-    return f".{adapter}." in parameter or parameter.endswith(f".{adapter}")
 
 
 def _groups(model: Any, names: list[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, PeftType
 from safetensors.torch import load_file
 
-from peft_unlearn import registry
+from peft_unlearn import reference, registry
 from peft_unlearn import trainer as trainer_module
 from peft_unlearn.adapt import _NO, get_forget_model, peft_config
 from peft_unlearn.checkpoints import STATE, last_checkpoint
@@ -501,9 +501,9 @@ def test_precomputed_equals_before_and_is_cached(tmp_path, monkeypatch):
     live = make(tmp_path / "a", max_steps=3)
     live.train()
     calls = []
-    real = UnlearnTrainer._reference_logp
+    real = reference.reference_logp
     monkeypatch.setattr(
-        UnlearnTrainer, "_reference_logp", lambda self, rows: calls.append(len(rows)) or real(self, rows)
+        reference, "reference_logp", lambda model, rows, *more: calls.append(len(rows)) or real(model, rows, *more)
     )
     cached = make(tmp_path / "b", reference="precomputed", max_steps=3)
     cached.train()

@@ -16,7 +16,8 @@ from ..data.collate import PairedRows, collate
 from ..errors import UserError
 from ..folder.atomic import write_text
 from ..forward import Reference
-from ..gradients.window import Term, Window
+from ..gradients.terms import Term
+from ..gradients.window import Window
 from .effect import Effects, measure, plain
 
 FORMAT = 1

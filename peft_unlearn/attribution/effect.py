@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from .. import registry
 from ..errors import UserError
 from ..forward import Reference, blocks, causal_lm, dropouts
+from ..gradients.terms import Term
 from ..gradients.vector import Space, Vec
-from ..gradients.window import Batches, Term, Window
+from ..gradients.window import Batches, Window
 from .instances import Instance, PerInstance, products
 
 FORGET, RETAIN = "risk_forget", "risk_retain"

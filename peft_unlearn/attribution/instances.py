@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..forward import Pass, Reference
+from ..gradients.terms import Term
 from ..gradients.vector import Space, Vec
-from ..gradients.window import Batches, Term
+from ..gradients.window import Batches
 
 SEQUENCES = 4  # a sequence costs one backward, a row's tokens as many as there are
 

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,24 @@ def write_adapter(
     eval_json: dict[str, Any] | None = None,
     card: str | None = None,
     adapter_name: str = "default",
+    save: Callable[[Path], dict[str, torch.Tensor]] | None = None,
 ) -> AdapterFolder:
     """Write `out` atomically and return what was read back from it.
 
     peft_model: the PeftModel that holds `adapter_name`. manifest: its `files` are filled here; `recipe` is made
-    portable (base and data files by name or hash). card: README.md's text, a plain one by default. Raises `UserError`
+    portable (base and data files by name or hash). card: README.md's text, a plain one by default. save: writes the
+    adapter's files into the given folder itself and returns the tensors that adapter_model.safetensors has to hold, for
+    adapters whose published form is not what PEFT would save. Raises `UserError`
     when something else stands at `out`, when the adapter is empty, zero or not finite, or when a machine path would
     be published.
     """
-    wanted = _adapter_tensors(peft_model, adapter_name)
+    wanted = {} if save is not None else _adapter_tensors(peft_model, adapter_name)
     manifest.check()
     with staged(out, _why_not_replaceable) as stage:
-        _save_peft(peft_model, stage, adapter_name, manifest)
+        if save is not None:
+            wanted = save(stage)
+        else:
+            _save_peft(peft_model, stage, adapter_name, manifest)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, stage)
         hashes = {name: row["sha256"] for name, row in manifest.data.items()}

@@ -18,36 +18,11 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..forward import Pass, Reference
 from ..registry import Method
+from .terms import Term, count_units
 from .vector import Space, Vec
 
 Batches = Sequence[Mapping[str, Any]]  # micro-batches: {"forget": batch, "retain": batch, ..}
 _STOPPING = frozenset({"hidden", "ref_hidden", "router", "ref_router"})  # nothing beyond a layer is needed
-
-
-@dataclass(frozen=True)
-class Term:
-    """weight * mean over units of objective(batch), counted towards the gradient of that name."""
-
-    gradient: str
-    batch: str
-    objective: Method
-    weight: float = 1.0
-    hyper: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def layers(self) -> tuple[int | str, ...]:
-        """Blocks or modules whose hidden states the objective reads."""
-        if not {"hidden", "ref_hidden"} & set(self.objective.needs):
-            return ()
-        one, many = self.hyper.get("layer"), self.hyper.get("layers")
-        return tuple(many or ()) if one is None else (one,)
-
-    @property
-    def routers(self) -> tuple[int, ...]:
-        """Blocks whose router logits the objective reads: the keys of its `experts`, or its `layers`."""
-        if not {"router", "ref_router"} & set(self.objective.needs):
-            return ()
-        return tuple(int(k) for k in self.hyper.get("experts") or self.hyper.get("layers") or ())
 
 
 @dataclass
@@ -74,22 +49,6 @@ def group_indices(names: Sequence[str], scope: str) -> dict[str, list[int]]:
         key = {"global": "", "layer": block[0] if block else "", "tensor": n}[scope]
         out.setdefault(key, []).append(i)
     return out
-
-
-def count_units(
-    unit: str | Callable[..., int] | None, batch: Mapping[str, Any], hyper: Mapping[str, Any] | None = None
-) -> int:
-    """How many values an objective of that unit returns for a batch."""
-    if callable(unit):
-        return unit(batch, hyper or {})
-    targets = batch["labels"][:, 1:] != -100
-    if unit == "token":
-        return int(targets.sum())
-    if unit == "sequence":
-        return int(targets.any(1).sum())
-    if unit == "position":
-        return int(batch["attention_mask"].sum())
-    raise ValueError(f"unknown unit {unit!r}")
 
 
 class Window:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,12 +14,13 @@ from transformers import TrainingArguments
 from ..adapt import adapted
 from ..config import METHODS, UnlearnConfig
 from ..data.formats import layout_of
-from ..folder.base import base_reference, resolve_base
+from ..folder.base import base_reference, peft_base_name, resolve_base
 from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
-from ..folder.manifest import Manifest, probes
+from ..folder.manifest import BaseRef, Manifest, probes
 from ..folder.read import AdapterFolder
 from ..folder.write import write_adapter
 from ..trainer import UnlearnTrainer
+from ..tuners.registration import PEFT_TYPE
 
 
 def save_adapter(
@@ -68,7 +70,21 @@ def save_adapter(
         recipe,
         tokenizer=trainer.processing_class,
         adapter_name=trainer.trained_adapter,
+        save=_stock_export(model, trainer.trained_adapter, manifest.base),
     )
+
+
+def _stock_export(model: Any, name: str, base: BaseRef) -> Callable[[Path], dict[str, torch.Tensor]] | None:
+    """For an expert adapter: stock PEFT files on top, which load without this package, and the compact form in ``expert_lora/``."""
+    if str(model.peft_config[name].peft_type.value) != PEFT_TYPE:
+        return None
+    from ..tuners.expert_lora.export import save_into, stock_tensors
+
+    def save(stage: Path) -> dict[str, torch.Tensor]:
+        save_into(stage, model, name, peft_base_name(base.ref), base.revision)
+        return stock_tensors(model, name)
+
+    return save
 
 
 def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:

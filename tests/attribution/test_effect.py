@@ -17,8 +17,9 @@ from peft_unlearn.data.collate import encode, pad
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.errors import Errors, UserError
 from peft_unlearn.forward import Pass, Reference
+from peft_unlearn.gradients.terms import Term
 from peft_unlearn.gradients.vector import Space, Vec
-from peft_unlearn.gradients.window import Term, Window
+from peft_unlearn.gradients.window import Window
 
 
 def batches(n: int, rows: int = 3) -> list[dict[str, Any]]:

@@ -16,9 +16,9 @@ from peft_unlearn import jobs
 from peft_unlearn.attribution.callback import EffectRecorder, probe_batches
 from peft_unlearn.cli import app
 from peft_unlearn.config import UnlearnConfig
-from peft_unlearn.effect_pictures import pictures
-from peft_unlearn.effects import effect, parse_objectives, write
 from peft_unlearn.errors import UserError
+from peft_unlearn.jobs.effect import effect, parse_objectives, write
+from peft_unlearn.jobs.effect_pictures import pictures
 from peft_unlearn.trainer import UnlearnTrainer
 
 PNG = b"\x89PNG"

@@ -11,21 +11,24 @@ from typing import Any
 
 import torch
 
-from .adapt import get_forget_model
-from .attribution.callback import describe, own, probe_batches, track
-from .attribution.effect import measure
-from .config import WORK, alternates_of, parse_method, parse_terms, reference_of
-from .data.alternates import add_alternates
-from .errors import Errors, UserError
-from .folder.atomic import write_text
-from .folder.base import load_base, load_tokenizer
-from .folder.digest import digest_checkpoint
-from .folder.read import WEIGHTS, AdapterFolder, read_adapter
-from .gradients.vector import Space
-from .gradients.window import Term, Window
-from .jobs import Run, check_data, generate_alternates, prepare
-from .stack.model import check_base
-from .trainer import STATE
+from ..adapt import get_forget_model
+from ..attribution.callback import describe, own, probe_batches, track
+from ..attribution.effect import measure
+from ..config import WORK, alternates_of, parse_method, parse_terms, reference_of
+from ..data.alternates import add_alternates
+from ..errors import Errors, UserError
+from ..folder.atomic import write_text
+from ..folder.base import load_base, load_tokenizer
+from ..folder.digest import digest_checkpoint
+from ..folder.read import WEIGHTS, AdapterFolder, read_adapter
+from ..gradients.terms import Term
+from ..gradients.vector import Space
+from ..gradients.window import Window
+from ..stack.model import check_base
+from ..trainer import STATE
+from .evaluate import check_data
+from .run import Run, prepare
+from .train import generate_alternates
 
 ADAPTER = "default"
 Progress = Callable[[str, int, int], None]
@@ -48,7 +51,7 @@ def parse_objectives(spec: Any) -> dict[str, list[Term]]:
     Raises:
         UserError: everything wrong with it at once.
     """
-    from . import registry
+    from .. import registry
 
     if isinstance(spec, str) and spec.lstrip().startswith("{"):
         import yaml

@@ -189,7 +189,7 @@ def _short(x: float) -> str:
 
 
 def _place(name: str, blocks: int) -> str:
-    from .attribution.effect import group_of
+    from ..attribution.effect import group_of
 
     if name.isdigit():
         return f"block {name}, {group_of(name, blocks)}"
