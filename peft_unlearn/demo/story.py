@@ -297,7 +297,7 @@ def conditions(report: table.Report, seconds: Mapping[str, float], seed: int) ->
             others = ", ".join(table.number(x) for x in spread["p"])
             text += (
                 f" {len(spread['p'])} other twins, which differ by their seed alone, give {others} against the same twin: that is "
-                "what retraining without the ten people looks like. With the seed of this run p moves by a factor of ten and more "
+                "what retraining without the ten people looks like. With this run's seed p moves severalfold "
                 "(docs/search.md)."
             )
         out.append(text + " It needs the retain-only model, which outside of demonstrations nobody has.")
