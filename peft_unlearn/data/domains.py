@@ -209,8 +209,7 @@ def _entities(domain: Domain, size: Size, rng: random.Random) -> list[Entity]:
     for i, name in enumerate(names):
         values = tuple(column[i] for column in columns)
         wrong = tuple(
-            tuple(rng.sample([v for v in pool if v != value], WRONG))
-            for pool, value in zip(pools, values, strict=True)
+            tuple(rng.sample([v for v in pool if v != value], WRONG)) for pool, value in zip(pools, values, strict=True)
         )
         found.append(Entity(name, values, wrong))
     return found

@@ -15,16 +15,15 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft_unlearn.data import people
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.demo.pretrain import Progress, Recipe, fast_bf16, make_model, make_tokenizer, train_model
-from peft_unlearn.errors import UserError
+from peft_unlearn.errors import UserError, nearest
 from peft_unlearn.evaluation.generate import greedy
 from peft_unlearn.evaluation.metrics.generation import value_accuracy
 
@@ -108,6 +107,85 @@ def _versions() -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """One model to be built.
+
+    train: trains it and returns (model, steps).   verify: the loaded model -> what build.json says it shows, and what is
+    wrong with that.   about: further entries of build.json.   files: further JSON files of the folder, name -> content.
+    """
+
+    name: str
+    seed: int
+    train: Callable[[], tuple[Any, int]]
+    verify: Callable[[Any], tuple[dict[str, Any], list[str]]]
+    about: dict[str, Any]
+    files: dict[str, Any] = field(default_factory=dict)
+
+
+def _json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def write_verified(out: Path, models: Sequence[Wanted], tokenizer, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Train and verify all models, and only when all have passed put them into `out`; returns their build.json.
+
+    Raises:
+        UserError: a model is not what it should be; nothing is written.
+    """
+    import torch
+
+    reports: dict[str, dict[str, Any]] = {}
+    out.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    # One thread: as fast as two for a model this small, and the same numbers whatever the number of cores.
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch:
+            for wanted in models:
+                started = time.process_time()
+                folder = Path(scratch, wanted.name)
+                model, steps = wanted.train()
+                loaded = _save(model, tokenizer, folder)
+                figures, missed = wanted.verify(loaded)
+                if missed:
+                    raise UserError(
+                        f"The model {wanted.name} (seed {wanted.seed}) failed its verification, nothing was written:"
+                        f" {'; '.join(missed)}. Another --seed may pass: a machine's arithmetic can tip a close run."
+                    )
+                reports[wanted.name] = {
+                    "format": 1,
+                    "model": wanted.name,
+                    **wanted.about,
+                    "seed": wanted.seed,
+                    "steps": steps,
+                    "parameters": loaded.num_parameters(),
+                    **figures,
+                    **shared,
+                    "cpu_seconds": round(time.process_time() - started, 1),
+                    "versions": _versions(),
+                }
+                for name, content in {**wanted.files, "build.json": reports[wanted.name]}.items():
+                    _json(folder / name, content)
+            for name in reports:
+                _replace(Path(scratch, name), out / name)
+    finally:
+        torch.set_num_threads(threads)
+    return reports
+
+
+def data_digest(sets: dict[str, list[dict]]) -> str:
+    """sha256 of the sets a model is verified on, as canonical JSON."""
+    return hashlib.sha256(json.dumps(sets, sort_keys=True).encode()).hexdigest()
+
+
+def twin_names(base: str, twins: int) -> dict[str, int]:
+    """{folder name: its number, from 1} of so many retain-only twins of `base`."""
+    if twins < 0:
+        raise UserError(f"--twins is {twins}: the number of retain-only models is 0 or more.")
+    return {f"{base}-retain{'' if k == 1 else f'-{k}'}": k for k in range(1, twins + 1)}
+
+
 def build(
     out: str | Path, seed: int = 0, twins: int = 1, progress: Progress | None = None, recipe: Recipe | None = None
 ) -> dict[str, dict[str, Any]]:
@@ -117,7 +195,7 @@ def build(
         so on. What is there is replaced once everything has passed; after a failure it is untouched. seed: of the data,
         the initialization and the order of the rows. Twin k trains with seed + k (k from 1); its data are the base's.
         twins: how many retain-only models; 0 builds the base alone. progress: called as progress(stage, done, total);
-        the command line shows it as bars. recipe: other sizes or schedules; the default is what the released models
+        `progress.bars` shows it. recipe: other sizes or schedules; the default is what the released models
         were built with.
 
     Returns:
@@ -126,81 +204,49 @@ def build(
     Raises:
         UserError: a model misses `BASE_BOUNDS` or `TWIN_BOUNDS`; nothing is written.
     """
-    import torch
-
-    if twins < 0:
-        raise UserError(f"--twins is {twins}: the number of retain-only models is 0 or more.")
     recipe = recipe or Recipe()
-    out = Path(out)
+    numbers = {"people": 0, **twin_names("people", twins)}
     sets = people.generate(seed, recipe.size)
-    data_hash = hashlib.sha256(json.dumps(sets, sort_keys=True).encode()).hexdigest()
     rows = people.training_rows(seed, True, recipe.size)
     tokenizer = make_tokenizer(["".join(to_text(row)) for row in rows], recipe.vocab_size)
-    models = [("people", seed, BASE_BOUNDS)]
-    models += [(f"people-retain{'' if k == 1 else f'-{k}'}", seed + k, TWIN_BOUNDS) for k in range(1, twins + 1)]
-    reports: dict[str, dict[str, Any]] = {}
-    out.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    # One thread: as fast as two for a model this small, and the same numbers whatever the number of cores.
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch:
-            for name, model_seed, bounds in models:
-                started = time.process_time()
-                model = make_model(tokenizer, recipe, model_seed)
-                wanted = rows if name == "people" else people.training_rows(seed, False, recipe.size)
-                steps = train_model(model, tokenizer, wanted, recipe, model_seed, progress, f"train {name}")
-                loaded = _save(model, tokenizer, Path(scratch, name))
-                figures = value_accuracies(loaded, tokenizer, sets, progress, f"verify {name}")
-                missed = failures(figures, bounds)
-                if missed:
-                    raise UserError(
-                        f"The model {name} (seed {model_seed}) failed its verification, nothing was written:"
-                        f" {'; '.join(missed)}. Another --seed may pass: a machine's arithmetic can tip a close run."
-                    )
-                reports[name] = {
-                    "format": 1,
-                    "model": name,
-                    "role": "base" if name == "people" else "retain-only twin",
-                    "data": f"embedded:people?seed={seed}",
-                    "data_sha256": data_hash,
-                    "trained_rows_per_epoch": len(wanted),
-                    "seed": model_seed,
-                    "steps": steps,
-                    "parameters": loaded.num_parameters(),
-                    "value_accuracy": {key: round(value, 4) for key, value in figures.items()},
-                    "n": {key: len(value) for key, value in sets.items()},
-                    "recipe": asdict(recipe),
-                    "arithmetic": "bf16 autocast" if fast_bf16() else "float32",
-                    "cpu_seconds": round(time.process_time() - started, 1),
-                    "versions": _versions(),
-                }
-                text = json.dumps(reports[name], indent=2) + "\n"
-                Path(scratch, name, "build.json").write_text(text, encoding="utf-8", newline="\n")
-            for name in reports:
-                _replace(Path(scratch, name), out / name)
-    finally:
-        torch.set_num_threads(threads)
-    return reports
+
+    def wanted(name: str, number: int) -> Wanted:
+        bounds = TWIN_BOUNDS if number else BASE_BOUNDS
+        mine = people.training_rows(seed, False, recipe.size) if number else rows
+
+        def train() -> tuple[Any, int]:
+            model = make_model(tokenizer, recipe, seed + number)
+            return model, train_model(model, tokenizer, mine, recipe, seed + number, progress, f"train {name}")
+
+        def verify(loaded: Any) -> tuple[dict[str, Any], list[str]]:
+            figures = value_accuracies(loaded, tokenizer, sets, progress, f"verify {name}")
+            return {"value_accuracy": {k: round(v, 4) for k, v in figures.items()}}, failures(figures, bounds)
+
+        about = {
+            "role": "retain-only twin" if number else "base",
+            "data": f"embedded:people?seed={seed}",
+            "data_sha256": data_digest(sets),
+            "trained_rows_per_epoch": len(mine),
+        }
+        return Wanted(name, seed + number, train, verify, about)
+
+    shared = {
+        "n": {key: len(value) for key, value in sets.items()},
+        "recipe": asdict(recipe),
+        "arithmetic": "bf16 autocast" if fast_bf16() else "float32",
+    }
+    return write_verified(Path(out), [wanted(*of) for of in numbers.items()], tokenizer, shared)
 
 
-@contextmanager
-def bars() -> Iterator[Progress]:
-    """A `Progress` that draws a bar per stage on stderr: ``with bars() as progress: build(out, progress=progress)``."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
+def builder(name: str) -> Callable[..., dict[str, dict[str, Any]]]:
+    """The function that builds the embedded models of that data set; `UserError` if there is none."""
+    if name == "people":
+        return build
+    if name == "domains":
+        from peft_unlearn.demo.build_domains import build_domains
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as drawn:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = drawn.add_task(stage, total=total)
-            drawn.update(tasks[stage], completed=done, total=total)
-
-        yield progress
+        return build_domains
+    raise UserError(f"There are no embedded models {name!r} to build.{nearest(name, ['people', 'domains'])}")
 
 
 def summary(reports: dict[str, dict[str, Any]]) -> Any:

@@ -6,11 +6,40 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from peft_unlearn.data import people
 from peft_unlearn.data.formats import to_text
 
+if TYPE_CHECKING:
+    import torch
+
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+class Extra(Protocol):
+    """What a training may add to the language-modelling loss of a batch, once its forward has run."""
+
+    def __call__(self, rows: list[int], real: torch.Tensor, part: float) -> torch.Tensor | None:
+        """rows: (batch,) row numbers; real: (batch, seq) True where no padding; part: share of the steps already done."""
+        ...
+
+
+class Schedule(Protocol):
+    """What `train_model` reads of a recipe."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def final_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -109,12 +138,17 @@ def train_model(
     model,
     tokenizer,
     rows: list[dict],
-    recipe: Recipe,
+    recipe: Schedule,
     seed: int,
     progress: Progress | None = None,
     stage: str = "train",
+    extra: Extra | None = None,
+    bf16: bool | None = None,
 ) -> int:
-    """Language modelling on question and answer alike: every token but <bos> is a target. Returns the steps taken."""
+    """Language modelling on question and answer alike: every token but <bos> is a target. Returns the steps taken.
+
+    extra: a further loss.   bf16: whether to compute in bf16 autocast; by default where the CPU does it in hardware.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -132,7 +166,7 @@ def train_model(
         part = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
         return recipe.final_rate + (1 - recipe.final_rate) * 0.5 * (1 + math.cos(math.pi * part))
 
-    bf16 = fast_bf16()
+    bf16 = fast_bf16() if bf16 is None else bf16
     pad = tokenizer.pad_token_id
     model.train()
     for step, batch in enumerate(batch for epoch in epochs for batch in epoch):
@@ -144,6 +178,8 @@ def train_model(
             # Right padding under a causal mask: no real token sees it, so no attention mask is needed.
             logits = model(input_ids=input_ids).logits  # (batch, seq, vocab)
         loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), ignore_index=pad)
+        if extra is not None and (more := extra(batch, input_ids != pad, step / steps)) is not None:
+            loss = loss + more
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -125,7 +125,7 @@ def test_other_sizes():
     small = domains.generate(0, "geo", domains.Size(entities=4, holdout=1))
     assert (len(small["forget"]), len(small["retain"]), len(small["holdout"])) == (8, 64, 4)
     assert domains.generate(0, "geo", domains.Size(entities=4, holdout=0))["holdout"] == []
-    with pytest.raises(ValueError, match="fewer entities|words for"):
+    with pytest.raises(ValueError, match=r"fewer entities|words for"):
         domains.generate(0, "geo", domains.Size(entities=200))
 
 
@@ -145,7 +145,7 @@ def test_embedded_references(sets):
     }.items():
         with pytest.raises(UserError, match=said):
             embedded.parse(bad)
-    with pytest.raises(UserError, match="no embedded data set 'domains-natural'.*'domains'"):
+    with pytest.raises(UserError, match=r"no embedded data set 'domains-natural'.*'domains'"):
         embedded.rows("embedded:domains-natural")
 
 
