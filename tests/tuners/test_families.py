@@ -11,8 +11,9 @@ from pathlib import Path
 import families as f
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from peft_unlearn.tuners.expert_lora import export_stock, import_stock
 
@@ -115,7 +116,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import torch
 from pathlib import Path
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 torch.set_num_threads(1)
@@ -163,3 +164,20 @@ def test_stock_form_without_the_plugin(tmp_path):
     for family, moved, peft, alone in rows:
         assert float(moved) > 0.05, family
         assert float(peft) <= STOCK and float(alone) <= STOCK, (family, peft, alone)
+
+
+def test_auto_classes(tmp_path):
+    """The loaders that find the base by the adapter's configuration, and saving from a plain transformers model."""
+    plain = f.base("olmoe", "grouped_mm")
+    f.quietly(plain.save_pretrained, tmp_path / "base")
+    kind = {"dtype": torch.float32}
+    model = f.adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base", **kind).eval(), train_router="lora")
+    one = f.logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    found = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"), **kind)
+    assert type(found.peft_config["default"]).__name__ == "ExpertLoraConfig"
+    assert f.error(f.logits(found.eval()), one) <= STOCK
+    found = AutoModelForCausalLM.from_pretrained(str(tmp_path / "adapter"), **kind).eval()
+    assert f.error(f.logits(found), one) <= STOCK
+    found.save_pretrained(tmp_path / "again")
+    assert same_tensors(tmp_path / "again", tmp_path / "adapter")

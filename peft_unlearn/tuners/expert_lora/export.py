@@ -36,7 +36,7 @@ def export_stock(peft_model: nn.Module, out_dir: str | Path, adapter_name: str =
     """Write `adapter_name` as a stock PEFT folder, atomically, with the compact form in its subfolder ``expert_lora/``.
 
     The folder loads by ``PeftModel.from_pretrained`` and ``model.load_adapter`` where this package is not installed. It
-    names no base model. Never replaces a folder that is not empty.
+    names no base model, and holds the adapter at scale 1 wherever its dial stands. Never replaces a folder that is not empty.
 
     Raises:
         UserError: the model has no such expert adapter, or something stands at `out_dir`.
