@@ -20,7 +20,8 @@ from peft_unlearn.data.collate import encode, pad
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.errors import Errors
 from peft_unlearn.forward import Pass, Reference
-from peft_unlearn.gradients.window import Window, count_units
+from peft_unlearn.gradients.terms import count_units
+from peft_unlearn.gradients.window import Window
 from peft_unlearn.objectives.representation import steering_vector
 
 Row = list[
