@@ -210,7 +210,9 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def test_resume_after_kill_is_byte_for_byte(tmp_path):
-    finish(child(tmp_path, tmp_path / "whole"))
+    whole = make(tmp_path / "whole", **_LONG)
+    whole.train()
+    whole.bare.save_pretrained(tmp_path / "whole")
     killed = tmp_path / "killed"
     at = random.SystemRandom().choice([4, 5, 7, 8])  # strictly between two checkpoints, in a later epoch
     process = child(tmp_path, killed, pause=0.2)
