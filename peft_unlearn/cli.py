@@ -177,6 +177,29 @@ def plan(
 
 
 @app.command()
+def experts(
+    base: Annotated[str, typer.Option("--base", help="A mixture-of-experts base.")],
+    data: Annotated[
+        str, typer.Option("--data", help="Bundle: a folder with forget and retain files, or embedded:NAME.")
+    ],
+    out: Annotated[str | None, typer.Option("--out", "--png", help="Picture of the affinity matrix.")] = None,
+    ranking: Annotated[str, typer.Option(help="affinity, or contrast: its difference to the retain set.")] = "affinity",
+    json: Json = False,
+) -> None:
+    """Which experts answer for the forget set: affinity, its lift over the retain set, stability."""
+    from .jobs import experts as jobs
+
+    found = jobs.experts(base, data)
+    chosen = jobs.choose(found, {"ranking": ranking})
+    if out is not None:
+        jobs.picture(found, chosen, out)
+    if json:
+        _out({**found.to_json(), "chosen": chosen})
+    else:
+        print(jobs.describe(found, chosen))
+
+
+@app.command()
 def demo(
     out: Annotated[
         str, typer.Option("--out", help="Folder for the adapter, the merged model and report.html.")

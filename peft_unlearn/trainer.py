@@ -74,7 +74,7 @@ class UnlearnTrainer(Trainer):
         elif peft_config is not None:
             raise UserError("the model already has an adapter and a peft_config was given too; pass one of them")
         pad_id = processing_class.pad_token_id
-        self._pad_id = pad_id if pad_id is not None else (processing_class.eos_token_id or 0)
+        self.pad_id = pad_id if pad_id is not None else (processing_class.eos_token_id or 0)
         if dropped := dropouts(model):
             exact = {"smoothing": args.smoothing, "step_size": args.step_size, "reference: precomputed": args.reference}
             for what in [k for k, v in exact.items() if v == "precomputed" or (v and k != "reference: precomputed")]:
@@ -93,7 +93,7 @@ class UnlearnTrainer(Trainer):
             args=args,
             train_dataset=self.rows,
             eval_dataset=self.rows if score is not None else None,  # never read: `evaluate` asks `score`
-            data_collator=functools.partial(collate, pad_id=self._pad_id),
+            data_collator=functools.partial(collate, pad_id=self.pad_id),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -166,7 +166,7 @@ class UnlearnTrainer(Trainer):
                 {t.batch for t in self.config.term_list if "ref_logp" in t.objective.needs},
                 Path(self.config.output_dir or ""),
                 reference=self._reference,
-                pad_id=self._pad_id,
+                pad_id=self.pad_id,
                 write=self.is_world_process_zero(),
             )
         out = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from ..adapt import adapted, get_forget_model
 from ..folder.base import load_tokenizer
+from ..tuners.expert_lora.blocks import moe_blocks
 from .run import prepare
 
 
@@ -47,7 +48,14 @@ def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = 
     run = prepare(recipe, out, base, data)
     config = AutoConfig.from_pretrained(str(run.base_dir))
     with torch.device("meta"):
-        model = get_forget_model(AutoModelForCausalLM.from_config(config), run.adapter)
+        base_model = AutoModelForCausalLM.from_config(config)
+        if run.auto is not None:  # which experts is for attribution to say; how many is known
+            n = run.auto.get("top", run.auto.get("per_layer", 1))
+            blocks = [k for k in moe_blocks(base_model) if k in run.auto.get("layers", [k])][
+                : 1 if "top" in run.auto else None
+            ]
+            run.adapter = replace(run.adapter, experts={k: list(range(n)) for k in blocks})
+        model = get_forget_model(base_model, run.adapter)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     tokenizer, c = load_tokenizer(run.base_dir), run.config

@@ -13,6 +13,9 @@ from ..data.bundle import ForgetRetain
 from ..errors import Errors, UserError
 from ..folder.base import resolve_base
 
+AUTO = "auto"
+CHOOSING = ("per_layer", "top", "layers", "ranking")  # options of experts: auto
+
 
 @dataclass
 class Run:
@@ -25,6 +28,23 @@ class Run:
     base: str
     base_dir: Path
     negate: float | None = None  # save the adapter's delta times minus this (task vectors)
+    auto: dict[str, Any] | None = None  # how attribution chooses the experts that `adapter` goes into
+
+
+def auto_options(spec: dict[str, Any], errors: Errors) -> dict[str, Any] | None:
+    """The choosing options of ``experts: auto`` (taken out of `spec`), or None where the experts are named."""
+    if spec.get("experts") != AUTO:
+        return None
+    del spec["experts"]
+    out = {k: spec.pop(k) for k in CHOOSING if k in spec}
+    for k in ("per_layer", "top"):
+        if k in out and (not isinstance(out[k], int) or isinstance(out[k], bool) or out[k] < 1):
+            errors.add(f"adapter.{k} must be a whole number from 1 on, not {out[k]!r}")
+    if "per_layer" in out and "top" in out:
+        errors.add("adapter: per_layer and top are two ways of choosing; give one")
+    if out.get("ranking", "affinity") not in ("affinity", "contrast"):
+        errors.add(f"adapter.ranking={out['ranking']!r} is not one of affinity, contrast")
+    return out
 
 
 def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None, data: str | None = None) -> Run:
@@ -45,6 +65,9 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
         errors.add(f"adapter.negate is the strength of the negation, a number above 0, not {negate!r}")
     if negate is not None and str(spec.get("type", "lora")).lower() != "lora":
         errors.add("adapter.negate works on LoRA, whose delta changes sign with lora_B")
+    auto = auto_options(spec, errors)
+    if auto is not None:
+        spec["experts"] = {0: [0]}  # stands in until attribution has run, so that everything else is checked now
     for part in (lambda: from_recipe(recipe, str(out)), lambda: peft_config(spec)):
         try:
             made = part()
@@ -58,7 +81,7 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     named = base or recipe.get("base")
     path = resolve_base(recipe.get("base"), override=base)
     _check_layers(config, path)
-    return Run(dict(recipe), config, adapter, bundle, str(named), path, None if negate is None else float(negate))
+    return Run(dict(recipe), config, adapter, bundle, str(named), path, None if negate is None else float(negate), auto)
 
 
 def _check_layers(config: UnlearnConfig, base_dir: Path) -> None:

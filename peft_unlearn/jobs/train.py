@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..adapt import get_forget_model
+from ..attribution.selection import SelectionOverlap
 from ..config import alternates_of
 from ..data.formats import to_text
 from ..evaluation.callback import ForgetAtFloor, StopOn
@@ -17,7 +19,8 @@ from ..folder.base import load_base, load_tokenizer
 from ..folder.read import AdapterFolder
 from ..folder.write import check_destination
 from ..trainer import UnlearnTrainer
-from .run import Run, prepare
+from .experts import choose, describe, measure
+from .run import CHOOSING, Run, prepare
 from .save import negate, save_adapter
 
 Say = Callable[[str], None]
@@ -52,6 +55,8 @@ def train(
     dtype = "bfloat16" if run.config.bf16 else "float32"
     model, tokenizer = load_base(run.base_dir, dtype), load_tokenizer(run.base_dir)
     generate_alternates(run, model, tokenizer)
+    if run.auto is not None:
+        choose_experts(run, model, tokenizer, say)
     set_seed(run.config.seed)  # the adapter's random start
     model = get_forget_model(model, run.adapter)
     evaluation = dict(recipe.get("eval") or {})
@@ -63,15 +68,30 @@ def train(
         model, run.config, data=run.data, processing_class=tokenizer, callbacks=extra, score=scorer
     )
     quiet(trainer)
+    shift = SelectionOverlap(trainer.rows.sets, trainer.pad_id) if hasattr(run.adapter, "experts") else None
+    if shift is not None:
+        trainer.add_callback(shift)
     first = trainer.is_world_process_zero()
     if first:
         say(trainer.describe())
     trainer.train(resume_from_checkpoint=resume or None)
     if not first:
         return None
+    if shift is not None:
+        say(str(shift))
     if run.negate is not None:
         negate(trainer.bare, run.negate)
     return save_adapter(trainer, out, base=run.base, recipe=run.recipe)
+
+
+def choose_experts(run: Run, model: Any, tokenizer: Any, say: Say) -> None:
+    """Attribution on the run's own rows; the experts it picks replace ``experts: auto`` in the adapter and in the saved recipe."""
+    found = measure(model, tokenizer, run.data)
+    chosen = choose(found, run.auto or {})
+    say(describe(found, chosen))
+    run.adapter = replace(run.adapter, experts=chosen)
+    kept = {k: v for k, v in run.recipe["adapter"].items() if k not in CHOOSING}
+    run.recipe = {**run.recipe, "adapter": {**kept, "experts": {str(k): v for k, v in chosen.items()}}}
 
 
 def generate_alternates(run: Run, model: Any, tokenizer: Any) -> None:
