@@ -66,8 +66,8 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
     ax.set_xlim(-0.04, 1.06)
     ax.set_ylim(low - 0.08, 1.06)
     ax.set_xlabel("extraction strength of the forget answers (the twin's: what can be guessed)")
-    ax.set_ylabel("value accuracy of retain questions, unseen wording")
-    ax.set_title("Recipes on the embedded people: one seed, one base, not tuned", fontsize=11)
+    ax.set_ylabel("value accuracy of retain questions, wording never trained")
+    ax.set_title("Recipes on the embedded people: one seed, one base", fontsize=11)
     ax.grid(alpha=0.25, lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
@@ -82,9 +82,13 @@ def label(fig: Any, ax: Any, found: list[Point], look: Mapping[str, Any]) -> Non
     renderer, area = fig.canvas.get_renderer(), ax.get_window_extent()
     pixels = [tuple(ax.transData.transform((x, y))) for _, x, y, _ in found]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
+    taken += [
+        (x - 2, area.y0, x + 2, area.y1) for (x, _), p in zip(pixels, found, strict=True) if p[3] == "twin"
+    ]  # its line
     # Crowded points first: they have the fewest places.
     order = sorted(range(len(found)), key=lambda i: (-sum(_near(pixels[i], q) for q in pixels), found[i][0]))
     lines: list[tuple[tuple[float, float], tuple[float, float]]] = []
+    names: list[tuple[float, ...]] = []
     for i in order:
         name, x, y, kind = found[i]
         text = ax.text(
@@ -96,13 +100,14 @@ def label(fig: Any, ax: Any, found: list[Point], look: Mapping[str, Any]) -> Non
             box = (left - 1, bottom - 1, left + w + 1, bottom + h + 1)
             inside = box[0] > area.x0 and box[2] < area.x1 and box[1] > area.y0 and box[3] < area.y1
             end = (left + w / 2, bottom + h / 2)
-            crossed = far and any(_crosses(pixels[i], end, t) for j, t in enumerate(taken) if j != i)
+            # A line may pass a point, never a name; a name may not lie on a line.
+            crossed = far and any(_crosses(pixels[i], end, t) for t in names)
             crossed = crossed or any(_crosses(a, b, box) for a, b in lines)
-            if inside and not crossed and not any(_overlap(box, t) for t in taken):
+            if inside and not crossed and not any(_overlap(box, t) for t in taken + names):
                 break
         else:
             raise ValueError(f"no room for the label {name}: make the picture larger")
-        taken.append(box)
+        names.append(box)
         text.set_position(ax.transData.inverted().transform((left, bottom)))
         text.set_verticalalignment("baseline")
         if far:
@@ -123,7 +128,7 @@ def _places(p: tuple[float, float], w: float, h: float) -> Iterator[tuple[bool, 
 
     x, y = p
     for left, bottom in (
-        (x + 8, y - h / 2 + 1),
+        (x + 10, y - h / 2 + 1),
         (x - 8 - w, y - h / 2 + 1),
         (x - w / 2, y + 8),
         (x - w / 2, y - 8 - h),

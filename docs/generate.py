@@ -55,8 +55,9 @@ published code or text, or reconstructed from a description.
 """
 MEASURED = """\
 Each recipe in `adapters/recipes` was trained **once, with seed 0, on one base** (the embedded people, a model of about a
-million parameters) and judged by the whole `people` suite. **The recipes were not tuned for this table**, and they differ in
-more than the method's name; what was adjusted because it did nothing or destroyed everything says so in the recipe. The table
+million parameters) and judged by the whole `people` suite. **They were not tuned for this table**: what was adjusted because it
+did nothing or destroyed everything says so in the recipe. The exception is the demo's, which comes from a
+[search](../search.md). Recipes differ in more than the method's name, so a row speaks for a recipe, not for a method. The table
 shows that the methods run and how differently they behave. It does not say which is best on a real model. With 100 questions
 a share of one half is known to within about a tenth, and another seed moves it too.
 """
@@ -199,6 +200,10 @@ def default_of(p: Any) -> str:
     return "null" if p.default is None else f"`{json.dumps(p.default)}`"
 
 
+def allowed(p: Any) -> str:
+    return ", ".join(f"`{c}`" for c in p.choices) if p.choices else str(p.range or "any")
+
+
 def params_table(m: Any, card: Mapping[str, Any], shared: Mapping[str, str]) -> str:
     if not m.params:
         return "None of its own.\n"
@@ -206,7 +211,7 @@ def params_table(m: Any, card: Mapping[str, Any], shared: Mapping[str, str]) -> 
     for p in m.params.values():
         says = (card.get("params") or {}).get(p.name) or shared.get(p.name, "")
         kind = f"{p.type} or null" if p.nullable else p.type
-        rows.append(f"| `{p.name}` | {kind} | {default_of(p)} | {p.range or 'any'} | {says} |")
+        rows.append(f"| `{p.name}` | {kind} | {default_of(p)} | {allowed(p)} | {says} |")
     return "\n".join(rows) + "\n"
 
 
@@ -215,7 +220,7 @@ def params_table(m: Any, card: Mapping[str, Any], shared: Mapping[str, str]) -> 
 
 def plain(summary: str) -> str:
     """A docstring's first sentences without shapes and reST quotes."""
-    text = re.sub(r",? \((?:n|rows)[^()]*,\)", "", summary)
+    text = re.sub(r",? \((?:n|rows|tokens)[^()]*,\)", "", summary)
     return text.replace("``", "`")
 
 
