@@ -43,11 +43,11 @@ def picture(
     if kept:
         left.axvline(kept["step"], color="#bbbbbb", lw=1, zorder=0)
         left.annotate(
-            "saved", (kept["step"], 0.5), xytext=(-4, 0), textcoords="offset points", ha="right", color="#666666"
+            "saved", (kept["step"], 0.2), xytext=(-4, 0), textcoords="offset points", ha="right", color="#666666"
         )
     left.set(xlabel="step", ylabel="answers that name the right value", ylim=(-0.04, 1.08))
     left.set_title("Forgetting and retaining over the steps", loc="left", fontsize=11)
-    left.legend(loc="center", frameon=False, fontsize=9)
+    left.legend(loc="center right", bbox_to_anchor=(0.94, 0.55), frameon=False, fontsize=9)
 
     right.plot(forget, retain, color="#999999", lw=1.3, marker=".", ms=5, zorder=2)
     end = adapter or kept or {"forget": forget[-1], "retain": retain[-1]}
@@ -69,7 +69,7 @@ def picture(
     right.set_ylim(low - 0.35 * room, 1 + 0.08 * room)
     right.set_yticks([t for t in MaxNLocator(6).tick_values(low, 1.0) if max(0.0, low - 0.1 * room) <= t <= 1.0])
     right.set_title("Where it goes: up is keeping, left is forgetting", loc="left", fontsize=11)
-    right.legend(loc="lower center", frameon=False, fontsize=9)
+    right.legend(loc="lower center", frameon=False, fontsize=9, markerscale=0.75, labelspacing=0.7)
     for axes in (left, right):
         axes.grid(color="#eeeeee", zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
