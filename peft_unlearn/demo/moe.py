@@ -121,12 +121,12 @@ class RoutingLoss:
             self.wanted = torch.tensor([[planted[name][k] for k in range(recipe.layers)] for name in domain_of])
 
     def __call__(self, rows: list[int], real: torch.Tensor, part: float) -> torch.Tensor:
+        import torch
         from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
         recipe, hinges = self.recipe, []
-        loss = recipe.balance * load_balancing_loss_func(
-            tuple(self.logits), recipe.experts, recipe.experts_per_token, real.long()
-        )
+        balance = load_balancing_loss_func(tuple(self.logits), recipe.experts, recipe.experts_per_token, real.long())
+        loss = torch.as_tensor(recipe.balance * balance)
         if self.wanted is None or part >= recipe.hinge_until:
             return loss
         tokens = real.flatten()
@@ -135,7 +135,7 @@ class RoutingLoss:
             # A hinge and not a cross-entropy: the second slot stays free for what all domains share.
             q = logits.float().softmax(-1).gather(1, wanted)[:, 0]
             hinges.append((recipe.hinge_target - q).clamp(min=0)[tokens].mean())
-        return loss + recipe.hinge * sum(hinges) / len(hinges)
+        return loss + recipe.hinge * torch.stack(hinges).mean()
 
 
 def measure_routing(model, tokenizer, rows: Mapping[str, list[dict]]) -> tuple[Affinity, list[float]]:
@@ -153,7 +153,8 @@ def measure_routing(model, tokenizer, rows: Mapping[str, list[dict]]) -> tuple[A
     affinity, chosen = {}, {}
     with torch.no_grad(), router_logits(model) as logits:
         for name, wanted in rows.items():
-            gates, counts = 0.0, 0.0
+            shape = model.config.num_hidden_layers, model.config.num_experts
+            gates, counts = torch.zeros(shape), torch.zeros(shape)
             for start in range(0, len(wanted), 64):
                 texts = ["".join(to_text(row)) for row in wanted[start : start + 64]]
                 ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
