@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -112,7 +113,18 @@ class UnlearnConfig(TrainingArguments):
                 errors.add(f"smoothing {method.name!r} works on the gradient named forget, and no term has it")
             if self.smoothing_space not in method.extra["spaces"]:
                 errors.add(f"smoothing {method.name!r} works in space {', '.join(method.extra['spaces'])} only")
+        if self.rule_method is not None and self.rule_method[0].name == "ngdiff":
+            alone = [t for t in self.term_list if [u.gradient for u in self.term_list].count(t.gradient) == 1]
+            if weighted := sorted({t.gradient for t in alone if t.weight != 1}):
+                warnings.warn(
+                    f"rule ngdiff scales every gradient to unit length: the weight of {', '.join(weighted)} means nothing",
+                    stacklevel=3,
+                )
         if self.step_size_method is not None:
+            if len(set(self.step_size_method[1]["probes"])) < 3:
+                errors.add("step_size: probes need at least three different multiples of the learning rate")
+            if not self.learning_rate > 0:
+                errors.add("step_size starts from the learning rate, which must be above 0")
             if "retain" not in have:
                 errors.add("step_size fits the retain loss, and no term is named retain")
             if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "constant" or self.warmup_steps:
@@ -354,7 +366,7 @@ def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
     try:
         config = UnlearnConfig(output_dir=output_dir, **{**clean, **options, **top})
     except UserError as e:
-        errors.add(str(e))
+        errors.absorb(e)
         config = None
     except (TypeError, ValueError) as e:  # TrainingArguments' own validation
         errors.add(f"train: {e}")

@@ -11,7 +11,12 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """The input is refused. The message says what happened, which names, why, and what to do."""
+    """The input is refused. The message says what happened, which names, why, and what to do.
+
+    problems: the single complaints, where several were collected into one message.
+    """
+
+    problems: tuple[str, ...] = ()
 
 
 class Interrupted(Exception):
@@ -27,14 +32,21 @@ class Errors:
     def add(self, message: str) -> None:
         self.messages.append(message)
 
+    def absorb(self, error: UserError) -> None:
+        """Take over the complaints of an error that was collected elsewhere, without its heading."""
+        self.messages.extend(error.problems or (str(error),))
+
     def raise_if_any(self, what: str) -> None:
         """Raise one `UserError` with every message collected; `what` names the input, e.g. ``recipe people.yaml``."""
         if not self.messages:
             return
         if len(self.messages) == 1:
-            raise UserError(f"{what}: {self.messages[0]}")
-        lines = "\n".join(f"  {i}. {m}" for i, m in enumerate(self.messages, 1))
-        raise UserError(f"{what}: {len(self.messages)} problems\n{lines}")
+            error = UserError(f"{what}: {self.messages[0]}")
+        else:
+            lines = "\n".join(f"  {i}. {m}" for i, m in enumerate(self.messages, 1))
+            error = UserError(f"{what}: {len(self.messages)} problems\n{lines}")
+        error.problems = tuple(self.messages)
+        raise error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -132,9 +132,9 @@ class ForgetRetain:
     def _check_overlap(self) -> None:
         if not self.retain:
             return
-        shared = {_normal(identity(r)) for r in self.forget} & {_normal(identity(r)) for r in self.retain}
+        shared = {_same(r) for r in self.forget} & {_same(r) for r in self.retain}
         if shared:
-            rows = [i for i, r in enumerate(self.retain) if _normal(identity(r)) in shared]
+            rows = [i for i, r in enumerate(self.retain) if _same(r) in shared]
             raise UserError(
                 f"data: {len(shared)} example(s) stand in the forget set and in the retain set (retain rows "
                 f"{', '.join(map(str, rows[:10]))}{', ..' if len(rows) > 10 else ''}); a model cannot do both: take them out of one"
@@ -163,6 +163,11 @@ def _folder(path: Path) -> dict[str, Path]:
     if "forget" not in found:
         raise UserError(f"data: {path} holds no forget file (forget{', forget'.join(SUFFIXES)})")
     return found
+
+
+def _same(row: dict[str, Any]) -> str:
+    """Two rows are one example when their texts differ in case and white space only ("3+4" and "3-4" are two)."""
+    return re.sub(r'\s*(?<!\\)"\s*', '"', " ".join(identity(row).casefold().split()))
 
 
 def _normal(text: str) -> str:

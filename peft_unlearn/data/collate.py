@@ -30,8 +30,7 @@ def encode(
         UserError: too long with "error", or no target left.
     """
     text = prompt + answer
-    # Chat templates write the beginning-of-sequence token out; the tokenizer must not add a second one.
-    special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    special = _adds_special(text, tokenizer)
     if getattr(tokenizer, "is_fast", False):
         enc = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
         ids, ends = list(enc["input_ids"]), [end for _, end in enc["offset_mapping"]]
@@ -57,6 +56,16 @@ def encode(
         return [_labelled(ids[i : i + max_length], 0) for i in range(0, len(ids) - 1, step)]
     room = max_length - first
     return [_labelled(ids[:first] + ids[i : i + room], first) for i in range(first, len(ids), room)]
+
+
+def _adds_special(text: str, tokenizer: Any) -> bool:
+    """Chat templates write the beginning-of-sequence token out; the tokenizer must not add a second one."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """Tokens of a prompt alone, as generation starts from it."""
+    return list(tokenizer(prompt, add_special_tokens=_adds_special(prompt, tokenizer))["input_ids"])
 
 
 def _labelled(ids: list[int], first: int) -> dict[str, list[int]]:

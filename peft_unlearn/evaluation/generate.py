@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..data.collate import prompt_ids
 from ..errors import UserError
 
 
@@ -78,7 +79,7 @@ def _answers(
 
     ends = _end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     ids = [row[:-1] if row and row[-1] in ends else row for row in ids]  # some tokenizers close every text with EOS
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     device = model.get_input_embeddings().weight.device

@@ -73,7 +73,7 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
             made = part()
             config, adapter = (made, adapter) if isinstance(made, UnlearnConfig) else (config, made)
         except UserError as e:
-            errors.add(str(e))
+            errors.absorb(e)
     errors.raise_if_any(f"recipe {recipe.get('name', '')}".strip())
     assert config is not None
     bundle = load_data(recipe.get("data"), data)

@@ -122,3 +122,9 @@ def test_encode_names_the_rows_that_fail():
     with pytest.raises(UserError, match=r"retain set: 5 problems\n  1\. row 0 has \d+ tokens, more than max_length 6"):
         bundle.encode("retain", tok, 6)
     assert len(bundle.encode("retain", tok, 40, "chunk", rows=[{"text": "w1 " * 60}])) > 1
+
+
+def test_other_signs_make_another_example():
+    """Only case and white space are overlooked: sums differ in their signs."""
+    forget = [{"question": "What is 3+4?", "answer": "7"}]
+    assert ForgetRetain(forget, [{"question": "What is 3-4?", "answer": "7"}]).retain
