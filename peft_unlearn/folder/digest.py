@@ -87,12 +87,22 @@ def _sha_on_disk(entry: TensorEntry) -> str:
 
 
 def _pick(tensors: dict[str, TensorEntry], modules: Iterable[str] | None, where: object) -> dict[str, TensorEntry]:
-    """The tensors directly of the named modules (weight, bias), or named exactly (fused expert parameters)."""
+    """The tensors directly of the named modules (weight, bias), or named exactly.
+
+    Fused experts lie on disk one by one: for the module that holds them, or one of its parameters, those of all its experts.
+    """
     if modules is None:
         return tensors
     wanted = set(modules)
     picked = {n: e for n, e in tensors.items() if n in wanted or n.rpartition(".")[0] in wanted}
     lost = sorted(wanted - set(picked) - {n.rpartition(".")[0] for n in picked})
+    for name in list(lost):
+        for lead in (f"{name}.", f"{name.rpartition('.')[0]}."):
+            inside = {n: e for n, e in tensors.items() if re.match(rf"{re.escape(lead)}\d+\.", n)}
+            if inside:
+                picked |= inside
+                lost.remove(name)
+                break
     if lost:
         raise UserError(f"{where}: no tensor on disk for {_some(lost)}.")
     return picked

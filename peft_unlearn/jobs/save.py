@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from ..adapt import adapted
 from ..config import METHODS, UnlearnConfig
 from ..data.formats import layout_of
+from ..errors import UserError
 from ..folder.base import base_reference, peft_base_name, resolve_base
 from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
 from ..folder.manifest import BaseRef, Manifest, probes
@@ -43,7 +44,7 @@ def save_adapter(
     modules = targeted_names(model, trainer.trained_adapter)
     rows = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     manifest = Manifest(
-        base=base_reference(base, base_dir, digest_checkpoint(base_dir), digest_targeted(base_dir, modules)),
+        base=base_reference(base, base_dir, digest_checkpoint(base_dir), _digest_of(base_dir, modules)),
         method=describe_method(trainer, recipe),
         data={
             name: {**{k: v for k, v in about.items() if v is not None}, "format": layout_of(data.sets()[name][0])}
@@ -72,6 +73,14 @@ def save_adapter(
         adapter_name=trainer.trained_adapter,
         save=_stock_export(model, trainer.trained_adapter, manifest.base),
     )
+
+
+def _digest_of(base_dir: Path, modules: list[str]) -> str | None:
+    """Digest of the weights under the adapter; None where the files call them otherwise (Mixtral's experts): cannot tell."""
+    try:
+        return digest_targeted(base_dir, modules)
+    except UserError:
+        return None
 
 
 def _stock_export(model: Any, name: str, base: BaseRef) -> Callable[[Path], dict[str, torch.Tensor]] | None:
