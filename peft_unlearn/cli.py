@@ -247,8 +247,12 @@ def base_path(
 
 def main() -> None:
     """Entry point: a user's mistake is a message, a defect of ours a traceback."""
+    import warnings
+
     from .errors import Interrupted, UserError
 
+    # Deprecations between the libraries underneath are nothing a user of this command can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
     try:
         app()
     except SystemExit as e:

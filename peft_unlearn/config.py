@@ -69,6 +69,7 @@ class UnlearnConfig(TrainingArguments):
     max_grad_norm: float | None = None  # type: ignore[assignment]  # 1; 0 with rules that set the norm themselves
     logging_steps: float = 10
     report_to: Any = "none"
+    dataloader_pin_memory: bool = False  # batches are small, and without a GPU torch warns about it at every run
     label_names: list[str] | None = field(default_factory=list)
 
     output_dir: str = "forget-adapter"  # type: ignore[assignment]

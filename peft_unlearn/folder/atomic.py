@@ -86,11 +86,21 @@ def staged(out: str | Path, may_replace: Callable[[Path], str | None]) -> Iterat
         raise UserError(f"{out}: cannot be written ({e.strerror}).") from None
     try:
         yield stage
+        _readable(stage)
         fsync_tree(stage)
         _check_free(out, may_replace)  # again: minutes may have passed
         swap_in(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _readable(stage: Path) -> None:
+    """Every file readable as any file of this user would be: safetensors writes 0600, which no server account could load."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in stage.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o666 & ~umask))
 
 
 def _check_free(out: Path, may_replace: Callable[[Path], str | None]) -> None:

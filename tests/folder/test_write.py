@@ -273,3 +273,12 @@ def test_not_a_folder(tmp_path: Path) -> None:
     for name, message in (("f", "is a file"), ("e", "the folder is empty"), ("x", "no such folder")):
         with pytest.raises(UserError, match=message):
             read_adapter(tmp_path / name)
+
+
+def test_files_are_readable_like_any_other(adapter_dir: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    wanted = plain.stat().st_mode & 0o777
+    assert {p.name: p.stat().st_mode & 0o777 for p in adapter_dir.iterdir()} == dict.fromkeys(
+        (p.name for p in adapter_dir.iterdir()), wanted
+    )
