@@ -17,7 +17,7 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.folder.recipe import load_recipe
 
 WHOLE_BUNDLE = ("people-demo", "people-simnpo", "people-npo", "people-kl", "people-ga")
-RECIPES = sorted(embedded.asset("recipes").glob("*.yaml"))
+RECIPES = sorted(embedded.asset("recipes").glob("people-*.yaml"))
 
 
 def fake_report() -> dict:
