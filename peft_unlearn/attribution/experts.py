@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ class Affinity:
 
     def score(self, ranking: Ranking = "affinity") -> Tensor:
         """What experts are ranked by, (layers, experts): affinity, or its difference to the retain set."""
+        if ranking not in get_args(Ranking):
+            raise UserError(f"ranking {ranking!r} is not one of {', '.join(get_args(Ranking))}")
         return self.forget if ranking == "affinity" else self.forget - self.retain
 
     def choose(
@@ -54,11 +56,20 @@ class Affinity:
         top: int | None = None,
         layers: Sequence[int] | None = None,
     ) -> dict[int, list[int]]:
-        """{layer: [expert ids]}: the best `per_layer` of every layer (of `layers`), or the best `top` of all of them together."""
+        """{layer: [expert ids]}: the best `per_layer` of every layer (of `layers`), or the best `top` of all of them together.
+
+        Raises:
+            UserError: a layer without experts, or more experts than there are.
+        """
         rows = [i for i, k in enumerate(self.layers) if layers is None or k in layers]
         if unknown := sorted(set(layers or ()) - set(self.layers)):
             raise UserError(f"experts: blocks {unknown} have no experts; blocks with some: {self.layers}")
         score = self.score(ranking)
+        n = score.shape[1]
+        if top is None and (per_layer or 1) > n:
+            raise UserError(f"experts: per_layer {per_layer} is more than the {n} experts of a block")
+        if top is not None and top > n * len(rows):
+            raise UserError(f"experts: top {top} is more than the {n * len(rows)} experts there are to choose from")
         if top is not None:
             flat = torch.full_like(score, -torch.inf)
             flat[rows] = score[rows]

@@ -42,6 +42,11 @@ def auto_options(spec: dict[str, Any], errors: Errors) -> dict[str, Any] | None:
             errors.add(f"adapter.{k} must be a whole number from 1 on, not {out[k]!r}")
     if "per_layer" in out and "top" in out:
         errors.add("adapter: per_layer and top are two ways of choosing; give one")
+    layers = out.get("layers")
+    if layers is not None and not (
+        isinstance(layers, list) and layers and all(isinstance(k, int) and not isinstance(k, bool) for k in layers)
+    ):
+        errors.add(f"adapter.layers is a list of blocks, e.g. [1, 2], not {layers!r}")
     if out.get("ranking", "affinity") not in ("affinity", "contrast"):
         errors.add(f"adapter.ranking={out['ranking']!r} is not one of affinity, contrast")
     return out

@@ -87,12 +87,13 @@ SEEDED: dict[str, tuple[str, list[Change]]] = {
 NATURAL: dict[str, tuple[str, list[Change]]] = {
     "npo per-layer": ("domains-npo", [LONGER]),
     "npo top1": ("domains-top1", [LONGER]),
-    "uoe npo": ("domains-uoe-npo", []),
+    "uoe npo": ("domains-uoe-npo", [LONGER]),
+    "uoe npo, block 2": ("domains-uoe-npo", [{"adapter": {"layers": [2]}}, LONGER]),
     "npo lora-all": ("domains-lora-all", [LONGER]),
     "npo lora-all w5": ("domains-lora-all", [weight(5.0), train(max_steps=100)]),
     "uoe npo w5": ("domains-uoe-npo", [weight(5.0), LONGER]),
-    "uoe npo, keep 10": ("domains-uoe-npo", [KEEP]),
-    "uoe npo random": ("domains-uoe-npo", [{"expert": "random"}]),
+    "uoe npo, keep 10": ("domains-uoe-npo", [KEEP, LONGER]),
+    "uoe npo random": ("domains-uoe-npo", [{"expert": "random"}, LONGER]),
     "uoe npo per-layer, 1e-3 routers": ("domains-npo", [ANCHORED, FULL, train(router_learning_rate=1e-3), LONGER]),
     "npo target-parameters": ("domains-target-parameters", [LONGER]),
     "uoe ga": ("domains-uoe-ga", []),
@@ -192,7 +193,7 @@ class Look(TrainerCallback):
         seen = self.scorer(model, "forget", "forget_other")
         if (seen["forget"] + seen["forget_other"]) / 2 <= HIT:
             self.hit = {"step": state.global_step, "cpu": round(self.cpu, 1), **everything(model, self.scorer)}
-            control.should_training_stop = self.stop
+            control.should_training_stop |= self.stop
 
     # Trainer calls on_train_end before the loop returns; the last numbers are taken by `measure`.
 
@@ -256,7 +257,11 @@ def measure(recipe: dict[str, Any], base: str, domain: str) -> dict[str, Any]:
             run.adapter.experts = {str(k): v for k, v in attribution.choose(affinity(base, domain), run.auto).items()}
         set_seed(run.config.seed)
         model = get_forget_model(model, run.adapter)
-        rows = {k: v for k, v in embedded.rows(recipe["data"]["bundle"]).items() if k.startswith(("forget", "retain_unseen_"))}
+        rows = {
+            k: v
+            for k, v in embedded.rows(recipe["data"]["bundle"]).items()
+            if k.startswith(("forget", "retain_unseen_"))
+        }
         scorer = Scorer(rows, tokenizer)
         ascent = "ga" in recipe["terms"]["forget"]
         look = Look(scorer, 2 if ascent else 5, stop=ascent)
@@ -303,7 +308,9 @@ def main() -> None:
     parser.add_argument("--only", help="variants whose name has this in it")
     parser.add_argument("--bases", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="measure nothing; write the tables into docs/methods/uoe.md")
+    parser.add_argument(
+        "--write", action="store_true", help="measure nothing; write the tables into docs/methods/uoe.md"
+    )
     args = parser.parse_args()
     results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"runs": {}}
     if args.write:
@@ -316,7 +323,9 @@ def main() -> None:
     if "attribution" not in results:
         results["attribution"] = {b: attribute(b) for b in ("domains", "domains-natural")}
         write(results, args.out)
-    for base, variant, stem, changes, domain, seed in cells(args.part.split(","), [int(s) for s in args.seeds.split(",")]):
+    for base, variant, stem, changes, domain, seed in cells(
+        args.part.split(","), [int(s) for s in args.seeds.split(",")]
+    ):
         recipe = recipe_for(stem, changes, domain, seed)
         key, mark = f"{base}|{variant}|{domain}|{seed}", fingerprint(recipe)
         if results["runs"].get(key, {}).get("recipe") == mark or (args.only and args.only not in variant):
