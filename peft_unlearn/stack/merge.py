@@ -20,7 +20,7 @@ from ..folder.base import load_base, load_tokenizer, resolve_base
 from ..folder.digest import adapter_modules, digest_checkpoint, digest_live
 from ..folder.read import AdapterFolder, read_adapter
 from .model import attach, check_base
-from .remove import unload
+from .removal import unload
 
 MIN_COSINE = 0.9
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

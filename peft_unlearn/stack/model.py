@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,7 @@ from ..errors import UserError, nearest
 from ..folder.base import load_base, load_tokenizer, resolve_base
 from ..folder.digest import digest_checkpoint
 from ..folder.read import AdapterFolder, read_adapter
-
-if TYPE_CHECKING:
-    from .remove import RemovalReport
+from .removal import RemovalReport, take_off
 
 Adapters = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
@@ -102,10 +100,10 @@ class ForgetModel:
         return self.model.generate(*args, **kwargs)
 
     def remove(self) -> RemovalReport:
-        """Take every adapter off for good and prove it (`stack.remove`); `.model` is then the plain base."""
-        from .remove import remove
-
-        return remove(self)
+        """Take every adapter off for good and prove it (`removal.take_off`); `.model` is then the plain base."""
+        probes = next(iter(self.adapters.values())).manifest.probes
+        self.model, report = take_off(self.model, self.base_dir, probes, None if probes is None else self.tokenizer)
+        return report
 
 
 def attach(base: Any, folders: dict[str, AdapterFolder]) -> Any:

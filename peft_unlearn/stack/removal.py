@@ -1,0 +1,119 @@
+"""Taking a forget adapter off, with proof that what remains is the base.
+
+The proof does not trust a copy taken before: the tensors that live in memory after unloading are digested and compared
+with the digest of the base's FILES, no module of PEFT may be left, and the four probe prompts must give the logits
+that the manifest stored for the base. Unmerging is no removal: in half precision it leaves rounded weights, and is
+reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+from ..folder.digest import adapter_modules, digest_live
+from ..folder.manifest import Probes, probe_difference
+
+PROBE_TOLERANCE = 1e-3
+"""Largest allowed |logit - stored logit|: other kernels and thread counts differ by less, a changed model by more."""
+
+
+@dataclass
+class RemovalReport:
+    """What was taken off and what was found. `digest` is that of the live tensors, `base_digest` that of the files."""
+
+    verdict: Literal["removed", "changed", "cannot tell"]
+    adapters: list[str]
+    base_digest: str
+    digest: str | None
+    n_tensors: int
+    changed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    probe_difference: float | None = None
+    probe_tolerance: float = PROBE_TOLERANCE
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "removed"
+
+    @property
+    def exit_code(self) -> int:
+        """0 removed with proof; 1 the check answered no, or could not tell."""
+        return 0 if self.ok else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        names = ", ".join(self.adapters)
+        if self.verdict == "removed":
+            head = f"Removed {names}: all {self.n_tensors} tensors in memory have the bytes of the base's files."
+        elif self.verdict == "changed":
+            head = f"CHANGED: {names} taken off, but what is left is not the base."
+        else:
+            head = f"Cannot tell: {names} taken off, but it could not be proved that what is left is the base."
+        lines = [head, f"  base files   {self.base_digest}", f"  live tensors {self.digest or 'no digest'}"]
+        if self.probe_difference is not None:
+            lines.append(
+                f"  probes       differ by at most {self.probe_difference:.2g} (allowed {self.probe_tolerance:g})"
+            )
+        return "\n".join(lines + [f"  {r}" for r in self.reasons])
+
+
+def take_off(
+    model: Any, base_dir: Path, probes: Probes | None = None, tokenizer: Any = None
+) -> tuple[Any, RemovalReport]:
+    """Unload every adapter of `model` and prove the result against the files in `base_dir`: (plain model, report).
+
+    Raises `UserError` when there is no adapter on the model; never for a failed proof.
+    """
+    if not adapter_modules(model):
+        raise UserError("There is no adapter on this model to remove.")
+    names = list(getattr(model, "peft_config", {}))
+    merged = [n for n, m in adapter_modules(model).items() if getattr(m, "merged", False)]
+    plain = unload(model)
+    live = digest_live(plain, base_dir)
+    left = _left_behind(plain)
+    reasons = [live.reason] if live.reason else []
+    if merged:
+        reasons.append(f"It was merged into {len(merged)} modules; reload the base to be rid of it.")
+    if left:
+        reasons.append(f"Left behind: {', '.join(left[:4])}.")
+    gap = None
+    if probes is not None:
+        gap = probe_difference(plain, tokenizer, probes.prompts, probes.base)
+        if gap is None or not gap <= PROBE_TOLERANCE:
+            reasons.append("The probe prompts do not give the base's logits.")
+    bad_probe = probes is not None and (gap is None or not gap <= PROBE_TOLERANCE)
+    if live.verdict == "changed" or left or (bad_probe and live.verdict == "cannot tell"):
+        verdict = "changed"
+    elif bad_probe or live.verdict == "cannot tell" or live.digest != live.checkpoint_digest:
+        verdict = "cannot tell"  # equal weights with other logits: other code, other dtype, a hook
+    else:
+        verdict = "removed"
+    report = RemovalReport(
+        verdict, names, live.checkpoint_digest, live.digest, live.n_tensors, live.changed, left, merged, gap,
+        PROBE_TOLERANCE, reasons,
+    )  # fmt: skip
+    return plain, report
+
+
+def unload(model: Any) -> Any:
+    """The base model inside `model` with PEFT's modules taken out and its marks wiped."""
+    plain = model.unload() if hasattr(model, "unload") else model.base_model.unload()
+    for holder in (plain, getattr(plain, "model", None)):
+        if holder is not None and "peft_config" in vars(holder):
+            del holder.peft_config
+    if getattr(plain, "_hf_peft_config_loaded", False):
+        plain._hf_peft_config_loaded = False
+    return plain
+
+
+def _left_behind(model: Any) -> list[str]:
+    left = list(adapter_modules(model))
+    left += [n for n, _ in model.named_parameters() if "lora_" in n and n not in left]
+    return left
