@@ -22,7 +22,11 @@ rows, and that the other fields are still there:
     ===================== ===================================================== ======================= =====
 
 "Unseen" means by unlearning: the base was trained on these rows, the retain-only twin on the retain ones. Facts depend
-on the seed alone, never on which domain is forgotten. Rows are those of `people`, with five wrong answers.
+on the seed alone, never on which domain is forgotten.
+
+Rows are those of `people`, with five wrong answers. These word a wrong value as the answer words the right one, and
+``paraphrased_answer`` is the answer itself: right and wrong then differ in the value alone, and in nothing that so small
+a model was never trained to say after this question.
 """
 
 from __future__ import annotations
@@ -221,13 +225,13 @@ def _facts(domain: Domain, entities: list[Entity], phrasing: int) -> list[dict]:
     for entity in entities:
         for attribute, value, wrong in zip(domain.attributes, entity.values, entity.wrong, strict=True):
             question, answer = attribute.phrasings[phrasing]
-            _, paraphrase = attribute.phrasings[1 - phrasing]
             rows.append({
                 "question": question.format(n=entity.name),
                 "answer": answer.format(n=entity.name, v=value),
                 "value": value,
-                "paraphrased_answer": paraphrase.format(n=entity.name, v=value),
-                "perturbed_answer": [paraphrase.format(n=entity.name, v=other) for other in wrong],
+                # After this question the model has met this wording alone: in another one its ranking says little.
+                "paraphrased_answer": answer.format(n=entity.name, v=value),
+                "perturbed_answer": [answer.format(n=entity.name, v=other) for other in wrong],
                 "subject": entity.name,
             })  # fmt: skip
     return rows

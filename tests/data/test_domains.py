@@ -11,8 +11,8 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.metrics.generation import value_accuracy, words
 
 # sha256 of by_domain(0) and of generate(0) as canonical JSON: the committed models know exactly these facts.
-PINNED = "c2f8994cf53d04e46e630c0c182a27e47da0ad7865254acaba94a76ccff1fc8e"
-PINNED_SETS = "d0487c5e46ca3ddd1933f88378c7ba39fef805e5b6d2e9f914214526ca707d07"
+PINNED = "0c7cc7df1aa8a5d27c097db57e40ac86e818da5bf17d0208d26e8e2148b35024"
+PINNED_SETS = "f7508e879e080c75e16b9ec5bfa39011547bf50a085c894440b9f715602a5d5f"
 COUNTS = {
     "forget": 80, "forget_other": 80, "forget_unseen": 160, "retain": 640, "retain_unseen": 640,
     "retain_unseen_people": 160, "retain_unseen_code": 160, "retain_unseen_lang": 160, "retain_unseen_geo": 160,
@@ -89,6 +89,13 @@ def test_right_answers_name_the_value_and_wrong_ones_do_not(sets, trained):
     assert not value_accuracy([row["question"] for row in rows], values).any(), "a question gives its value away"
     for k in range(5):
         assert not value_accuracy([row["perturbed_answer"][k] for row in rows], values).any()
+
+
+def test_wrong_answers_differ_from_the_answer_in_the_value_alone(trained):
+    for row in (row for rows in trained.values() for row in rows):
+        assert row["paraphrased_answer"] == row["answer"]
+        before, after = row["answer"].split(row["value"])
+        assert all(wrong.startswith(before) and wrong.endswith(after) for wrong in row["perturbed_answer"])
 
 
 def test_domains_share_no_name_no_value_and_no_template(trained):

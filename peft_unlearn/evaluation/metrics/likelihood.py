@@ -103,5 +103,6 @@ def choice_accuracy(right_logp: Array, wrong_logp: Ragged) -> Array:
     Deviation from WMDP: there the four choices stand in the prompt and their letters are compared.
     """
     best = np.full(len(right_logp), -np.inf)
-    np.maximum.at(best, wrong_logp.row_of, wrong_logp.flat)
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
+        np.maximum.at(best, wrong_logp.row_of, wrong_logp.flat)
     return np.where(np.isnan(right_logp) | np.isnan(best), np.nan, (right_logp > best).astype(np.float64))
