@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from peft_unlearn import registry
-from peft_unlearn.config import UnlearnConfig, from_recipe, reference_of
+from peft_unlearn.config import UnlearnConfig, reference_of
 from peft_unlearn.errors import Errors, UserError, nearest
+from peft_unlearn.jobs.configure import from_recipe
 from peft_unlearn.registry import Range, Source
 
 RECIPE: dict[str, Any] = {"terms": {"forget": {"npo": {}}, "retain": {"nll": {}}}, "train": {"use_cpu": True}}

@@ -49,51 +49,63 @@ def describe(found: Affinity, chosen: Mapping[int, list[int]]) -> str:
     return "\n".join(lines + [f"warning: {w}" for w in found.warnings()])
 
 
-def picture(found: Affinity, chosen: Mapping[int, list[int]], out: str | Path) -> Path:
-    """Two matrices, layers by experts: affinity for the forget set, and its lift over the retain set; chosen experts framed."""
-    import matplotlib
+def picture(
+    found: Affinity,
+    chosen: Mapping[int, list[int]],
+    out: str | Path,
+    planted: Mapping[str, Mapping[int, int]] | None = None,
+) -> Path:
+    """Two matrices, layers by experts: affinity for the forget set, and its lift over the retain set; chosen experts framed.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    planted: ``{domain: {layer: expert}}`` where the right answer is known (the embedded base): a third panel.
+    """
+    from matplotlib.figure import Figure  # the object, not pyplot: no backend is chosen and none is changed
+    from matplotlib.patches import Rectangle
 
     rows, columns = found.forget.shape
-    fig, axes = plt.subplots(1, 2, figsize=(min(3 + 0.9 * columns, 22), 1.6 + 0.55 * rows), layout="constrained")
-    lift = found.lift.clamp(0.05, 100)
+    width = min(1.5 + 0.45 * columns, 11)
+    n = 2 if planted is None else 3
+    figure = Figure(figsize=(n * width, 1.6 + 0.55 * rows), layout="constrained")
+    axes = figure.subplots(1, n)
     panels = (
-        (axes[0], found.forget, "affinity for the forget set", "Blues", ".2f", None),
-        (axes[1], lift, "lift: affinity / affinity for the retain set", "PuOr_r", ".1f", "log"),
-    )
-    for ax, matrix, title, colors, form, norm in panels:
-        drawn = ax.imshow(
-            matrix, cmap=colors, aspect="auto", norm=norm, **({"vmin": 0.05, "vmax": 20} if norm else {"vmin": 0})
-        )
+        (axes[0], found.forget, "affinity for the forget set", "Blues", ".2f", {"vmin": 0}),
+        (axes[1], found.lift.clamp(0.05, 100), "lift: affinity / affinity for the retain set", "PuOr_r", ".1f",
+         {"vmin": 0.05, "vmax": 20, "norm": "log"}),
+    )  # fmt: skip
+    for ax, matrix, title, colors, form, scale in panels:
+        norm = {"norm": _log(scale["vmin"], scale["vmax"])} if "norm" in scale else scale
+        drawn = ax.imshow(matrix, cmap=colors, aspect="auto", **norm)
         ax.set_title(title, fontsize=10)
+        top = float(matrix.max())
+        for i in range(rows if columns <= 16 else 0):
+            for j in range(columns):
+                value = float(matrix[i, j])
+                dark = (value > 8 or value < 0.15) if "norm" in scale else value > 0.6 * top
+                color = "white" if dark else "black"
+                ax.text(j, i, format(value, form), ha="center", va="center", fontsize=7, color=color)
+        figure.colorbar(drawn, ax=ax, shrink=0.9)
+    if planted is not None:
+        axes[2].imshow([[1.0] * columns] * rows, cmap="Greys", vmin=0, vmax=20, aspect="auto")
+        axes[2].set_title("planted when the base was made", fontsize=10)
+        for domain, where in planted.items():
+            for k, e in where.items():
+                at = {"ha": "center", "va": "center", "fontsize": 7}
+                axes[2].text(e, found.layers.index(k), domain, **at)
+    for ax in axes:
         ax.set_xlabel("expert")
         ax.set_ylabel("block")
         ax.set_xticks(range(columns))
         ax.set_yticks(range(rows), [str(k) for k in found.layers])
-        if columns <= 16:
-            top = float(matrix.max())
-            for i in range(rows):
-                for j in range(columns):
-                    value = float(matrix[i, j])
-                    dark = value > 0.6 * top if norm is None else (value > 8 or value < 0.15)
-                    ax.text(
-                        j,
-                        i,
-                        format(value, form),
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                        color="white" if dark else "black",
-                    )
         for i, k in enumerate(found.layers):
             for e in chosen.get(k, ()):
-                ax.add_patch(plt.Rectangle((e - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#c1121f", linewidth=2))
-        fig.colorbar(drawn, ax=ax, shrink=0.9)
+                ax.add_patch(Rectangle((e - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#c1121f", linewidth=2))
     path = Path(out)
-    if path.parent != Path():
-        path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
     return path
+
+
+def _log(low: float, high: float) -> Any:
+    from matplotlib.colors import LogNorm
+
+    return LogNorm(low, high)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..adapt import peft_config
-from ..config import DATA_OPTIONS, UnlearnConfig, from_recipe, require_sets
+from ..config import UnlearnConfig, require_sets
 from ..data.bundle import ForgetRetain
 from ..errors import Errors, UserError
 from ..folder.base import resolve_base
+from .configure import DATA_OPTIONS, from_recipe
 
 AUTO = "auto"
 CHOOSING = ("per_layer", "top", "layers", "ranking")  # options of experts: auto

@@ -42,6 +42,8 @@ def train(
 ) -> AdapterFolder | None:
     """Train a recipe and write the finished adapter to `out`; checkpoints lie in ``<out>.work``.
 
+    callbacks: the Trainer's; one with a method ``on_selection(history)`` is told the selection overlap of an expert adapter.
+
     Returns:
         The folder as read back; None on ranks other than the first.
 
@@ -68,8 +70,9 @@ def train(
         model, run.config, data=run.data, processing_class=tokenizer, callbacks=extra, score=scorer
     )
     quiet(trainer)
-    shift = SelectionOverlap(trainer.rows.sets, trainer.pad_id) if hasattr(run.adapter, "experts") else None
-    if shift is not None:
+    shift = None
+    if hasattr(run.adapter, "experts"):
+        shift = SelectionOverlap(trainer.rows.sets, trainer.pad_id)
         trainer.add_callback(shift)
     first = trainer.is_world_process_zero()
     if first:
@@ -79,6 +82,9 @@ def train(
         return None
     if shift is not None:
         say(str(shift))
+        for callback in callbacks:
+            if hasattr(callback, "on_selection"):
+                callback.on_selection(shift.history)
     if run.negate is not None:
         negate(trainer.bare, run.negate)
     return save_adapter(trainer, out, base=run.base, recipe=run.recipe)
