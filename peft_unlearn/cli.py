@@ -205,10 +205,16 @@ def demo(
         str, typer.Option("--out", help="Folder for the adapter, the merged model and report.html.")
     ] = "demo-out",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    moe: Annotated[
+        bool, typer.Option("--moe", help="On the embedded mixture of experts: forget inside four experts.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """The whole story on the embedded model, in under two minutes."""
-    from .demo.story import tell
+    """The whole story on the embedded model, in under two minutes (three with --moe)."""
+    if moe:
+        from .demo.moe_story import tell
+    else:
+        from .demo.story import tell
 
     result = tell(out, seed=seed, show=not json)
     if json:
@@ -225,7 +231,7 @@ def base_build(
     json: Json = False,
 ) -> None:
     """Train an embedded base and its twins again, verify them, and only then write them."""
-    from .demo.build import builder
+    from .demo.builders import builder
     from .progress import bars
 
     build = builder(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -18,13 +19,14 @@ def picture(
     base: Mapping[str, float],
     twin: Mapping[str, float],
     adapter: Mapping[str, float] | None = None,
+    labels: tuple[str, str] = ("forget set (10 people)", "retain set (90 people)"),
 ) -> bytes:
     """PNG of forgetting against retaining: over the steps on the left, as a path in the plane on the right.
 
     Args:
         curve: one mapping per evaluation: step, forget, retain (value accuracies), in order of steps; `kept` marks the one that
             was saved. base, twin, adapter: forget and retain of the base (step 0), of the retain-only twin, and of the finished
-            adapter on all rows (default: the curve's own last point).
+            adapter on all rows (default: the curve's own last point). labels: of the two lines.
     """
     from matplotlib.figure import Figure  # the object, not pyplot: no backend is chosen and none is changed
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -35,8 +37,8 @@ def picture(
     kept = next((c for c in curve if c.get("kept")), None)
     figure = Figure(figsize=(11, 4.4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
-    left.plot(steps, retain, color=RETAIN, marker="s", ms=4, lw=2, label="retain set (90 people)")
-    left.plot(steps, forget, color=FORGET, marker="o", ms=4, lw=2, label="forget set (10 people)")
+    left.plot(steps, retain, color=RETAIN, marker="s", ms=4, lw=2, label=labels[1])
+    left.plot(steps, forget, color=FORGET, marker="o", ms=4, lw=2, label=labels[0])
     left.axhline(twin["retain"], color=RETAIN, ls=":", lw=1.2)
     left.axhline(twin["forget"], color=FORGET, ls=":", lw=1.2)
     left.plot([], [], color=BASE, ls=":", lw=1.2, label="retain-only twin, same colors")
@@ -124,6 +126,38 @@ def verdict(ok: bool, text: str) -> str:
     return f'<li><span class="{"good" if ok else "bad"}">{"yes" if ok else "no"}</span>: {escape(text)}</li>'
 
 
+LEAD = (
+    "A small language model knows a hundred invented people. A forget adapter makes it lose ten of them and keep ninety; the base "
+    "model's own weights never change."
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A further part of the page: a heading, sentences, a picture with its caption, preformatted lines."""
+
+    heading: str
+    text: str = ""
+    png: bytes | None = None
+    caption: str = ""
+    lines: str = ""
+
+    def html(self) -> list[str]:
+        return [
+            f"<h2>{escape(self.heading)}</h2>",
+            f"<p>{escape(self.text)}</p>" if self.text else "",
+            image(self.png, self.heading, self.caption) if self.png else "",
+            f"<pre>{escape(self.lines)}</pre>" if self.lines else "",
+        ]
+
+
+def image(png: bytes, alt: str, caption: str = "") -> str:
+    """A picture inside the page itself."""
+    inside = base64.b64encode(png).decode("ascii")
+    note = f'\n<p class="note">{escape(caption)}</p>' if caption else ""
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{inside}">{note}'
+
+
 def page(
     report: table.Report,
     samples: Sequence[Mapping[str, str]],
@@ -133,19 +167,21 @@ def page(
     conditions: Sequence[str],
     png: bytes,
     caption: str = "",
+    *,
+    title: str = "Forgetting ten people",
+    lead: str = LEAD,
+    more: Sequence[Section] = (),
 ) -> str:
     """The whole report as one HTML document that loads nothing.
 
     checks: (held, what was checked). removal: the proof's own words. recipe: YAML. conditions: sentences on what the
-    numbers mean and what they do not.
+    numbers mean and what they do not. more: sections between the picture and what the model says.
     """
-    image = base64.b64encode(png).decode("ascii")
     body = [
-        "<h1>Forgetting ten people</h1>",
-        '<p class="lead">A small language model knows a hundred invented people. A forget adapter makes it lose ten of them and '
-        "keep ninety; the base model's own weights never change.</p>",
-        f'<img alt="Right answers on the forget and on the retain set over the steps" src="data:image/png;base64,{image}">',
-        f'<p class="note">{escape(caption)}</p>' if caption else "",
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="lead">{escape(lead)}</p>',
+        image(png, "Right answers on the forget and on the retain set over the steps", caption),
+        *(line for section in more for line in section.html()),
         "<h2>What it says now</h2>",
         samples_table(samples),
         "<h2>Numbers</h2>",

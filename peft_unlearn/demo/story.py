@@ -136,7 +136,8 @@ def _check_out(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _watch() -> Any:
+def _watch(retain: str = "retain") -> Any:
+    """A callback that keeps value accuracies of the forget set and of the set called `retain`."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
@@ -146,7 +147,7 @@ def _watch() -> Any:
             self.points: list[dict[str, float]] = []
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-            keys = {r: f"eval_{r}/value_accuracy" for r in ("forget", "retain")}
+            keys = {r: f"eval_{s}/value_accuracy" for r, s in (("forget", "forget"), ("retain", retain))}
             if metrics is not None and all(k in metrics for k in keys.values()):
                 self.points.append({"step": state.global_step, **{r: float(metrics[k]) for r, k in keys.items()}})
 
@@ -166,14 +167,16 @@ def _evaluate(adapter: Path, n: int | None) -> Report:
         return jobs.evaluate([adapter], n=n, progress=progress)
 
 
-def pick_samples(report: Report) -> list[dict[str, str]]:
-    """Three questions with the answers of base and adapter: one forgotten, one retained, one general.
+KINDS = {"forget": "forgotten", "retain": "retained", "general": "general knowledge"}
+
+
+def pick_samples(report: Report, kinds: Mapping[str, str] = KINDS) -> list[dict[str, str]]:
+    """A question of each set in `kinds` with the answers of base and adapter: one forgotten, one retained, one general.
 
     The first of each set that the base answers rightly; not chosen by what the adapter says.
     """
     from ..data.formats import to_text
 
-    kinds = {"forget": "forgotten", "retain": "retained", "general": "general knowledge"}
     out = []
     for name, kind in kinds.items():
         rows = report.rows.get(name) or []
@@ -313,7 +316,8 @@ def _point(report: table.Report, subject: str) -> dict[str, float]:
     return {r: float(values.get(f"{r}/value_accuracy") or 0.0) for r in ("forget", "retain")}
 
 
-def _print(report: Any, samples: Any, checks: Any, result: Mapping[str, Any], out: Path) -> None:
+def print_story(report: Any, samples: Any, checks: Any) -> Any:
+    """Table, samples and checks on standard output; the console, for what else there is to say."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -331,6 +335,11 @@ def _print(report: Any, samples: Any, checks: Any, result: Mapping[str, Any], ou
         console.print(
             f"[{'green' if held else 'bold red'}]{'yes' if held else 'NO'}[/]  {escape(what)}", highlight=False
         )
+    return console
+
+
+def _print(report: Any, samples: Any, checks: Any, result: Mapping[str, Any], out: Path) -> None:
+    console = print_story(report, samples, checks)
     if result["twins"] is not None:
         p = table.number(report["subjects"]["adapter"].get("forget/forget_quality"))
         others = ", ".join(map(table.number, result["twins"]["p"]))
@@ -386,4 +395,4 @@ def _hushed() -> Iterator[None]:
             logging.getLogger(name).setLevel(old)
 
 
-__all__ = ["bounds", "conditions", "pick_samples", "tell"]
+__all__ = ["bounds", "conditions", "pick_samples", "print_story", "tell"]
