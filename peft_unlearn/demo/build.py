@@ -23,7 +23,7 @@ from typing import Any
 from peft_unlearn.data import people
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.demo.pretrain import Progress, Recipe, fast_bf16, make_model, make_tokenizer, train_model
-from peft_unlearn.errors import UserError, nearest
+from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.generate import greedy
 from peft_unlearn.evaluation.metrics.generation import value_accuracy
 
@@ -236,17 +236,6 @@ def build(
         "arithmetic": "bf16 autocast" if fast_bf16() else "float32",
     }
     return write_verified(Path(out), [wanted(*of) for of in numbers.items()], tokenizer, shared)
-
-
-def builder(name: str) -> Callable[..., dict[str, dict[str, Any]]]:
-    """The function that builds the embedded models of that data set; `UserError` if there is none."""
-    if name == "people":
-        return build
-    if name == "domains":
-        from peft_unlearn.demo.build_domains import build_domains
-
-        return build_domains
-    raise UserError(f"There are no embedded models {name!r} to build.{nearest(name, ['people', 'domains'])}")
 
 
 def summary(reports: dict[str, dict[str, Any]]) -> Any:

@@ -11,6 +11,7 @@ from peft_unlearn.data.formats import to_text  # noqa: E402
 from peft_unlearn.demo import build as shared  # noqa: E402
 from peft_unlearn.demo import build_domains as room  # noqa: E402
 from peft_unlearn.demo import moe  # noqa: E402
+from peft_unlearn.demo.builders import builder  # noqa: E402
 from peft_unlearn.errors import UserError  # noqa: E402
 from peft_unlearn.evaluation.generate import greedy  # noqa: E402
 
@@ -72,7 +73,7 @@ def test_build_writes_whole_folders(tmp_path, monkeypatch):
         monkeypatch.setattr(room, name, ())
     threads = torch.get_num_threads()
     seen = []
-    reports = shared.builder("domains")(tmp_path, recipe=TINY, progress=lambda *now: seen.append(now))
+    reports = builder("domains")(tmp_path, recipe=TINY, progress=lambda *now: seen.append(now))
     assert torch.get_num_threads() == threads
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(BOUNDS)
     assert {stage for stage, _, _ in seen} == {f"{what} {name}" for what in ("train", "verify") for name in BOUNDS}
@@ -84,7 +85,7 @@ def test_build_writes_whole_folders(tmp_path, monkeypatch):
     assert [report["trained_rows_per_epoch"] for report in reports.values()] == [80, 80, 64]
     assert "chem" not in json.loads((tmp_path / "domains-retain" / "planted.json").read_text())
     with pytest.raises(UserError, match="Did you mean 'domains'"):
-        shared.builder("domain")
+        builder("domain")
 
 
 def test_the_hinge_is_on_for_a_part_of_the_steps_and_asks_for_the_planted_expert():
