@@ -45,9 +45,7 @@ def model() -> Any:
 def gradients(model: Any, batch: dict[str, Any], space: Space) -> tuple[Vec, Vec]:
     """Risk gradients of one batch, straight from Pass."""
     with space.differentiable():
-        out = [
-            Vec(torch.autograd.grad(-Pass(model, batch[k]).logp.mean(), space.params)) for k in ("forget", "retain")
-        ]
+        out = [Vec(torch.autograd.grad(-Pass(model, batch[k]).logp.mean(), space.params)) for k in ("forget", "retain")]
     return out[0], out[1]
 
 
@@ -74,12 +72,16 @@ def test_gradient_ascent_and_retain_nll(model, space):
 @pytest.mark.parametrize("space", ["adapter", "base"])
 def test_groups_and_layers_sum_to_the_total(model, space):
     """T3; a head with an adapter of its own makes its own group."""
-    model = tiny.lora(tiny.llama(num_hidden_layers=3), target_modules=["q_proj", "down_proj", "lm_head", "embed_tokens"])
+    model = tiny.lora(
+        tiny.llama(num_hidden_layers=3), target_modules=["q_proj", "down_proj", "lm_head", "embed_tokens"]
+    )
     found = measure(model, terms("npo", "wga"), batches(2), reference=Reference(), space=space)
     for effect in found.effects.values():
         for parts in (effect.groups, effect.layers):
             assert sum(p.unlearning for p in parts.values()) == pytest.approx(effect.unlearning.value, rel=1e-9)
-            assert sum(p.retaining for p in parts.values()) == pytest.approx(effect.retaining.value, rel=1e-9, abs=1e-12)
+            assert sum(p.retaining for p in parts.values()) == pytest.approx(
+                effect.retaining.value, rel=1e-9, abs=1e-12
+            )
     groups = found.effects["npo"].groups
     middle = ["shallow", "middle", "deep"]
     if space == "adapter":
@@ -155,14 +157,18 @@ def test_no_side_effects(model, space, trainable):
     modes = [m.training for m in model.modules()]
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     rng = torch.get_rng_state()
-    a = measure(model, terms("npo", "rmu", rmu={"layer": 1}), batches(2), reference=Reference(), space=space, instances=2)
+    a = measure(
+        model, terms("npo", "rmu", rmu={"layer": 1}), batches(2), reference=Reference(), space=space, instances=2
+    )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags
     assert [m.training for m in model.modules()] == modes
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(p.grad is None for p in model.parameters())
-    again = measure(model, terms("npo", "rmu", rmu={"layer": 1}), batches(2), reference=Reference(), space=space, instances=2)
+    again = measure(
+        model, terms("npo", "rmu", rmu={"layer": 1}), batches(2), reference=Reference(), space=space, instances=2
+    )
     assert again.to_json() == a.to_json()  # nothing was dropped at random
 
 
@@ -174,7 +180,9 @@ def test_moving_average_depends_on_order_and_the_mean_does_not(model):
     seen = []
     for i, b in enumerate(seven):
         f, r = gradients(model, b, over)
-        smooth = (f, r) if smooth is None else tuple(old * 0.6 + new * 0.4 for old, new in zip(smooth, (f, r), strict=True))
+        smooth = (
+            (f, r) if smooth is None else tuple(old * 0.6 + new * 0.4 for old, new in zip(smooth, (f, r), strict=True))
+        )
         seen += [-float(over.dot(smooth[0], smooth[1]))] * ((i + 1) % 4 == 3)
     assert ema.retaining.batches == pytest.approx(seen, rel=1e-3, abs=1e-7) and len(seen) == 2
     assert ema.retaining.value == pytest.approx(seen[-1], rel=1e-3, abs=1e-7)
@@ -211,7 +219,13 @@ def test_instances_sum_to_the_objective(model, name):
 
 
 def test_objectives_without_instances_say_why(model):
-    found = measure(model, terms("kl", ga={"temperature": 2.0}, nll={"batch": "retain"}), batches(1), reference=Reference(), instances=2)
+    found = measure(
+        model,
+        terms("kl", ga={"temperature": 2.0}, nll={"batch": "retain"}),
+        batches(1),
+        reference=Reference(),
+        instances=2,
+    )
     assert "no re-weighted likelihood" in found.effects["kl"].note and "no re-weighted" in found.effects["ga"].note
     assert "on the forget set" in found.effects["nll"].note
     text = json.dumps(found.to_json(), allow_nan=False)

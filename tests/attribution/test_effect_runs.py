@@ -35,7 +35,9 @@ def trained(out: Path, recorder: EffectRecorder | None, **over: Any) -> dict[str
     )  # fmt: skip
     data = {"forget": tiny.rows(11, "f", seed=1), "retain": tiny.rows(13, "r", seed=2)}
     model = tiny.lora(tiny.llama(), moved=False)
-    trainer = UnlearnTrainer(model, args, data=data, processing_class=tiny.tokenizer(), callbacks=[recorder] if recorder else None)
+    trainer = UnlearnTrainer(
+        model, args, data=data, processing_class=tiny.tokenizer(), callbacks=[recorder] if recorder else None
+    )
     if recorder is not None:
         recorder.trainer = trainer
     torch.manual_seed(5)
@@ -46,7 +48,9 @@ def trained(out: Path, recorder: EffectRecorder | None, **over: Any) -> dict[str
 @pytest.mark.parametrize("reference", ["before", "precomputed"])
 def test_recording_changes_nothing(tmp_path, reference):
     plain = trained(tmp_path / "a", None, reference=reference)
-    recorder = EffectRecorder(parse_objectives("ga,wga"), every=2, batches=2, instances=1, out=tmp_path / "live" / "e.json")
+    recorder = EffectRecorder(
+        parse_objectives("ga,wga"), every=2, batches=2, instances=1, out=tmp_path / "live" / "e.json"
+    )
     watched = trained(tmp_path / "b", recorder, reference=reference)
     assert all(torch.equal(plain[k], watched[k]) for k in plain)
     found = json.loads((tmp_path / "live" / "e.json").read_text())
@@ -105,20 +109,34 @@ def test_the_command(saved, tmp_path):
     assert done.stdout.split() == [str(out / n) for n in ("effect.json", "curves.png", "layers.png", "instances.png")]
     found = json.loads((out / "effect.json").read_text())
     assert [p["step"] for p in found["points"]] == [0, 2, 4] and found["notes"] == []
-    assert found["objectives"]["npo"]["npo"]["beta"] == 0.3 and list(found["points"][0]["effects"]) == ["npo", "ga", "wga", "update"]
+    assert found["objectives"]["npo"]["npo"]["beta"] == 0.3 and list(found["points"][0]["effects"]) == [
+        "npo",
+        "ga",
+        "wga",
+        "update",
+    ]
     assert all((out / n).read_bytes().startswith(PNG) for n in ("curves.png", "layers.png", "instances.png"))
     assert not any(str(p) in (out / "effect.json").read_text() for p in (saved, tmp_path))  # no path of this machine
 
 
 def test_the_start_is_the_runs_own(saved):
     """Every point recomputed from disk is what a live recording of the same run sees, the untrained adapter included."""
-    found = effect(saved / "run", objectives="ga", base=str(saved / "base"), data=str(saved / "data"), batches=2, instances=0)
+    found = effect(
+        saved / "run", objectives="ga", base=str(saved / "base"), data=str(saved / "data"), batches=2, instances=0
+    )
     live = EffectRecorder(parse_objectives("ga"), every=2, batches=2)
     from peft_unlearn.folder.recipe import load_recipe
 
     recipe = load_recipe(saved / "run" / "recipe.yaml")
     recipe["train"]["save_strategy"] = "no"
-    jobs.train(recipe, saved / "again", base=str(saved / "base"), data=str(saved / "data"), say=lambda text: None, callbacks=[live])
+    jobs.train(
+        recipe,
+        saved / "again",
+        base=str(saved / "base"),
+        data=str(saved / "data"),
+        say=lambda text: None,
+        callbacks=[live],
+    )
     for a, b in zip(found["points"], live.points, strict=True):
         assert a["step"] == b.step and a["risk"] == pytest.approx(b.risk, rel=1e-5)
         for label in ("npo", "ga"):
@@ -128,7 +146,18 @@ def test_the_start_is_the_runs_own(saved):
 
 
 def test_base_gradients_and_json(saved, tmp_path):
-    args = ["effect", str(saved / "run"), "--out", str(tmp_path), "--space", "base", "--batches", "1", "--json", *given(saved)]
+    args = [
+        "effect",
+        str(saved / "run"),
+        "--out",
+        str(tmp_path),
+        "--space",
+        "base",
+        "--batches",
+        "1",
+        "--json",
+        *given(saved),
+    ]
     done = CliRunner().invoke(app, args)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)

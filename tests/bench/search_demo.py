@@ -336,8 +336,9 @@ FINDINGS = """
   still and is told from a twin more easily: pushing harder moves the truth ratios towards the twin's and costs the phrasings
   that the retain pool does not hold.
 - **p is a coarse instrument.** It moved between .006 and .21 over three seeds of one recipe (.078 to .28 with the default's),
-  and by a factor of 20 between 160 and 200 steps. Twins against each other give .47 to .91, which no run reaches: the adapter's truth ratios
-  spread wider than the twins' and its forget answers are far less probable (.02 against .37). It over-forgets.
+  and by a factor of 20 between 160 and 200 steps. Twins against each other give .47 to .91, which no run reaches: the
+  adapter's truth ratios spread wider than the twins' and its forget answers are far less probable (.02 against .37). It
+  over-forgets.
 - **The small learning rate is the worst idea**: at 5e-4 the dip is not recovered from in 160 steps. So is adapting the MLP
   alone. A larger retain weight by itself changes little.
 - **NPO at beta .1** forgets as well and loses a quarter of phrasing 2 of the people it should keep.
