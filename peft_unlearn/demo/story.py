@@ -88,7 +88,8 @@ def tell(
             merged.pop("held"),
             (removal.ok, "after removal every tensor is the base's, bit for bit"),
         ]
-        png = page.picture(curve, *(_point(report, s) for s in ("base", "retain_only", "adapter")))
+        at = {s: _point(report, s) for s in ("base", "retain_only", "adapter")}
+        png = page.picture(curve, at["base"], at["retain_only"], at["adapter"])
         (out / PICTURE).write_bytes(png)
         rows = (chosen.get("eval") or {}).get("n") or "some"
         caption = (
