@@ -326,3 +326,17 @@ def test_a_run_names_what_it_chose(run, base, data, tmp_path):
     assert code == 0 and "have the bytes of the base's files" in out
     code, out, _ = run("plan", tmp_path / "r.yaml")
     assert code == 0 and "trained" in out
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
+def test_other_families_are_saved_and_removed(family, run, data, tmp_path):
+    """Fused experts lie one by one on disk, and Mixtral's under other names."""
+    f.base(family, vocab_size=320, max_position_embeddings=128).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe(tmp_path / "base", data, train_router="full")))
+    code, _, err = run("train", tmp_path / "r.yaml", "--out", tmp_path / "a")
+    assert code == 0, err
+    digest = json.loads((tmp_path / "a" / "forget.json").read_text())["base"]["digest_targeted"]
+    assert (digest is None) == (family == "mixtral")
+    code, out, _ = run("remove", tmp_path / "a", "--base", tmp_path / "base")
+    assert code == 0 and "have the bytes of the base's files" in out
