@@ -97,7 +97,7 @@ def label(fig: Any, ax: Any, found: list[Point], look: Mapping[str, Any]) -> Non
         extent = text.get_window_extent(renderer)
         w, h = extent.width, extent.height
         for far, left, bottom in _places(pixels[i], w, h):
-            box = (left - 1, bottom - 1, left + w + 1, bottom + h + 1)
+            box = (left - 3, bottom - 1, left + w + 3, bottom + h + 1)
             inside = box[0] > area.x0 and box[2] < area.x1 and box[1] > area.y0 and box[3] < area.y1
             end = (left + w / 2, bottom + h / 2)
             # A line may pass a point, never a name; a name may not lie on a line.
@@ -129,7 +129,7 @@ def _places(p: tuple[float, float], w: float, h: float) -> Iterator[tuple[bool, 
     x, y = p
     for left, bottom in (
         (x + 10, y - h / 2 + 1),
-        (x - 8 - w, y - h / 2 + 1),
+        (x - 10 - w, y - h / 2 + 1),
         (x - w / 2, y + 8),
         (x - w / 2, y - 8 - h),
     ):

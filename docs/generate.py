@@ -68,8 +68,10 @@ READING = """\
   {n[retain_heldout]} for retain, {n[general]} general questions.
 * **ES**: extraction strength of wording 1; the twin shows how much of an answer can be guessed. **p(answer) forget**:
   length-normalized likelihood of the forget answers.
-* **forget quality p, D**: Kolmogorov-Smirnov test of the forget truth ratios against those of the one twin; see
-  [limits](../limits.md) for how little a single p says. **utility**: model utility.
+* **forget quality p, D**: Kolmogorov-Smirnov test of the forget truth ratios against those of the one twin. It looks at the
+  forget answers alone, so a damaged model can have a high p; see [limits](../limits.md). **utility**: model utility.
+* **rows**: forget and retain rows in a step. `people-npo` sees twice the retain rows of the recipes that smooth, average or
+  rectify NPO, and more steps; the difference between them is not the smoothing's.
 * **steps**: optimizer steps, and the one kept where a recipe keeps the best. **CPU s**: process time inside those steps, one
   thread of a shared machine, an order of magnitude; loading and evaluation are left out.
 
@@ -146,7 +148,7 @@ ACCURACIES = {
 }
 HEAD = (
     "| recipe | forget 1 / 2 / 3 | retain 1 / 2 / 3 | general | ES forget | ES retain | p(answer) forget | forget quality p | D | utility "
-    "| steps | CPU s |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    "| rows | steps | CPU s |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
@@ -175,7 +177,7 @@ def figures_row(name: str, f: Mapping[str, float | None], tail: str) -> str:
 def measured_table(names: list[str], have: dict[str, Any], found: dict[str, Any], link: bool = True) -> str:
     """Rows of the base, the twin and those recipes that were measured."""
     rows = [
-        figures_row(f"*{label}*", found["models"][which], "– | –")
+        figures_row(f"*{label}*", found["models"][which], "– | – | –")
         for which, label in (("base", "base, nothing forgotten"), ("twin", "twin, never saw the forget set"))
         if which in found.get("models", {})
     ]
@@ -187,11 +189,19 @@ def measured_table(names: list[str], have: dict[str, Any], found: dict[str, Any]
         if r["recipe"] != have[name]["fingerprint"]:
             title += " (changed since)"
         if "failed" in r:
-            rows.append(f"| {title} | failed: {r['failed']} " + "| " * 10 + "|")
+            rows.append(f"| {title} | failed: {r['failed']} " + "| " * 11 + "|")
             continue
         kept = f", kept {r['kept_step']}" if r.get("kept_step") else ""
-        rows.append(figures_row(title, r["figures"], f"{r['steps']}{kept} | {number(r['cpu_seconds_steps'], 0)}"))
+        rows_in = rows_of(r, have[name]["recipe"])
+        tail = f"{rows_in} | {r['steps']}{kept} | {number(r['cpu_seconds_steps'], 0)}"
+        rows.append(figures_row(title, r["figures"], tail))
     return HEAD + "\n".join(rows) + "\n"
+
+
+def rows_of(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """Forget and retain rows in a step, e.g. 32+64."""
+    n, per_anchor = row["rows_per_step"], (recipe.get("data") or {}).get("per_anchor", 1)
+    return f"{n}+{n * per_anchor}" if any(t != "forget" for t in recipe["terms"]) else str(n)
 
 
 def default_of(p: Any) -> str:

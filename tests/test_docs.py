@@ -17,13 +17,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+def load(path: str) -> ModuleType:
+    """A script that is no part of the package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    return load("docs/generate.py")
 
 
 def test_every_method_has_a_card(generate: ModuleType) -> None:
@@ -66,6 +71,15 @@ def test_recipes_count_their_methods(generate: ModuleType) -> None:
         "rule/sum": "rule",
         "smoothing/sam": "smoothing",
     }
+
+
+def test_measurements_belong_to_recipes(generate: ModuleType) -> None:
+    """Every measured recipe is still there, and both scripts agree on what makes a recipe another one."""
+    measuring = load("tests/bench/measure_recipes.py")
+    have, found = generate.recipes(), generate.results()
+    assert set(found["recipes"]) <= set(have)
+    assert all(measuring.fingerprint(r["recipe"]) == r["fingerprint"] for r in have.values())
+    assert all(set(r["figures"]) == set(measuring.WANTED) for r in found["recipes"].values() if "figures" in r)
 
 
 def anchors(text: str) -> set[str]:

@@ -37,6 +37,7 @@ from peft_unlearn.evaluation.plan import measure as run_suite
 from peft_unlearn.evaluation.score import _whole, numbers_of, on_one_model
 from peft_unlearn.folder.base import load_base, load_tokenizer
 from peft_unlearn.folder.recipe import load_recipe
+from peft_unlearn.jobs.save import versions
 from peft_unlearn.stack.model import ForgetModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +155,7 @@ def main() -> None:
                 shutil.rmtree(old, ignore_errors=True)
             judge = judge or Judge()
             row = measure(recipe, out, judge)
-            results |= {"models": judge.models, "versions": jobs.versions()}
+            results |= {"models": judge.models, "versions": versions()}
             results["n"] = {s: len(judge.plan.sets[s].rows) for s in SETS}
             results["recipes"][name] = row
             write(results, args.out)
