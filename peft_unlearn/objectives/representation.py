@@ -13,9 +13,6 @@ from ..registry import Range, Source, objective
 _RMU = Source(
     "The WMDP Benchmark: Measuring and Reducing Malicious Use (RMU)", "https://arxiv.org/abs/2403.03218", 2024
 )
-_GEFFECT = Source(
-    "Rethinking LLM Unlearning Objectives: A Gradient Perspective", "https://arxiv.org/abs/2502.19301", 2025
-)
 
 
 def _per_sequence(p: Pass, x: Tensor) -> Tensor:
@@ -48,7 +45,7 @@ def rmu(
     return _per_sequence(p, (h - target).square().mean(-1))
 
 
-@objective("representation_retention", unit="sequence", needs=("hidden", "ref_hidden"), source=_GEFFECT)
+@objective("representation_retention", unit="sequence", needs=("hidden", "ref_hidden"), source=_RMU)
 def representation_retention(p: Pass, *, layer: int | str) -> Tensor:
     """Mean over target tokens and features of (h_layer - h_layer of the reference)^2, (rows,): RMU's retain loss."""
     h, ref = p.hidden(layer).float(), p.hidden(layer, reference=True).float()
