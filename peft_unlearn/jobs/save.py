@@ -99,7 +99,7 @@ def _stock_export(model: Any, name: str, base: BaseRef) -> Callable[[Path], dict
 def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
     """The recipe that a trainer made in Python amounts to: what differs from the defaults of `UnlearnConfig`."""
     config, adapter = trainer.config, trainer.bare.peft_config[trainer.trained_adapter]
-    theirs = {f.name for f in fields(TrainingArguments)} - {"output_dir", "seed"}
+    theirs = {f.name for f in fields(TrainingArguments)} - {"output_dir", "seed"} | {"router_learning_rate"}
     train = {}
     for f in fields(UnlearnConfig):
         value = getattr(config, f.name)
@@ -107,7 +107,11 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         if f.name in theirs and value != default and isinstance(value, (bool, int, float, str)):
             train[f.name] = value
-    shape = {k: getattr(adapter, k) for k in ("r", "lora_alpha", "lora_dropout") if getattr(adapter, k, None)}
+    names = ("r", "lora_alpha", "lora_dropout", "target_parameters", "experts", "router_r")
+    shape = {k: getattr(adapter, k) for k in names if getattr(adapter, k, None)}
+    if getattr(adapter, "train_router", "none") != "none":
+        shape["train_router"] = adapter.train_router
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     modules = getattr(adapter, "target_modules", None)
     if modules:
         shape["target_modules"] = modules if isinstance(modules, str) else sorted(modules)
@@ -117,7 +121,7 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
     return {
         "base": str(base),
         "data": {**({"bundle": refs["forget"]} if len(set(refs.values())) == 1 else refs), **options},
-        "adapter": {"type": str(getattr(adapter.peft_type, "value", adapter.peft_type)).lower(), **shape},
+        "adapter": {"type": "expert_lora" if kind == PEFT_TYPE else kind.lower(), **shape},
         "reference": config.reference,
         "terms": config.terms,
         **methods,

@@ -340,3 +340,36 @@ def test_other_families_are_saved_and_removed(family, run, data, tmp_path):
     assert (digest is None) == (family == "mixtral")
     code, out, _ = run("remove", tmp_path / "a", "--base", tmp_path / "base")
     assert code == 0 and "have the bytes of the base's files" in out
+
+
+def test_a_trainer_made_in_python_writes_the_recipe_it_amounts_to(base, data, tmp_path):
+    from peft_unlearn.adapt import get_forget_model
+    from peft_unlearn.config import UnlearnConfig
+    from peft_unlearn.folder.base import load_base
+    from peft_unlearn.jobs.save import save_adapter
+    from peft_unlearn.trainer import UnlearnTrainer
+
+    spec = {"type": "expert_lora", "experts": {1: [2], 2: []}, "r": 2, "train_router": "lora", "router_r": 3}
+    args = UnlearnConfig(
+        output_dir=str(tmp_path / "a"), max_steps=2, learning_rate=0.01, per_device_train_batch_size=3, use_cpu=True,
+        save_strategy="no", disable_tqdm=True, router_learning_rate=1e-3,
+    )  # fmt: skip
+    model = get_forget_model(load_base(base), spec)
+    trainer = UnlearnTrainer(model, args, data=str(data), processing_class=tiny.tokenizer())
+    with pytest.warns(UserWarning, match=r"was routed to the adapted experts of model\.layers\.1\.mlp\.experts"):
+        trainer.train()
+    saved = save_adapter(trainer, base=str(base)).recipe
+    assert saved["adapter"] == {
+        "type": "expert_lora", "experts": {"1": [2], "2": []}, "r": 2, "lora_alpha": 16, "train_router": "lora", "router_r": 3,
+    }  # fmt: skip
+    assert saved["train"]["router_learning_rate"] == 1e-3
+    again = jobs.prepare(saved, tmp_path / "b", base=str(base), data=str(data))
+    assert again.adapter.experts == {"1": [2], "2": []} and again.adapter.train_router == "lora"
+
+
+def test_an_expert_that_no_token_visits_alone_is_refused(base, data, tmp_path):
+    spec = recipe(base, data, experts={1: [2]})
+    spec["terms"] = {"forget": {"npo": {}}, "retain": {"nll": {}}}
+    with pytest.raises(UserError, match=r"no term gives a gradient to 1 of 1|are all exactly zero"):
+        jobs.train(spec, tmp_path / "a", say=lambda _: None)
+    assert not (tmp_path / "a").exists()
