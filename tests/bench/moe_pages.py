@@ -11,6 +11,7 @@ Runs = list[dict[str, Any]]
 MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 OF = {
     "npo per-layer": "NPO, one expert per block, frozen (domains-npo)",
+    "npo per-layer w5": "NPO, one expert per block, frozen, retain weight 5",
     "npo top1": "NPO, one expert, frozen (domains-top1)",
     "npo top3": "NPO, three experts, frozen (domains-top3)",
     "npo random": "NPO, random expert, frozen (domains-random-expert, drawn per seed)",
@@ -67,13 +68,16 @@ def slots(rows: Runs, name: str) -> str:
 
 def table(results: dict[str, Any], base: str, domain: str = "chem") -> str:
     runs: dict[str, Runs] = {}
+    refused: dict[str, int] = {}
     for key, row in sorted(results["runs"].items(), key=lambda kv: int(kv[0].rsplit("|", 1)[1])):
         where, variant, what, _ = key.split("|")
-        if where == base and what == domain and "failed" not in row:
+        if where == base and what == domain and "failed" in row:
+            refused[variant] = refused.get(variant, 0) + 1
+        elif where == base and what == domain:
             runs.setdefault(variant, []).append(row)
     out = [
-        "| variant | seeds | trained | steps to hit | CPU s to hit | R at hit | F at the end | R at the end (step) | people / code / lang / geo "
-        "| overlap, retain | overlap, forget |",
+        "| variant | seeds | trained | steps to hit | CPU s to hit | R at hit | F at the end | R at the end (step) "
+        "| people / code / lang / geo | overlap, retain | overlap, forget |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in [v for v in OF if v in runs]:
@@ -84,7 +88,7 @@ def table(results: dict[str, Any], base: str, domain: str = "chem") -> str:
         steps = sorted({e["step"] for e in ends})
         last = str(steps[0]) if len(steps) == 1 else f"{steps[0]}–{steps[-1]}"
         out.append(
-            f"| {OF[variant]} | {len(rows)} | {rows[0]['trainable']:,} | {hits(rows)} | {spread(cpu, 1)} | {at_hit(rows)} "
+            f"| {OF[variant]} | {len(rows)}{f', {refused[variant]} refused' if variant in refused else ''} | {rows[0]['trainable']:,} | {hits(rows)} | {spread(cpu, 1)} | {at_hit(rows)} "
             f"| {spread([both(e) for e in ends])} | {spread([e['retain_unseen'] for e in ends])} ({last}) "
             f"| {' / '.join(f'{v:.2f}' for v in kept)} | {slots(rows, 'retain')} | {slots(rows, 'forget')} |"
         )
@@ -114,8 +118,8 @@ def accepted(results: dict[str, Any]) -> str:
 
 def attribution(results: dict[str, Any]) -> str:
     out = [
-        "| base | domain | planted found | top expert (block, id) | its affinity | its lift | lifts of the four blocks' tops | halves: same top "
-        "/ six best / rank | blocks warned about |",
+        "| base | domain | planted found | top expert (block, id) | its affinity | its lift | lifts of the four blocks' tops "
+        "| halves: same top / six best / rank | blocks warned about |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for base, by in results["attribution"].items():
@@ -130,8 +134,49 @@ def attribution(results: dict[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
+def verdicts(results: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
+    """(what, measured, bound, held) for every number that issue and page promise."""
+    found, natural = results["attribution"]["domains"], results["attribution"]["domains-natural"]
+    planted = sum(a["planted_found"] for a in found.values())
+    low, high = min(a["top1_lift"] for a in found.values()), max(a["top1_lift"] for a in natural.values())
+    warned = sum(a["warnings"] > 0 for a in natural.values())
+    out = [
+        ("planted expert has the highest affinity of its block", f"{planted} of 20", ">= 18", planted >= 18),
+        ("lift of the raw top expert, seeded base, lowest of five domains", f"{low:.1f}", ">= 3", low >= 3),
+        ("the same, natural control, highest of five domains", f"{high:.1f}", "< 3", high < 3),
+        ("natural control: domains with a warning", f"{warned} of 5", "5", warned == 5),
+    ]
+
+    def ends(variant: str, domains: Sequence[str]) -> Runs:
+        heads = tuple(f"domains|{variant}|{d}|" for d in domains)
+        return [r["end"] for k, r in results["runs"].items() if k.startswith(heads) and "end" in r]
+
+    for variant, least in (("npo per-layer", 0.93), ("npo top1", 0.90)):
+        rows = ends(variant, ("chem", "lang", "geo"))
+        f, r, a = (max(e["forget"] for e in rows), min(e["retain_unseen"] for e in rows), max(map(both, rows)))
+        out += [
+            (f"{OF[variant]}: F shown, worst of {len(rows)} runs", f"{f:.3f}", "<= 0.05", f <= 0.05),
+            (f"{OF[variant]}: F all, worst of {len(rows)} runs", f"{a:.3f}", "<= 0.05", a <= 0.05),
+            (f"{OF[variant]}: R, worst of {len(rows)} runs", f"{r:.3f}", f">= {least:.2f}", r >= least),
+        ]
+    for variant in ("npo random", "ga random"):
+        rows = ends(variant, ("chem",))
+        f = min(e["forget"] for e in rows)
+        out.append((f"{OF[variant]}: F shown, lowest of {len(rows)} seeds", f"{f:.3f}", ">= 0.40", f >= 0.40))
+    return out
+
+
+def checks(results: dict[str, Any]) -> str:
+    lines = [
+        f"| {what} | {value} | {bound} | {'yes' if held else '**no**'} |"
+        for what, value, bound, held in verdicts(results)
+    ]
+    return "\n".join(["| check | measured | bound | held |", "|---|---|---|---|", *lines]) + "\n"
+
+
 def write(page: Path, results: dict[str, Any]) -> None:
     made = {
+        "checks": checks(results),
         "attribution": attribution(results),
         "accepted": accepted(results),
         "seeded": table(results, "domains"),

@@ -83,6 +83,7 @@ SEEDED: dict[str, tuple[str, list[Change]]] = {
     "ga random": ("domains-random-expert", [ASCENT, {"expert": "random"}, train(max_steps=60)]),
     "ga lora-all": ("domains-lora-all", [ASCENT, train(max_steps=60)]),
     "uoe ga": ("domains-uoe-ga", []),
+    "npo per-layer w5": ("domains-npo", [weight(5.0), LONGER]),
 }
 NATURAL: dict[str, tuple[str, list[Change]]] = {
     "npo per-layer": ("domains-npo", [LONGER]),
