@@ -14,6 +14,7 @@ import tiny
 import yaml
 
 from peft_unlearn import cli
+from peft_unlearn.data import embedded
 from peft_unlearn.errors import Interrupted
 
 Outcome = tuple[int, str, str]
@@ -363,3 +364,20 @@ def test_a_defect_of_ours_keeps_its_traceback(here, run, monkeypatch):
     monkeypatch.setattr(jobs, "train", fails)
     with pytest.raises(ZeroDivisionError):
         run("train", "recipe.yaml")
+
+
+def test_plan_shows_the_one_copy_of_base_weights(capsys, monkeypatch):
+    """Smoothing in space base keeps the weights under adapters in host memory; nothing else copies the base."""
+    recipe = str(embedded.asset("recipes", "people-npo-sam.yaml"))
+    seen = []
+    for space in ("adapter", "base"):
+        monkeypatch.setattr(
+            "sys.argv", ["peft-unlearn", "plan", recipe, "--json", "--set", f"smoothing.sam.space={space}"]
+        )
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        assert not done.value.code
+        seen.append(json.loads(capsys.readouterr().out))
+    assert seen[0]["host_copy_bytes"] == 0
+    assert 0 < seen[1]["host_copy_bytes"] <= seen[1]["base_bytes"]
+    assert seen[1]["total_bytes"] - seen[0]["total_bytes"] == seen[1]["host_copy_bytes"]

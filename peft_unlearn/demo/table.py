@@ -207,6 +207,10 @@ def show_plan(plan: Plan, console: Any = None) -> None:
     table.add_row("gradients", size(plan.gradient_bytes))
     table.add_row("optimizer", size(plan.optimizer_bytes))
     table.add_row("activations", f"about {size(plan.activation_bytes)}")
+    if plan.host_copy_bytes:
+        table.add_row(
+            "host copy", f"{size(plan.host_copy_bytes)}: smoothing shifts the base's weights and puts them back"
+        )
     table.add_row("[bold]together[/bold]", f"[bold]about {size(plan.total_bytes)}[/bold]")
     console.print(table)
 

@@ -11,6 +11,7 @@ import torch
 
 from ..adapt import adapted, get_forget_model
 from ..folder.base import load_tokenizer
+from ..gradients.vector import Space
 from ..tuners.expert_lora.blocks import moe_blocks
 from .run import prepare
 
@@ -32,10 +33,12 @@ class Plan:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    host_copy_bytes: int = 0  # smoothing in space base: the weights under adapters, saved once in host memory
 
     @property
     def total_bytes(self) -> int:
-        return self.base_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        device = self.base_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
+        return device + self.activation_bytes + self.host_copy_bytes
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "total_bytes": self.total_bytes}
@@ -81,6 +84,9 @@ def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = 
         gradient_bytes=4 * trainable * vectors,
         optimizer_bytes=8 * trainable,
         activation_bytes=width * max(in_batch.values()) * activation_floats(config, c.activation_checkpointing),
+        host_copy_bytes=width * sum(p.numel() for p in Space.under_adapters(model).params)
+        if c.smoothing_space == "base"
+        else 0,
     )
 
 
