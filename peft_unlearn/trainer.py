@@ -354,11 +354,13 @@ class _EngineHooks(TrainerCallback):
                 with window.space.shifted(update * -xi), t.accelerator.autocast():
                     return window.value("retain", batches)
 
-            eta = method.fn(loss, float(t.optimizer.param_groups[0]["lr"]), **hyper)  # type: ignore[union-attr]
-        for group in t.optimizer.param_groups:  # type: ignore[union-attr]
-            group["lr"] = eta
-        scheduler = getattr(t.lr_scheduler, "scheduler", t.lr_scheduler)
-        scheduler.base_lrs = [eta] * len(scheduler.base_lrs)  # type: ignore[union-attr]
+            groups: list[dict[str, Any]] = t.optimizer.param_groups  # type: ignore[union-attr]
+            rate = float(groups[0]["lr"])
+            eta = method.fn(loss, rate, **hyper)
+        for group in groups:  # the probed step was of all groups together: routers keep their share
+            group["lr"] = eta if group["lr"] == rate else group["lr"] * eta / rate
+        scheduler: Any = getattr(t.lr_scheduler, "scheduler", t.lr_scheduler)
+        scheduler.base_lrs = [group["lr"] for group in groups]
         scheduler._last_lr = list(scheduler.base_lrs)  # type: ignore[union-attr]  # what this step's log shows
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
