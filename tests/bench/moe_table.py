@@ -114,10 +114,16 @@ def changed(recipe: dict[str, Any], change: Change) -> dict[str, Any]:
 
 
 def draw(seed: int, domain: str) -> dict[int, list[int]]:
-    """One expert that was not planted for `domain`."""
+    """One expert that was not planted for `domain`; another one for every seed."""
     planted = json.loads((embedded_base("domains") / "planted.json").read_text(encoding="utf-8"))[domain]
     free = [(k, e) for k in range(4) for e in range(8) if planted[str(k)] != e]
-    k, e = random.Random(seed).choice(free)
+    drawn: list[tuple[int, int]] = []
+    for s in range(seed + 1):
+        rng = random.Random(s)
+        while (pick := rng.choice(free)) in drawn:
+            pass
+        drawn.append(pick)
+    k, e = drawn[-1]
     return {k: [e]}
 
 
