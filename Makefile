@@ -39,6 +39,7 @@ types: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/run.py
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/experts.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
