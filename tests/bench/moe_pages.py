@@ -87,8 +87,9 @@ def table(results: dict[str, Any], base: str, domain: str = "chem") -> str:
         cpu = [r["hit"]["cpu"] for r in rows if r["hit"]]
         steps = sorted({e["step"] for e in ends})
         last = str(steps[0]) if len(steps) == 1 else f"{steps[0]}–{steps[-1]}"
+        seeds = f"{len(rows)}, {refused[variant]} refused" if variant in refused else str(len(rows))
         out.append(
-            f"| {OF[variant]} | {len(rows)}{f', {refused[variant]} refused' if variant in refused else ''} | {rows[0]['trainable']:,} | {hits(rows)} | {spread(cpu, 1)} | {at_hit(rows)} "
+            f"| {OF[variant]} | {seeds} | {rows[0]['trainable']:,} | {hits(rows)} | {spread(cpu, 1)} | {at_hit(rows)} "
             f"| {spread([both(e) for e in ends])} | {spread([e['retain_unseen'] for e in ends])} ({last}) "
             f"| {' / '.join(f'{v:.2f}' for v in kept)} | {slots(rows, 'retain')} | {slots(rows, 'forget')} |"
         )
