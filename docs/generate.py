@@ -350,7 +350,9 @@ def stale() -> list[str]:
     """Files of docs/methods that are not what would be written now, or that no method stands behind."""
     pages = build()
     on_disk = {p.name: p.read_text(encoding="utf-8") for p in METHODS.glob("*.md")}
-    wrong = [n for n in pages if on_disk.get(n) != pages[n]] + [n for n in on_disk if n not in pages and n not in BY_HAND]
+    wrong = [n for n in pages if on_disk.get(n) != pages[n]] + [
+        n for n in on_disk if n not in pages and n not in BY_HAND
+    ]
     if not frontier.is_current(METHODS / "frontier.png", results()):
         wrong.append("frontier.png")
     return sorted(wrong)
