@@ -72,7 +72,10 @@ def train(
     quiet(trainer)
     shift = None
     if hasattr(run.adapter, "experts"):
-        shift = SelectionOverlap(trainer.rows.sets, trainer.pad_id)
+        sets = dict(trainer.rows.sets)
+        if "retain" not in sets and run.data.retain:  # no term reads it, and a drift there is what ought to be seen
+            sets["retain"] = run.data.encode("retain", tokenizer, run.config.max_length, run.config.on_overflow)
+        shift = SelectionOverlap(sets, trainer.pad_id)
         trainer.add_callback(shift)
     first = trainer.is_world_process_zero()
     if first:

@@ -56,6 +56,8 @@ def test_from_the_recipe_to_proof_of_removal(name, tmp_path):
     folder = jobs.train(short(name), tmp_path / "a", say=said.append)
     assert folder is not None and f"({TRAINED[name]:,} trainable of" in "\n".join(said)
     ours = "expert_lora" in str(folder.recipe["adapter"]["type"])
+    if ours:  # on both sets, though ascent reads one
+        assert all(f"\n  {k} " in said[-1] for k in ("forget", "retain"))
     stock = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))
     assert stock["peft_type"] == "LORA" and stock["base_model_name_or_path"] == "peft-unlearn/domains"
     assert (tmp_path / "a" / "expert_lora" / "adapter_config.json").is_file() == ours
