@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from .adapt import describe, get_forget_model, refuse_base
+from .after_step import AfterStep
 from .checkpoints import STATE, fingerprint, last_checkpoint, load_adapter, read_state, write_state
 from .config import UnlearnConfig, alternates_of, reference_of, require_sets
 from .data.alternates import add_alternates
@@ -27,7 +28,6 @@ from .data.bundle import ForgetRetain
 from .data.collate import PairedRows, StreamSampler, collate
 from .errors import UserError
 from .forward import dropouts
-from .gradients.step_size import peeked_update
 from .gradients.terms import with_experts
 from .gradients.vector import Space, Vec
 from .gradients.window import Step, Window
@@ -105,7 +105,7 @@ class UnlearnTrainer(Trainer):
         self._restored: dict[str, Any] | None = None
         self.average_state: dict[str, Any] = {}
         if args.step_size_method is not None or args.averaging_method is not None:
-            self.add_callback(_EngineHooks(self))
+            self.add_callback(AfterStep(self))
 
     def _peft_config(self, model: Any) -> Any:
         return model.peft_config[self.trained_adapter]
@@ -330,47 +330,6 @@ class UnlearnTrainer(Trainer):
         steps = a.max_steps if a.max_steps > 0 else int(-(-len(self.rows) // per_step) * a.num_train_epochs)
         sizes = ", ".join(f"{n} {len(r)}" for n, r in self.rows.sets.items())
         return f"{describe(self.bare)}\nrows: {sizes}; {per_step} {a.anchor} rows per step; {steps} steps"
-
-
-class _EngineHooks(TrainerCallback):
-    """Automatic learning rate after clipping, and averaging after the step: the two things that follow training_step."""
-
-    def __init__(self, trainer: UnlearnTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        t = self.trainer
-        if t.config.step_size_method is None or t.window is None or t.last_window is None:
-            return
-        method, hyper = t.config.step_size_method
-        if state.global_step % hyper["every"]:
-            return
-        window, batches, here = t.window, t.last_window, t.last_step.values["retain"]
-        with peeked_update(t.optimizer, window.space) as update:
-
-            def loss(xi: float) -> float:
-                if xi == 0:
-                    return here
-                with window.space.shifted(update * -xi), t.accelerator.autocast():
-                    return window.value("retain", batches)
-
-            groups: list[dict[str, Any]] = t.optimizer.param_groups  # type: ignore[union-attr]
-            rate = float(groups[0]["lr"])
-            eta = method.fn(loss, rate, **hyper)
-        for group in groups:  # the probed step was of all groups together: routers keep their share
-            group["lr"] = eta if group["lr"] == rate else group["lr"] * eta / rate
-        scheduler: Any = getattr(t.lr_scheduler, "scheduler", t.lr_scheduler)
-        scheduler.base_lrs = [group["lr"] for group in groups]
-        scheduler._last_lr = list(scheduler.base_lrs)  # type: ignore[union-attr]  # what this step's log shows
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        t = self.trainer
-        if t.config.averaging_method is None or t.window is None:
-            return
-        method, hyper = t.config.averaging_method
-        found = method.fn(t.window.space.read(), t.window.space, t.average_state, state.global_step, **hyper)
-        if found is not None:
-            t.average_state["averaged"] = found.tensors
 
 
 def _all_reduce(flat: torch.Tensor) -> None:

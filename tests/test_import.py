@@ -16,7 +16,7 @@ import peft_unlearn
 PACKAGE = Path(peft_unlearn.__file__).resolve().parent
 # docs/design.md: each room imports only from rooms before it
 ORDER = ["errors", "registry", "data", "folder", "tuners", "stack", "head", "forward", "objectives", "gradients", "attribution", "config",
-         "adapt", "reference", "checkpoints", "trainer", "evaluation", "sharing", "progress", "jobs",
+         "adapt", "reference", "checkpoints", "after_step", "trainer", "evaluation", "sharing", "progress", "jobs",
          "demo", "cli"]  # fmt: skip
 OUTSIDE = {"__init__", "__main__"}  # the public names, loaded when asked for
 
