@@ -543,7 +543,9 @@ def test_precomputed_refuses_dropout_and_losses_that_need_more(tmp_path):
 
 
 def test_dropout_is_allowed_with_a_live_reference(tmp_path):
-    make(tmp_path / "a", tiny.lora(tiny.llama(), lora_dropout=0.1)).train()
+    trainer = make(tmp_path / "a", tiny.lora(tiny.llama(), lora_dropout=0.1))
+    trainer.train()
+    assert trainer.state.global_step > 0
 
 
 # --- PEFT types ---------------------------------------------------------------------------------------------------
