@@ -218,6 +218,16 @@ def alternates_of(terms: Sequence[Term]) -> dict[str, set[str]]:
     return out
 
 
+def encode_set(config: UnlearnConfig, data: ForgetRetain, name: str, tokenizer: Any) -> list[dict[str, Any]]:
+    """Token rows of one set, each with its winner answer as ``alternate`` where an objective reads one."""
+    rows = data.encode(name, tokenizer, config.max_length, config.on_overflow)
+    for kind in alternates_of(config.term_list).get(name, ()):
+        winners = add_alternates(getattr(data, name), kind, config.seed, name)
+        answers = data.encode(name, tokenizer, config.max_length, config.on_overflow, rows=winners)
+        rows = [{**row, "alternate": a} for row, a in zip(rows, answers, strict=True)]
+    return rows
+
+
 def require_sets(config: UnlearnConfig, data: ForgetRetain) -> None:
     """Refuse data that lack a set, or winner answers, that the terms read.
 

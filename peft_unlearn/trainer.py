@@ -22,10 +22,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from .adapt import describe, get_forget_model, refuse_base
 from .after_step import AfterStep
 from .checkpoints import STATE, fingerprint, last_checkpoint, load_adapter, read_state, write_state
-from .config import UnlearnConfig, alternates_of, reference_of, require_sets
-from .data.alternates import add_alternates
+from .config import UnlearnConfig, encode_set, reference_of, require_sets
 from .data.bundle import ForgetRetain
-from .data.collate import PairedRows, StreamSampler, collate
+from .data.collate import PairedRows, StreamSampler, collate, padding_id
 from .errors import UserError
 from .forward import dropouts
 from .gradients.terms import with_experts
@@ -74,15 +73,14 @@ class UnlearnTrainer(Trainer):
             model = get_forget_model(model, peft_config)
         elif peft_config is not None:
             raise UserError("the model already has an adapter and a peft_config was given too; pass one of them")
-        pad_id = processing_class.pad_token_id
-        self.pad_id = pad_id if pad_id is not None else (processing_class.eos_token_id or 0)
+        self.pad_id = padding_id(processing_class)
         if dropped := dropouts(model):
             exact = {"smoothing": args.smoothing, "step_size": args.step_size, "reference: precomputed": args.reference}
             for what in [k for k, v in exact.items() if v == "precomputed" or (v and k != "reference: precomputed")]:
                 raise UserError(
                     f"{what} needs the same forward twice, and {dropped[0]} drops at random; set dropout to 0"
                 )
-        sets = {name: self._encode(name, processing_class, args) for name in sorted(needed)}
+        sets = {name: encode_set(args, self.data, name, processing_class) for name in sorted(needed)}
         self.score = score
         self.trained_adapter = _trained_adapter(model)
         self._reference = reference_of(args.reference, self.trained_adapter)
@@ -109,16 +107,6 @@ class UnlearnTrainer(Trainer):
 
     def _peft_config(self, model: Any) -> Any:
         return model.peft_config[self.trained_adapter]
-
-    def _encode(self, name: str, tokenizer: Any, args: UnlearnConfig) -> list[dict[str, Any]]:
-        """Token rows of one set, with their winner answers where an objective reads them."""
-        rows = self.data.encode(name, tokenizer, args.max_length, args.on_overflow)
-        for kind in alternates_of(args.term_list).get(name, ()):
-            winners = add_alternates(getattr(self.data, name), kind, args.seed, name)
-            encoded = self.data.encode(name, tokenizer, args.max_length, args.on_overflow, rows=winners)
-            for row, winner in zip(rows, encoded, strict=True):
-                row["alternate"] = winner
-        return rows
 
     # --- data ------------------------------------------------------------------------------------------------------
 

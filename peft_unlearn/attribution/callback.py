@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..data.collate import PairedRows, collate
+from ..data.collate import PairedRows, collate, padding_id
 from ..errors import UserError
 from ..folder.atomic import write_text
 from ..forward import Reference
@@ -91,7 +91,7 @@ class EffectRecorder(TrainerCallback):
         model = _bare(kwargs["model"])
         pairs: Any = kwargs["train_dataloader"].dataset
         tokenizer = kwargs["processing_class"]
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        pad_id = padding_id(tokenizer)
         if "retain" not in pairs.sets or "forget" not in pairs.sets:
             raise UserError("effects need a forget and a retain set, and the terms of this run read only one of them")
         mine = own(args.term_list)

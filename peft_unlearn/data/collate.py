@@ -68,6 +68,11 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(prompt, add_special_tokens=_adds_special(prompt, tokenizer))["input_ids"])
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The token that pads batches: the tokenizer's own, else its end-of-sequence token (padding is masked anyway)."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+
+
 def _labelled(ids: list[int], first: int) -> dict[str, list[int]]:
     # Position 0 is never a target: nothing comes before it that could predict it.
     first = max(first, 1)

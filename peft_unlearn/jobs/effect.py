@@ -14,8 +14,9 @@ import torch
 from ..adapt import get_forget_model
 from ..attribution.callback import describe, own, probe_batches, track
 from ..attribution.effect import measure
-from ..config import WORK, alternates_of, parse_method, parse_terms, reference_of
+from ..config import WORK, alternates_of, encode_set, parse_method, parse_terms, reference_of
 from ..data.alternates import add_alternates
+from ..data.collate import padding_id
 from ..errors import Errors, UserError
 from ..folder.atomic import write_text
 from ..folder.base import load_base, load_tokenizer
@@ -201,15 +202,9 @@ def _model(run: Run) -> tuple[Any, dict[str, list[dict[str, Any]]], int]:
     generate_alternates(run, base, tokenizer)
     set_seed(config.seed)
     model = get_forget_model(base, run.adapter, adapter_name=ADAPTER).to(config.device).eval()
-    sets = {}
-    for name in sorted({"forget", "retain", *(t.batch for t in config.term_list)}):
-        encoded = run.data.encode(name, tokenizer, config.max_length, config.on_overflow)
-        for kind in alternates_of(config.term_list).get(name, ()):
-            winners = add_alternates(getattr(run.data, name), kind, config.seed, name)
-            answers = run.data.encode(name, tokenizer, config.max_length, config.on_overflow, rows=winners)
-            encoded = [{**row, "alternate": a} for row, a in zip(encoded, answers, strict=True)]
-        sets[name] = encoded
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    names = sorted({"forget", "retain", *(t.batch for t in config.term_list)})
+    sets = {name: encode_set(config, run.data, name, tokenizer) for name in names}
+    pad_id = padding_id(tokenizer)
     return model, sets, pad_id
 
 

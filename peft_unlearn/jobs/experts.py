@@ -8,6 +8,7 @@ from typing import Any
 
 from ..attribution.experts import Affinity, affinity
 from ..data.bundle import ForgetRetain
+from ..data.collate import padding_id
 from ..errors import UserError
 from ..folder.base import load_base, load_tokenizer, resolve_base
 from .run import load_data
@@ -17,7 +18,7 @@ def measure(model: Any, tokenizer: Any, data: ForgetRetain, token_budget: int = 
     """Affinity of the model's experts for the forget set, beside the retain set."""
     if not data.retain:
         raise UserError("attribution shows affinity beside the retain set, and the data have none")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    pad = padding_id(tokenizer)
     return affinity(model, data.encode("forget", tokenizer), data.encode("retain", tokenizer), pad, token_budget)
 
 
