@@ -1,7 +1,8 @@
 """Evaluation: metrics, suites, the scores of several subjects on one loaded model, and what evaluates while training.
 
-Importing the room registers the metrics. It is light: torch, transformers, scipy and rouge-score are imported where
+Importing the room registers the metrics and the attacks. It is light: torch, transformers, scipy and rouge-score are imported where
 they are used.
 """
 
+from . import attacks as attacks
 from . import metrics as metrics
