@@ -23,7 +23,17 @@ from .errors import UserError, nearest
 
 KINDS = ("objective", "rule", "smoothing", "averaging", "step_size", "selection", "metric", "attack")
 NEEDS = {"logp", "ref_logp", "logits", "ref_logits", "hidden", "ref_hidden", "router", "ref_router", "alternate"}
-NEEDS |= {"generation", "perturbed", "twin"}  # of metrics
+NEEDS |= {
+    "generation",
+    "perturbed",
+    "twin",
+    "pair",
+    "base",
+    "samples",
+    "continuations",
+    "depth",
+    "gradient",
+}  # of metrics
 _ROOMS = ("peft_unlearn.objectives", "peft_unlearn.gradients", "peft_unlearn.attribution", "peft_unlearn.evaluation")
 _ENTRY_POINTS = "peft_unlearn.plugins"
 _F = TypeVar("_F", bound=Callable[..., Any])

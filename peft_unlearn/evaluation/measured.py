@@ -17,6 +17,16 @@ class Unmeasured(Exception):
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A number of a whole set that knows its own interval, where a mean over rows is not what it is. n: rows behind
+    it, where those are not the set's own."""
+
+    value: float
+    ci95: tuple[float, float] | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
 class Ragged:
     """Rows of unequal length in one buffer.
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.collate import encode
+from ..data.collate import encode, prompt_ids
 from ..data.formats import to_text
 from ..errors import UserError
 from ..registry import get
 from .generate import _end_ids, greedy
 from .measured import Array, Ragged, Unmeasured
 from .metrics.likelihood import truth_log_ratio
+from .provider import PREFIXES, Context, Progress, asked_of, inputs_of, provide, provider_of, stripped
 from .suites import EvalSet, Suite
 from .teacher import Encoded, TeacherForced, pad_id_of, read_encoded
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+class Ask(NamedTuple):
+    """One greedy answer that is wanted: the same prompt with another length or stop is another answer."""
+
+    prompt: str
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclass
@@ -38,6 +45,10 @@ class SetPlan:
     wrong: list[list[int]] = field(default_factory=list)  # pairs of the wrong answers, per chosen row
     missing: dict[str, str] = field(default_factory=dict)  # input -> why it cannot be had
     generates: bool = False
+    template: str = "qa"
+    asks: list[Ask] = field(default_factory=list)  # one per row
+    against: SetPlan | None = None  # the set that pair metrics compare with
+    absent: str | None = None  # why there are no rows
 
     def rows_of(self, needs: Sequence[str]) -> NDArray[np.int64]:
         """The rows that a metric with these needs is about."""
@@ -53,6 +64,10 @@ class Plan:
     sets: dict[str, SetPlan]
     pairs: list[tuple[str, str]]
     encoded: list[Encoded]
+    providers: dict[str, list[str]] = field(default_factory=dict)  # provider -> the sets it is asked about
+    moments: NDArray[np.bool_] | None = (
+        None  # (pairs,) where the mean and spread of log p over the vocabulary are wanted
+    )
 
 
 @dataclass
@@ -62,7 +77,8 @@ class Measured:
 
     forced: TeacherForced
     mean_logp: Array  # (pairs,)
-    said: dict[str, str]
+    said: dict[Ask, str]
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # provider's input -> set -> values or Unmeasured
 
 
 def rows_of(data: Any, source: str) -> list[dict[str, Any]] | None:
@@ -91,37 +107,83 @@ def make_plan(suite: Suite, data: Any, tokenizer: Any, n: int | None = None, tem
     """
     if n is not None and n < 1:
         raise UserError(f"n is the number of rows of each set and must be at least 1, not {n}")
-    wording: str = template or getattr(data, "template", "qa")
     index: dict[tuple[str, str], int] = {}
     sets: dict[str, SetPlan] = {}
     for name, spec in suite.sets.items():
         rows = rows_of(data, spec.source)
-        plan = SetPlan(spec, [rows[i] for i in evenly(len(rows), n)] if rows else [])
+        wording: str = template or spec.template or getattr(data, "template", "qa")
+        plan = SetPlan(spec, [rows[i] for i in evenly(len(rows), n)] if rows else [], template=wording)
         sets[name] = plan
         if not rows:
+            plan.absent = f"the data has no set {spec.source!r}"
+            continue
+        shots = rows_of(data, spec.shots) if spec.shots else []
+        if not shots and spec.shots:
+            plan.rows, plan.absent = [], f"the data has no set {spec.shots!r}, whose rows stand before each prompt"
             continue
         needs = {need for m in spec.metrics for need in get("metric", m).needs}
         plan.generates = "generation" in needs
+        words = _wording(shots or [], tokenizer, wording)
+        length = spec.max_new_tokens or suite.max_new_tokens
         for row in plan.rows:
-            prompt, answer = to_text(row, tokenizer, wording)
+            prompt, answer = words(row)
             plan.prompts.append(prompt)
             plan.answers.append(str(row.get("answer", answer)).strip())
             plan.answer.append(index.setdefault((prompt, answer), len(index)))
+            plan.asks.append(Ask(prompt, length, spec.stop))
         _note_missing(plan)
         if "perturbed" in needs and "perturbed" not in plan.missing:
             plan.chosen = evenly(len(plan.rows), spec.perturbed_rows)
             for i in plan.chosen:
                 row = plan.rows[i]
 
-                def pair(text: str, row: Mapping[str, Any] = row) -> int:
-                    worded = to_text({**row, "answer": text}, tokenizer, wording)
-                    return index.setdefault(worded, len(index))
+                def pair(text: str, row: Mapping[str, Any] = row, words: Wording = words) -> int:
+                    return index.setdefault(words({**row, "answer": text}), len(index))
 
                 wrong = row["perturbed_answer"]
                 plan.right.append(pair(row.get("paraphrased_answer") or row["answer"]))
                 plan.wrong.append([pair(w) for w in ([wrong] if isinstance(wrong, str) else wrong)])
+    for s in sets.values():
+        s.against = sets.get(s.spec.against or "")
     pairs = list(index)
-    return Plan(suite, tokenizer, sets, pairs, _encode(pairs, sets, tokenizer))
+    providers = asked_of(sets, lambda m: get("metric", m))
+    return Plan(suite, tokenizer, sets, pairs, _encode(pairs, sets, tokenizer), providers, _moments(sets, len(pairs)))
+
+
+Wording = Callable[[Mapping[str, Any]], tuple[str, str]]
+
+
+def _wording(shots: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) -> Wording:
+    """row -> (prompt, answer), with the shots (same template, answers included) in front of the prompt."""
+    if template == "chat" and shots:
+        turns = [m for shot in shots for m in _turns(shot)]
+        return lambda row: to_text({"messages": [*turns, *_turns(row)]}, tokenizer, template)
+    before = "".join(f"{''.join(to_text(shot, tokenizer, template))}\n\n" for shot in shots)
+
+    def words(row: Mapping[str, Any]) -> tuple[str, str]:
+        prompt, answer = to_text(row, tokenizer, template)
+        return before + prompt, answer
+
+    return words
+
+
+def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    if "messages" in row:
+        return list(row["messages"])
+    user, assistant = (row[k] for k in ("question", "answer")) if "question" in row else to_text(row)
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def _moments(sets: Mapping[str, SetPlan], count: int) -> NDArray[np.bool_]:
+    """Pairs of which some metric wants more than the log-probability: another pass over the logits, so only there."""
+    wanted = np.zeros(count, dtype=np.bool_)
+    for s in sets.values():
+        for metric in s.spec.metrics:
+            for bare, against in map(stripped, inputs_of(get("metric", metric))):
+                where = s.against if against else s
+                if bare in ("logp_mean", "logp_std") and where is not None:
+                    wanted[where.answer] = True
+    return wanted
 
 
 def _note_missing(plan: SetPlan) -> None:
@@ -178,33 +240,44 @@ def _arg_max_is_greedy(model: Any) -> bool:
     return config is not None and all(getattr(config, k, None) in allowed for k, allowed in _NEUTRAL.items())
 
 
-def _known_answers(model: Any, plan: Plan, forced: TeacherForced, wanted: Mapping[str, list[int]]) -> dict[str, str]:
+def _known_answers(model: Any, plan: Plan, forced: TeacherForced, wanted: Mapping[Ask, list[int]]) -> dict[Ask, str]:
     """Greedy answers that need no generation: where every token of an answer is the arg-max, greedy says that
     answer."""
     if not _arg_max_is_greedy(model):
         return {}
     ends, tokenizer, said = _end_ids(model, plan.tokenizer), plan.tokenizer, {}
-    for prompt, pairs in wanted.items():
+    for ask, pairs in wanted.items():
         i = next((i for i in pairs if forced.complete[i]), None)
         if i is None:
             continue
         labels, ids = plan.encoded[i]["labels"], plan.encoded[i]["input_ids"]
         start = next(k for k, label in enumerate(labels) if label != -100)
-        alone = list(tokenizer(prompt)["input_ids"])
+        alone = prompt_ids(ask.prompt, tokenizer)
         if alone and alone[-1] in ends:
             alone = alone[:-1]
         # a tokenizer that merges across the boundary gives the prompt other tokens when it stands alone
         if alone != ids[:start] or ids[-1] not in ends:
             continue
-        new = ids[start : start + plan.suite.max_new_tokens]
+        new = ids[start : start + ask.max_new_tokens]
         cut = next((k for k, token in enumerate(new) if token in ends), len(new))
-        said[prompt] = tokenizer.decode(new[:cut], skip_special_tokens=True).strip()
+        said[ask] = cut_at(tokenizer.decode(new[:cut], skip_special_tokens=True), ask.stop)
     return said
 
 
-def measure(model: Any, plan: Plan, progress: Progress | None = None, token_budget: int = 4096) -> Measured:
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings, without blanks around it; blanks before a stop string count."""
+    ends = [k for mark in stop if (k := text.find(mark)) >= 0]
+    return text[: min(ends, default=len(text))].strip()
+
+
+def measure(
+    model: Any, plan: Plan, progress: Progress | None = None, token_budget: int = 4096, context: Context | None = None
+) -> Measured:
     """Run one model over a plan: each pair is read once; each prompt is generated once, and only where reading
-    leaves it open."""
+    leaves it open; then whatever providers the suite's metrics need.
+
+    context: what providers may use; without one they have no base.
+    """
 
     def tell(what: str) -> Callable[[int, int], None] | None:
         if progress is None:
@@ -213,23 +286,50 @@ def measure(model: Any, plan: Plan, progress: Progress | None = None, token_budg
 
     tokenizer = plan.tokenizer
     pad_id, eos = pad_id_of(tokenizer), tokenizer.eos_token_id
-    forced = read_encoded(model, plan.encoded, pad_id, eos, token_budget, tell("reading answers"))
-    wanted: dict[str, list[int]] = {}
+    forced = read_encoded(model, plan.encoded, pad_id, eos, token_budget, tell("reading answers"), plan.moments)
+    wanted: dict[Ask, list[int]] = {}
     for s in plan.sets.values():
         if s.generates and "generation" not in s.missing:
-            for prompt, i in zip(s.prompts, s.answer, strict=True):
-                wanted.setdefault(prompt, []).append(i)
+            for ask, i in zip(s.asks, s.answer, strict=True):
+                wanted.setdefault(ask, []).append(i)
     said = _known_answers(model, plan, forced, wanted)
-    open_prompts = [prompt for prompt in wanted if prompt not in said]
-    answers = greedy(
-        model, tokenizer, open_prompts, max_new_tokens=plan.suite.max_new_tokens, progress=tell("generating answers")
-    )
-    said.update(zip(open_prompts, answers, strict=True))
-    return Measured(forced, forced.logp.mean(), said)
+    lengths = sorted({ask.max_new_tokens for ask in wanted if ask not in said})
+    for length in lengths:
+        left = [ask for ask in wanted if ask not in said and ask.max_new_tokens == length]
+        prompts = list(dict.fromkeys(ask.prompt for ask in left))
+        answers = greedy(model, tokenizer, prompts, max_new_tokens=length, progress=tell("generating answers"))
+        by_prompt = dict(zip(prompts, answers, strict=True))
+        said.update({ask: cut_at(by_prompt[ask.prompt], ask.stop) for ask in left})
+    measured = Measured(forced, forced.logp.mean(), said)
+    if plan.providers:
+        about = context or Context(settings=plan.suite.settings, progress=progress, token_budget=token_budget)
+        measured.extra = provide(model, plan, measured, about)
+    return measured
 
 
-def feed(name: str, s: SetPlan, m: Measured, select: NDArray[np.int64], reference: Measured | None) -> Any:
+def feed(
+    name: str,
+    s: SetPlan,
+    m: Measured,
+    select: NDArray[np.int64],
+    reference: Measured | None,
+    base: Measured | None = None,
+) -> Any:
     """What a metric's parameter of that name is given; Unmeasured where the rows or the subjects do not have it."""
+    if provider_of(name) is not None:
+        values = m.extra.get(name, {}).get(s.spec.name, Unmeasured(f"{name} was not measured for this subject"))
+        if isinstance(values, Unmeasured):
+            raise values
+        return _taken(values, select)
+    if name not in INPUTS and (prefix := next((p for p in PREFIXES if name.startswith(p)), None)):
+        bare = name.removeprefix(prefix)
+        if prefix == "against_":
+            return feed(bare, other := _against(s), m, np.arange(len(other.rows)), reference, base)
+        other = reference if prefix == "reference_" else base
+        if other is None:
+            which = "retain-only model" if prefix == "reference_" else "base"
+            raise Unmeasured(f"there is no {which} to compare with")
+        return feed(bare, s, other, select, reference, base)
     answer = [s.answer[i] for i in select]
     if name in ("right_logp", "wrong_logp", "log_ratio", "reference_log_ratio"):
         if "perturbed" in s.missing:
@@ -245,18 +345,37 @@ def feed(name: str, s: SetPlan, m: Measured, select: NDArray[np.int64], referenc
         return m.forced.logp.take(answer)
     if name == "correct":
         return m.forced.correct.take(answer)
+    if name in ("logp_mean", "logp_std"):
+        return getattr(m.forced, name).take(answer)
     if name == "role":
         return s.spec.role
     key = {"generation": "generation", "value": "value"}.get(name)
     if key in s.missing:
         raise Unmeasured(s.missing[key])
     if name == "generation":
-        return [m.said[s.prompts[i]] for i in select]
+        return [m.said[s.asks[i]] for i in select]
     if name == "value":
         return [str(s.rows[i]["value"]) for i in select]
     if name == "answer":
         return [s.answers[i] for i in select]
+    if name == "rows":
+        return [s.rows[i] for i in select]
     raise TypeError(f"no metric can be fed {name!r}; known: {', '.join(INPUTS)}")
+
+
+def _taken(values: Any, select: NDArray[np.int64]) -> Any:
+    if isinstance(values, Ragged):
+        return values.take(select)
+    return values[select] if isinstance(values, np.ndarray) else [values[i] for i in select]
+
+
+def _against(s: SetPlan) -> SetPlan:
+    if s.spec.against is None:
+        raise Unmeasured("the suite names no set to compare this one with (key 'against')")
+    if s.against is None or not s.against.rows:
+        why = "" if s.against is None or s.against.absent is None else f": {s.against.absent}"
+        raise Unmeasured(f"there are no {s.spec.against} rows to compare with{why}")
+    return s.against
 
 
 INPUTS = {
@@ -269,5 +388,8 @@ INPUTS = {
     "wrong_logp": "Ragged, mean token log-probabilities of each row's wrong answers",
     "log_ratio": "(rows,) log truth ratio, likelihood.truth_log_ratio",
     "reference_log_ratio": "(rows,) the same of the retain-only model",
+    "logp_mean": "Ragged, mean of log p over the vocabulary under p at each target of the answer",
+    "logp_std": "Ragged, its standard deviation",
+    "rows": "list[dict], the rows themselves",
     "role": "forget, retain or holdout",
 }

@@ -5,9 +5,8 @@ A number that cannot be had is null with a reason, never 0 and never NaN. Texts 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,8 +18,9 @@ import numpy as np
 from ..errors import UserError
 from ..registry import Method, get
 from . import suites
-from .measured import Array, Unmeasured, bootstrap_ci
-from .plan import Measured, Plan, Progress, SetPlan, feed, make_plan, measure
+from .measured import Array, Estimate, Unmeasured, bootstrap_ci
+from .plan import Measured, Plan, SetPlan, feed, make_plan, measure
+from .provider import Context, Progress, inputs_of
 from .suites import Suite
 
 FORMAT = 1
@@ -96,17 +96,20 @@ def score(
         raise UserError("there is no model to evaluate")
     plan = make_plan(suite, data, tokenizer, n, template)
     measured: dict[str, Measured] = {}
+    cache: dict[Any, Any] = {}
     for name, subject in subjects.items():
         if subject is not None:
             tell = None if progress is None else _named(progress, name)
             with subject() as model:
-                measured[name] = measure(model, plan, tell, token_budget)
+                own: Subject | None = partial(nullcontext, model) if name == "base" else subjects.get("base")
+                context = Context(name, own, {}, suite.settings, tell, token_budget, cache)
+                measured[name] = measure(model, plan, tell, token_budget, context)
 
-    reference = measured.get(suite.reference)
-    numbers = {name: numbers_of(plan, m, reference) for name, m in measured.items()}
+    reference, own_base = measured.get(suite.reference), measured.get("base")
+    numbers = {name: numbers_of(plan, m, reference, base=own_base) for name, m in measured.items()}
     _apply_gates(plan, numbers)
-    for found in numbers.values():
-        found.update(_whole(suite, found))
+    for name in _reference_first(numbers, suite.reference):
+        numbers[name].update(_whole(suite, numbers[name], numbers.get(suite.reference), numbers.get("base")))
 
     absent = [name for name, subject in subjects.items() if subject is None]
     if suite.reference not in subjects:
@@ -132,7 +135,7 @@ def score(
     report.rows = {name: s.rows for name, s in plan.sets.items()}
     report.said = {
         subject: {
-            name: [m.said[prompt] for prompt in s.prompts]
+            name: [m.said[ask] for ask in s.asks]
             for name, s in plan.sets.items()
             if s.generates and "generation" not in s.missing
         }
@@ -141,24 +144,39 @@ def score(
     return report
 
 
-def numbers_of(plan: Plan, m: Measured, reference: Measured | None, ci: bool = True) -> dict[str, Number]:
+def numbers_of(
+    plan: Plan, m: Measured, reference: Measured | None, ci: bool = True, base: Measured | None = None
+) -> dict[str, Number]:
     """Every set/metric of one subject, before gates and before metrics over metrics."""
     return {
-        f"{name}/{metric}": _number(get("metric", metric), s, m, reference, ci)
+        f"{name}/{metric}": _number(get("metric", metric), s, m, reference, ci, base, plan.suite.settings)
         for name, s in plan.sets.items()
         for metric in s.spec.metrics
     }
 
 
-def _number(method: Method, s: SetPlan, m: Measured, reference: Measured | None, ci: bool) -> Number:
+def _number(
+    method: Method,
+    s: SetPlan,
+    m: Measured,
+    reference: Measured | None,
+    ci: bool,
+    base: Measured | None,
+    settings: Mapping[str, Mapping[str, Any]],
+) -> Number:
     if not s.rows:
-        return Number(None, 0, reason=f"the data has no set {s.spec.source!r}")
+        return Number(None, 0, reason=s.absent or f"the data has no set {s.spec.source!r}")
     select = s.rows_of(method.needs)
     n = len(select) or len(s.rows)  # without wrong answers none is selected
     try:
-        result = method.fn(*(feed(name, s, m, select, reference) for name in _inputs(method)))
+        inputs = (feed(name, s, m, select, reference, base) for name in inputs_of(method))
+        result = method.fn(*inputs, **settings.get(method.name, {}))
     except Unmeasured as why:
         return Number(None, n, reason=str(why))
+    if isinstance(result, Estimate):
+        if not np.isfinite(result.value):
+            return Number(None, result.n or n, reason=f"the value is {result.value}")
+        return Number(float(result.value), result.n or n, result.ci95 if ci else None)
     if not isinstance(result, np.ndarray):
         return Number(float(result), n) if np.isfinite(result) else Number(None, n, reason=f"the value is {result}")
     # A model whose logits are NaN says nothing at all, which would count as having forgotten
@@ -169,10 +187,6 @@ def _number(method: Method, s: SetPlan, m: Measured, reference: Measured | None,
         why = "the model's logits are NaN there" if broken.any() else "the metric is not defined there"
         return Number(None, n, reason=f"{bad} of {n} rows have no value: {why}", rows=rows)
     return Number(float(rows.mean()), n, bootstrap_ci(rows) if ci else None, rows=rows)
-
-
-def _inputs(method: Method) -> list[str]:
-    return [p.name for p in inspect.signature(method.fn).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _apply_gates(plan: Plan, numbers: dict[str, dict[str, Number]]) -> None:
@@ -206,25 +220,46 @@ def _apply_gates(plan: Plan, numbers: dict[str, dict[str, Number]]) -> None:
                 )
 
 
-def _whole(suite: Suite, found: Mapping[str, Number]) -> dict[str, Number]:
-    """Metrics over other metrics, such as model utility."""
-    out = {}
+def _reference_first(numbers: Mapping[str, Any], reference: str) -> list[str]:
+    """Metrics over metrics may compare with the base's and the reference's: these come first."""
+    return sorted(numbers, key=lambda name: (name != "base") + (name not in ("base", reference)))
+
+
+def _whole(
+    suite: Suite,
+    found: Mapping[str, Number],
+    reference: Mapping[str, Number] | None = None,
+    base: Mapping[str, Number] | None = None,
+) -> dict[str, Number]:
+    """Metrics over other metrics, such as model utility; one may be part of a later one."""
+    out: dict[str, Number] = {}
     for metric, keys in suite.whole.items():
-        parts: dict[str, float] = {}
-        lost = ""
-        for key in keys:
-            value = found[key].value
-            if value is None:
-                lost = lost or f"its part {key} has no value: {found[key].reason}"
-            else:
-                parts[key] = value
+        method = get("metric", metric)
         try:
-            if lost:
-                raise Unmeasured(lost)
-            out[metric] = Number(float(get("metric", metric).fn(parts)), len(keys))
+            values = []
+            for name in inputs_of(method):
+                if name == "parts":
+                    values.append(_parts(keys, {**found, **out}))
+                else:
+                    whose = "the base" if name == "base_parts" else "the retain-only model"
+                    their = base if name == "base_parts" else reference
+                    if their is None:
+                        raise Unmeasured(f"there is no {whose.removeprefix('the ')} to compare with")
+                    values.append(_parts(keys, {**their, **(out if their is found else {})}, f" of {whose}"))
+            out[metric] = Number(float(method.fn(*values, **suite.settings.get(metric, {}))), len(keys))
         except Unmeasured as why:
             out[metric] = Number(None, len(keys), reason=str(why))
     return out
+
+
+def _parts(keys: Sequence[str], found: Mapping[str, Number], whose: str = "") -> dict[str, float]:
+    parts: dict[str, float] = {}
+    for key in keys:
+        number = found[key]
+        if number.value is None:
+            raise Unmeasured(f"its part {key}{whose} has no value: {number.reason}")
+        parts[key] = number.value
+    return parts
 
 
 def _describe(method: Method) -> dict[str, Any]:

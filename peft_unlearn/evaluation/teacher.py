@@ -27,6 +27,8 @@ class TeacherForced:
     logp: Ragged
     correct: Ragged
     complete: NDArray[np.bool_]
+    logp_mean: Ragged  # of log p over the vocabulary under p, as logp; empty rows where nobody asked
+    logp_std: Ragged
 
 
 @contextmanager
@@ -60,6 +62,19 @@ def _logp_and_correct(z: Any, y: Any) -> Any:
     return torch.stack([logp, torch.where(logp.isnan(), logp, correct)], 1)
 
 
+def _with_moments(z: Any, y: Any) -> Any:
+    """The same and the mean and standard deviation of log p over the vocabulary under p: (m, 4)."""
+    import torch
+
+    logs = z.log_softmax(-1)
+    p = logs.exp()
+    logs = torch.where(p > 0, logs, 0.0)  # -inf has no weight, and 0 * -inf would be NaN
+    mean = (p * logs).sum(-1)  # (m,)
+    # from the deviations: the difference of two large second moments would leave nothing in float32
+    std = (p * (logs - mean[:, None]).square()).sum(-1).sqrt()
+    return torch.cat([_logp_and_correct(z, y), mean[:, None], std[:, None]], 1)
+
+
 def read_encoded(
     model: Any,
     encoded: Sequence[Encoded],
@@ -67,33 +82,44 @@ def read_encoded(
     eos_id: int | None,
     token_budget: int = 4096,
     progress: Callable[[int, int], None] | None = None,
+    moments: NDArray[np.bool_] | None = None,
 ) -> TeacherForced:
-    """`teacher_forced` for rows that are tokens already (`data.collate.encode`)."""
+    """`teacher_forced` for rows that are tokens already (`data.collate.encode`).
+
+    moments: (rows,) where `logp_mean` and `logp_std` are wanted too; they cost two more passes over the logits.
+    """
     import torch
 
     from ..data.collate import pad
     from ..forward import Pass
 
-    logp: list[NDArray[Any]] = [np.zeros(0)] * len(encoded)
-    correct: list[NDArray[Any]] = [np.zeros(0)] * len(encoded)
+    nothing: list[NDArray[Any]] = [np.zeros(0)] * len(encoded)
+    logp, correct, mean, std = (list(nothing) for _ in range(4))
     complete = np.zeros(len(encoded), dtype=np.bool_)
     device = model.get_input_embeddings().weight.device
+    more = np.zeros(len(encoded), dtype=np.bool_) if moments is None else moments
     done = 0
     with torch.no_grad(), evaluating(model):
-        for batch in batches([len(row["input_ids"]) for row in encoded], token_budget):
-            tensors = {k: v.to(device) for k, v in pad([encoded[i] for i in batch], pad_id).items()}
-            p = Pass(model, tensors)
-            both = p.map_logits(_logp_and_correct).double().cpu().numpy()  # (n, 2), row after row
-            ends = np.cumsum(p.mask.sum(1).cpu().numpy())
-            for i, part in zip(batch, np.split(both, ends[:-1]), strict=True):
-                # a row cut at max_length has no EOS to leave out
-                body = -1 if eos_id is not None and encoded[i]["labels"][-1] == eos_id else None
-                logp[i], correct[i] = part[:, 0], part[:body, 1]
-                complete[i] = bool((part[:, 1] == 1.0).all())
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(encoded))
-    return TeacherForced(Ragged.of(logp), Ragged.of(correct), complete)
+        for wanted in (True, False):
+            mine = np.flatnonzero(more == wanted)
+            for batch in batches([len(encoded[i]["input_ids"]) for i in mine], token_budget):
+                rows = [int(mine[k]) for k in batch]
+                tensors = {k: v.to(device) for k, v in pad([encoded[i] for i in rows], pad_id).items()}
+                p = Pass(model, tensors)
+                # (n, 2 or 4), row after row
+                columns = p.map_logits(_with_moments if wanted else _logp_and_correct).double().cpu().numpy()
+                ends = np.cumsum(p.mask.sum(1).cpu().numpy())
+                for i, part in zip(rows, np.split(columns, ends[:-1]), strict=True):
+                    # a row cut at max_length has no EOS to leave out
+                    body = -1 if eos_id is not None and encoded[i]["labels"][-1] == eos_id else None
+                    logp[i], correct[i] = part[:, 0], part[:body, 1]
+                    complete[i] = bool((part[:, 1] == 1.0).all())
+                    if wanted:
+                        mean[i], std[i] = part[:, 2], part[:, 3]
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(encoded))
+    return TeacherForced(Ragged.of(logp), Ragged.of(correct), complete, Ragged.of(mean), Ragged.of(std))
 
 
 def pad_id_of(tokenizer: Any) -> int:

@@ -179,15 +179,15 @@ def test_an_answer_known_by_heart_is_not_generated_again(
     plan = make_plan(suites.load(spec), {"forget": rows, "retain": unseen}, tokenizer)
     said = measure(model, plan).said
     assert set(asked) == set(plan.sets["retain"].prompts)
-    assert [said[p] for p in plan.sets["forget"].prompts] == ["In Paris.", "In Rome.", "In Oslo."]
-    prompts = list(said)
+    assert [said[ask] for ask in plan.sets["forget"].asks] == ["In Paris.", "In Rome.", "In Oslo."]
+    prompts = [ask.prompt for ask in said]
     assert list(said.values()) == greedy(model, tokenizer, prompts, max_new_tokens=12)
     # cut at the same length as generation
     short = make_plan(
         suites.load({**spec, "generation": {"max_new_tokens": 4}}), {"forget": rows, "retain": unseen}, tokenizer
     )
     cut = measure(model, short).said
-    assert list(cut.values()) == greedy(model, tokenizer, list(cut), max_new_tokens=4)
+    assert list(cut.values()) == greedy(model, tokenizer, [ask.prompt for ask in cut], max_new_tokens=4)
     # and not where the model's own settings bend greedy decoding
     asked.clear()
     model.generation_config.repetition_penalty = 1.3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,7 +25,13 @@ class Gate:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One set of rows: its name in the data, its role, the metrics, and how many rows have their wrong answers read."""
+    """One set of rows, as a suite names it.
+
+    source: its name in the data.   perturbed_rows: of how many rows the wrong answers are read.   template: wording of
+    question/answer rows, default the data's own.   max_new_tokens: longest greedy answer, default the suite's.
+    shots: a source whose rows, answers included, stand in front of each prompt.   stop: a greedy answer ends before
+    the first of these strings.   against: the set of this suite that pair metrics compare with.
+    """
 
     name: str
     source: str
@@ -33,6 +39,11 @@ class EvalSet:
     metrics: tuple[str, ...]
     perturbed_rows: int | None = None
     measurable_if: Gate | None = None
+    template: str | None = None
+    max_new_tokens: int | None = None
+    shots: str | None = None
+    stop: tuple[str, ...] = ()
+    against: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class Suite:
     quick_sets: tuple[str, ...]
     quick_metrics: tuple[str, ...]
     quick_rows: int
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of metrics and providers, by name
 
     def quick(self) -> Suite:
         """The small suite that is run while training."""
@@ -94,39 +106,35 @@ def load(suite: str | Path | Mapping[str, Any] | Suite) -> Suite:
     return _read(data, str(suite))
 
 
-_KEYS = ("format", "name", "summary", "reference", "generation", "sets", "whole", "quick")
-_SET_KEYS = ("source", "role", "metrics", "perturbed_rows", "measurable_if")
+_KEYS = ("format", "name", "summary", "reference", "generation", "sets", "whole", "quick", "settings")
+_SET_KEYS = tuple(f.name for f in fields(EvalSet) if f.name != "name")
+
+
+def _unknown(found: Any, known: tuple[str, ...], where: str, errors: Errors) -> dict[str, Any]:
+    """The known part of a mapping; whatever else is in it is an error with the nearest spelling."""
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        errors.add(f"{where}is {found!r}, not a mapping")
+        return {}
+    for key in found:
+        if key not in known:
+            errors.add(f"{where}unknown key {key!r}.{nearest(str(key), known)}")
+    return {k: v for k, v in found.items() if k in known}
 
 
 def _read(data: Mapping[str, Any], name: str) -> Suite:
     from ...registry import methods
 
-    known = {m.name for m in methods("metric")}
+    known = {m.name: m for m in methods("metric")}
     errors = Errors()
-    for key in data:
-        if key not in _KEYS:
-            errors.add(f"unknown key {key!r}.{nearest(str(key), _KEYS)}")
+    data = _unknown(data, _KEYS, "", errors)
     if data.get("format") != FORMAT:
         errors.add(f"format is {data.get('format')!r}, this version reads {FORMAT}")
-    sets: dict[str, EvalSet] = {}
-    for key, spec in (data.get("sets") or {}).items():
-        unknown = [k for k in spec if k not in _SET_KEYS]
-        for k in unknown:
-            errors.add(f"set {key!r}: unknown key {k!r}.{nearest(str(k), _SET_KEYS)}")
-        if spec.get("role") not in ("forget", "retain", "holdout"):
-            errors.add(f"set {key!r}: role is {spec.get('role')!r}, not forget, retain or holdout")
-        for m in spec.get("metrics", ()):
-            if m not in known:
-                errors.add(f"set {key!r}: there is no metric {m!r}.{nearest(str(m), known)}")
-        gate = spec.get("measurable_if")
-        sets[key] = EvalSet(
-            name=key,
-            source=str(spec.get("source", key)),
-            role=cast(Role, spec.get("role")),
-            metrics=tuple(spec.get("metrics", ())),
-            perturbed_rows=spec.get("perturbed_rows"),
-            measurable_if=Gate(**gate) if gate else None,
-        )
+    raw = data.get("sets") or {}
+    sets = (
+        {key: _read_set(key, spec, raw, known, errors) for key, spec in raw.items()} if isinstance(raw, Mapping) else {}
+    )
     if not sets:
         errors.add("names no sets")
     keys = {f"{s.name}/{m}" for s in sets.values() for m in s.metrics}
@@ -137,10 +145,17 @@ def _read(data: Mapping[str, Any], name: str) -> Suite:
         for part in parts:
             if part not in keys:
                 errors.add(f"whole: {metric_name} names {part!r}, which no set measures.{nearest(part, keys)}")
-    quick = data.get("quick") or {}
+        keys.add(metric_name)
+    quick = _unknown(data.get("quick"), ("sets", "metrics", "rows"), "quick: ", errors)
     for s in quick.get("sets", ()):
         if s not in sets:
             errors.add(f"quick: there is no set {s!r}.{nearest(s, sets)}")
+    for m in quick.get("metrics", ()):
+        if m not in known:
+            errors.add(f"quick: there is no metric {m!r}.{nearest(m, known)}")
+    generation = _unknown(data.get("generation"), ("max_new_tokens",), "generation: ", errors)
+    length = _count(generation.get("max_new_tokens", 32), "generation: max_new_tokens", errors)
+    settings = _read_settings(data.get("settings"), known, errors)
     errors.raise_if_any(f"suite {name}")
     return Suite(
         name=str(data.get("name", name)),
@@ -148,8 +163,66 @@ def _read(data: Mapping[str, Any], name: str) -> Suite:
         reference=str(data.get("reference", "retain_only")),
         sets=sets,
         whole=whole,
-        max_new_tokens=int((data.get("generation") or {}).get("max_new_tokens", 32)),
+        max_new_tokens=length or 32,
         quick_sets=tuple(quick.get("sets", ())),
         quick_metrics=tuple(quick.get("metrics", ())),
         quick_rows=int(quick.get("rows", 50)),
+        settings=settings,
     )
+
+
+def _read_set(key: str, given: Any, sets: Mapping[str, Any], known: Mapping[str, Any], errors: Errors) -> EvalSet:
+    where = f"set {key!r}: "
+    spec = _unknown(given, _SET_KEYS, where, errors)
+    if spec.get("role") not in ("forget", "retain", "holdout"):
+        errors.add(f"{where}role is {spec.get('role')!r}, not forget, retain or holdout")
+    for m in spec.get("metrics", ()):
+        if m not in known:
+            errors.add(f"{where}there is no metric {m!r}.{nearest(m, known)}")
+    gate = _unknown(spec.get("measurable_if"), ("subject", "metric", "at_least"), f"{where}measurable_if: ", errors)
+    if gate and len(gate) < 3:
+        errors.add(f"{where}measurable_if needs subject, metric and at_least")
+    stop = spec.get("stop") or ()
+    if not all(isinstance(text, str) and text for text in ([stop] if isinstance(stop, str) else stop)):
+        errors.add(f"{where}stop is {stop!r}, not a list of texts")
+    against = spec.get("against")
+    if against is not None and against not in sets:
+        errors.add(f"{where}against names {against!r}, which is no set of this suite.{nearest(str(against), sets)}")
+    template = spec.get("template")
+    if template not in (None, "qa", "chat"):
+        errors.add(f"{where}template is {template!r}, not qa or chat.{nearest(str(template), ('qa', 'chat'))}")
+    return EvalSet(
+        name=key,
+        source=str(spec.get("source", key)),
+        role=cast(Role, spec.get("role")),
+        metrics=tuple(spec.get("metrics", ())),
+        perturbed_rows=_count(spec.get("perturbed_rows"), f"{where}perturbed_rows", errors),
+        measurable_if=Gate(**gate) if len(gate) == 3 else None,
+        template=template,
+        max_new_tokens=_count(spec.get("max_new_tokens"), f"{where}max_new_tokens", errors),
+        shots=spec.get("shots"),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        against=against,
+    )
+
+
+def _count(value: Any, what: str, errors: Errors) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        errors.add(f"{what} is {value!r}, not a whole number from 1 up")
+        return None
+    return value
+
+
+def _read_settings(given: Any, known: Mapping[str, Any], errors: Errors) -> dict[str, dict[str, Any]]:
+    from ..provider import providers
+
+    owners = {**known, **providers()}
+    out: dict[str, dict[str, Any]] = {}
+    for name, values in _unknown(given, tuple(owners), "settings: ", errors).items():
+        if not isinstance(values, Mapping):
+            errors.add(f"settings: {name} is {values!r}, not a mapping")
+            continue
+        for wrong in owners[name].check(values):
+            errors.add(f"settings: {wrong}")
+        out[name] = dict(values)
+    return out
