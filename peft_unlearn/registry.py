@@ -23,17 +23,8 @@ from .errors import UserError, nearest
 
 KINDS = ("objective", "rule", "smoothing", "averaging", "step_size", "selection", "metric", "attack")
 NEEDS = {"logp", "ref_logp", "logits", "ref_logits", "hidden", "ref_hidden", "router", "ref_router", "alternate"}
-NEEDS |= {
-    "generation",
-    "perturbed",
-    "twin",
-    "pair",
-    "base",
-    "samples",
-    "continuations",
-    "depth",
-    "gradient",
-}  # of metrics
+# of metrics; a provider of evaluation adds its own name
+NEEDS |= {"generation", "perturbed", "twin", "pair", "base", "samples", "continuations", "depth", "gradient"}
 _ROOMS = ("peft_unlearn.objectives", "peft_unlearn.gradients", "peft_unlearn.attribution", "peft_unlearn.evaluation")
 _ENTRY_POINTS = "peft_unlearn.plugins"
 _F = TypeVar("_F", bound=Callable[..., Any])

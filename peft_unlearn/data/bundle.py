@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -19,6 +20,8 @@ from .formats import SUFFIXES, identity, load_rows, to_text
 
 SETS = ("forget", "retain", "holdout")
 TEMPLATES = ("qa", "chat")
+# modules of this room that know a benchmark's own layout: recognizes(spec) -> bool, load(spec, template) -> ForgetRetain
+LAYOUT_MODULES = ("tofu",)
 
 
 @dataclass
@@ -48,12 +51,17 @@ class ForgetRetain:
 
     @classmethod
     def load(cls, spec: Any, template: str = "qa") -> ForgetRetain:
-        """A bundle from ``embedded:people``, a folder with forget, retain and holdout files, or a mapping of sources."""
+        """A bundle from ``embedded:people``, a folder with forget, retain and holdout files, a benchmark in its own layout
+        (`tofu`), or a mapping of sources."""
         if isinstance(spec, ForgetRetain):
             return spec
         if isinstance(spec, str) and spec.startswith("embedded:"):
             return cls._from_embedded(spec, template)
         if isinstance(spec, (str, Path)):
+            for name in LAYOUT_MODULES:
+                module = importlib.import_module(f".{name}", __package__)
+                if module.recognizes(spec):
+                    return module.load(spec, template)
             spec = _folder(Path(spec).expanduser())
         if not isinstance(spec, Mapping):
             raise UserError(

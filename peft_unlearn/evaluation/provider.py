@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
-from ..registry import Method, Param, _param
+from ..registry import NEEDS, Method, Param, _param
 from .measured import Unmeasured
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def provider(name: str, gives: tuple[str, ...] | None = None) -> Callable[[Any],
             if p.kind is p.KEYWORD_ONLY
         }
         _PROVIDERS[name] = Provider(name, gives or (name,), fn, params)
+        NEEDS.update({name, *(gives or ())})  # a metric may say that it needs it
         return fn
 
     return decorate
