@@ -53,6 +53,7 @@ class Case:
         on which the model's logits are NaN is NaN. Each row is read once, and generated only where reading leaves the
         greedy answer open.
         """
+        from .. import suites
         from ..plan import make_plan, measure
         from ..score import numbers_of
 
@@ -63,7 +64,7 @@ class Case:
             "sets": {_SET: {"role": "forget", "metrics": list(MEASURES)}},
         }
         rows = self.rows if rows is None else rows
-        plan = make_plan(suite, {_SET: rows}, self.tokenizer, template=template or self.template)
+        plan = make_plan(suites.load(suite), {_SET: rows}, self.tokenizer, template=template or self.template)
         found = numbers_of(plan, measure(model, plan), None, ci=False)
         return {m: n.rows for m in MEASURES if (n := found[f"{_SET}/{m}"]).rows is not None}
 
