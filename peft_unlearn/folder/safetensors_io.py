@@ -22,6 +22,11 @@ _BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "U16": "uint16",
+    "U32": "uint32", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
 _CHUNK = 1 << 22
 _MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -51,6 +56,21 @@ class TensorEntry:
 
     def read(self) -> bytes:
         return b"".join(self.chunks())
+
+    def tensor(self) -> Any:
+        """The tensor itself (torch), in memory of its own: nothing of the file stays mapped."""
+        import torch
+
+        kind = getattr(torch, TORCH_NAMES.get(self.dtype, ""), None)
+        if kind is None:
+            raise UserError(f"{self.file}: {self.name!r} is of the type {self.dtype}, which is not known here.")
+        raw = bytearray(self.end - self.begin)
+        at = 0
+        for piece in self.chunks():
+            raw[at : at + len(piece)] = piece
+            at += len(piece)
+        flat = torch.frombuffer(raw, dtype=kind) if raw else torch.empty(0, dtype=kind)
+        return flat.reshape(self.shape)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
