@@ -157,6 +157,38 @@ def effect(
 
 
 @app.command()
+def calibrate(
+    folder: Folder,
+    retain_floor: Annotated[float, typer.Option(help="Share of the base's retain value that must be kept.")] = 0.95,
+    metric: Annotated[str, typer.Option(help="What is read off both sets.")] = "extraction_strength",
+    max_scale: Annotated[float, typer.Option(help="Largest scale tried; 1 is as trained.")] = 1.0,
+    bake: Annotated[bool, typer.Option("--bake", help="Into lora_alpha, so that plain PEFT runs at it.")] = False,
+    out: Annotated[str | None, typer.Option("--out", "--png", help="Picture of the curve.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="At most so many rows of each set; then nothing is stored.")
+    ] = None,
+    base: Base = None,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """Find the scale that forgets most and keeps the retain set; write it into forget.json."""
+    from .jobs import calibrate as job
+    from .progress import bars
+
+    with bars() as tell:
+        found = job.calibrate(
+            folder, retain_floor=retain_floor, metric=metric, max_scale=max_scale, bake=bake, n=n, base=base, data=data,
+            progress=tell,
+        )  # fmt: skip
+    if out is not None:
+        job.picture(found, out)
+    for note in job.notes(found):
+        print(note, file=sys.stderr)
+    _out(found) if json else print(job.describe(found))
+    raise typer.Exit(1 if found["scale"] is None else 0)
+
+
+@app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
     base: Base = None,
