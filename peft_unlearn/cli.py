@@ -87,6 +87,41 @@ def evaluate(
 
 
 @app.command()
+def attack(
+    folders: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Forget adapters to attack, on one loaded base.")
+    ],
+    base: Base = None,
+    data: Data = None,
+    relearn: Annotated[int | None, typer.Option(min=1, help="Fine-tune on so many forget rows.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Round the merged weights: int8, int4, nf4, bf16.")] = None,
+    jailbreak: Annotated[str | None, typer.Option(help="Other prompts: `templates`, or a YAML file of them.")] = None,
+    strip: Annotated[bool, typer.Option("--strip", help="Take the adapter off.")] = False,
+    benign: Annotated[bool, typer.Option("--benign", help="Fine-tune on unrelated rows.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Read the facts off hidden states.")] = False,
+    gcg: Annotated[bool, typer.Option("--gcg", help="Search a suffix of tokens.")] = False,
+    suffix: Annotated[bool, typer.Option("--suffix", help="Optimize a suffix of embeddings.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every attack there is.")] = False,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="ATTACK.NAME=C", help="Set an option.")] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Score at most so many rows.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which rows are shown, and the attacks' own draws.")] = 0,
+    json: Json = False,
+) -> None:
+    """Try to get back what is forgotten; the same on the retain-only twin; with one folder, store it in eval.json."""
+    from .jobs import attack as jobs
+    from .progress import bars
+
+    flags = {"strip": strip, "benign": benign, "probe": probe, "gcg": gcg, "suffix": suffix}
+    plain = [name for name, on in flags.items() if on]
+    asked = jobs.requests_of(
+        relearn=relearn, quantize=quantize, jailbreak=jailbreak, plain=plain, everything=everything, sets=sets or []
+    )
+    with bars() as tell:
+        found = jobs.attack(folders, asked, base=base, data=data, n=n, seed=seed, progress=tell)
+    _out(found) if json else print(jobs.describe(found))
+
+
+@app.command()
 def merge(
     folder: Folder,
     out: Annotated[str, typer.Option("--out", "--to", help="Folder for the merged model.")],
