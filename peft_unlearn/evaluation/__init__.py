@@ -5,4 +5,7 @@ they are used.
 """
 
 from . import attacks as attacks
+from . import depth as depth
+from . import extraction as extraction
+from . import gradient_norm as gradient_norm
 from . import metrics as metrics

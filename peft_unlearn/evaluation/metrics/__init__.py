@@ -4,7 +4,13 @@ hyper-parameters. It returns one value per row, (rows,) float64, of which the me
 whole set; it raises `Unmeasured` with the reason where it has none.
 """
 
+from . import aggregate as aggregate
+from . import depth as depth
+from . import extraction as extraction
+from . import fluency as fluency
 from . import generation as generation
+from . import leak as leak
 from . import likelihood as likelihood
+from . import membership as membership
 from . import memorization as memorization
 from . import quality as quality

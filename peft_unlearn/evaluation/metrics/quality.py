@@ -10,6 +10,7 @@ import numpy as np
 
 from ...registry import metric
 from ..measured import Array, Unmeasured
+from .aggregate import harmonic_mean
 from .likelihood import TOFU
 
 EXACT_LIMIT = 10_000  # rows; the exact distribution takes time in rows squared, seconds here
@@ -110,11 +111,4 @@ def model_utility(parts: Mapping[str, float]) -> float:
     three sets).
     Raises Unmeasured without parts and ValueError for a negative one.
     """
-    values = np.array(list(parts.values()), dtype=np.float64)
-    if not len(values):
-        raise Unmeasured("the suite names no parts")
-    if np.any(values < 0):
-        raise ValueError(f"model utility is for values >= 0, got {dict(parts)}")
-    if np.any(values == 0):
-        return 0.0
-    return float(len(values) / np.sum(1.0 / values))
+    return harmonic_mean(parts.values())

@@ -1,0 +1,252 @@
+"""Membership inference: can somebody tell the forget rows from rows that no model has seen?
+
+Every attack gives a row a score, high = looks like a non-member. The value is the AUC of telling holdout rows (label 1) from
+forget rows (label 0): 1 = the forget rows are still known as members, 0.5 = cannot be told apart, under 0.5 = over-forgotten,
+which gives them away as well. The gold standard is the value of the retain-only model, not 0.5: rows differ also in what they
+say. Needs the suite's `against`, the holdout set.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+
+from ...registry import Range, Source, metric
+from ..measured import Array, Estimate, Ragged, Unmeasured, _resamples
+from .likelihood import OPEN_UNLEARNING
+
+LOSS = Source(
+    paper="Privacy Risk in Machine Learning: Analyzing the Connection to Overfitting",
+    url="https://arxiv.org/abs/1709.01604",
+    year=2018,
+)
+CARLINI = Source(
+    paper="Extracting Training Data from Large Language Models", url="https://arxiv.org/abs/2012.07805", year=2021
+)
+MIN_K = Source(
+    paper="Detecting Pretraining Data from Large Language Models", url="https://arxiv.org/abs/2310.16789", year=2024
+)
+MIN_K_PLUS = Source(
+    paper="Min-K%++: Improved Baseline for Detecting Pre-Training Data from Large Language Models",
+    url="https://arxiv.org/abs/2404.02936",
+    year=2025,
+)
+MUSE = Source(
+    paper="MUSE: Machine Unlearning Six-Way Evaluation for Language Models",
+    url="https://arxiv.org/abs/2407.06460",
+    year=2025,
+)
+CLOSEST = {"forget": "reference"}  # best is neither high nor low but where the retain-only model is
+Share = Annotated[float, Range(0.0, 1.0, open_low=True)]
+
+
+# --- AUC --------------------------------------------------------------------------------------------------------------
+
+
+def _checked(scores: Array, which: str) -> Array:
+    if not len(scores):
+        raise Unmeasured(f"there are no {which} rows to score")
+    if bad := int(np.sum(~np.isfinite(scores))):
+        raise Unmeasured(f"{bad} of {len(scores)} {which} rows have no score: the model's logits are not finite there")
+    return scores
+
+
+def auc(members: Array, others: Array) -> float:
+    """Chance that a row of `others` scores higher than one of `members`, ties counting half; exact, any scale.
+
+    members: (n,), others: (m,), finite. Raises Unmeasured for an empty side or a score that is not finite.
+    """
+    members, others = np.sort(_checked(members, "forget")), _checked(others, "holdout")
+    below = np.searchsorted(members, others, side="left")
+    up_to = np.searchsorted(members, others, side="right")
+    return int(below.sum() + up_to.sum()) / (2 * len(members) * len(others))
+
+
+def _resampled(members: Array, others: Array, resamples: int, seed: int) -> Array:
+    """(resamples,) AUCs, both sides drawn with replacement; the same draws for any scores of the same rows."""
+    order = np.argsort(pooled := np.concatenate([members, others]), kind="stable")
+    n = len(members)
+    starts = np.flatnonzero(np.diff(pooled[order], prepend=-np.inf) > 0)  # of groups of equal scores
+    which = order >= n
+    out = np.empty(resamples)
+    drawn, also = _resamples(n, resamples, seed), _resamples(len(others), resamples, seed + 1)
+    for k in range(0, resamples, 256):
+        counts = np.concatenate([drawn[k : k + 256], also[k : k + 256]], 1)[:, order].astype(np.float64)
+        in_group = np.add.reduceat(np.where(which, 0.0, counts), starts, axis=1)  # members
+        high = np.add.reduceat(np.where(which, counts, 0.0), starts, axis=1)
+        below = np.cumsum(in_group, axis=1) - in_group
+        out[k : k + 256] = (high * (below + in_group / 2)).sum(1) / (n * len(others))
+    return out
+
+
+def _interval(values: Array) -> tuple[float, float] | None:
+    if not np.all(np.isfinite(values)):
+        return None
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def auc_estimate(members: Array, others: Array, resamples: int = 1000, seed: int = 0) -> Estimate:
+    """`auc` with a percentile bootstrap interval over the rows of both sides; n is their number together."""
+    value, n = auc(members, others), len(members) + len(others)
+    if min(len(members), len(others)) < 2:
+        return Estimate(value, None, n)
+    return Estimate(value, _interval(_resampled(members, others, resamples, seed)), n)
+
+
+# --- scores, one per row, high = non-member ---------------------------------------------------------------------------
+
+
+def nll(logp: Ragged) -> Array:
+    """(rows,) mean negative log-probability of each answer's tokens."""
+    return -logp.mean()
+
+
+def zlib_score(logp: Ragged, answer: Sequence[str]) -> Array:
+    """(rows,) mean negative log-probability / bytes of the compressed answer: what is repetitive is cheap for any model."""
+    return nll(logp) / np.array([len(zlib.compress(text.encode())) for text in answer], dtype=np.float64)
+
+
+def min_k_score(values: Ragged, k: float) -> Array:
+    """(rows,) minus the mean of the lowest k of each row's values, at least one (MUSE's int(n k) can be none)."""
+    out = np.empty(len(values))
+    for i in range(len(values)):
+        row = values[i]
+        take = max(1, int(len(row) * k))
+        out[i] = -np.partition(row, take - 1)[:take].mean() if len(row) and not np.isnan(row).any() else np.nan
+    return out
+
+
+def standardized(logp: Ragged, mean: Ragged, std: Ragged) -> Ragged:
+    """(log p - its mean) / its spread, both over the vocabulary under p; the variance counts as 1e-6 at least."""
+    return Ragged((logp.flat - mean.flat) / np.sqrt(np.maximum(std.flat**2, 1e-6)), logp.offsets)
+
+
+# --- attacks ----------------------------------------------------------------------------------------------------------
+
+
+@metric("mia_loss", source=LOSS, needs=("logp", "pair"), better=CLOSEST, reference="retain_only", version=1)
+def mia_loss(logp: Ragged, against_logp: Ragged) -> Estimate:
+    """AUC of the LOSS attack: score = mean negative log-probability of the answer, EOS included."""
+    return auc_estimate(nll(logp), nll(against_logp))
+
+
+@metric("mia_zlib", source=CARLINI, needs=("logp", "pair"), better=CLOSEST, reference="retain_only", version=1)
+def mia_zlib(logp: Ragged, answer: Sequence[str], against_logp: Ragged, against_answer: Sequence[str]) -> Estimate:
+    """AUC of the ZLib attack: score = mean negative log-probability / bytes of the zlib-compressed answer."""
+    return auc_estimate(zlib_score(logp, answer), zlib_score(against_logp, against_answer))
+
+
+@metric(
+    "mia_reference", source=CARLINI, needs=("logp", "pair", "twin"), better=CLOSEST, reference="retain_only", version=1
+)
+def mia_reference(
+    logp: Ragged, reference_logp: Ragged, against_logp: Ragged, reference_against_logp: Ragged
+) -> Estimate:
+    """AUC of the Reference attack: score = mean negative log-probability minus that of the retain-only model.
+
+    Raises Unmeasured where the model says the same as its reference on every row: it is that model, and there is nothing to
+    calibrate.
+    """
+    mine, theirs = nll(logp) - nll(reference_logp), nll(against_logp) - nll(reference_against_logp)
+    if not np.any(mine) and not np.any(theirs):
+        raise Unmeasured("the model and the reference of the attack are one and the same")
+    return auc_estimate(mine, theirs)
+
+
+@metric(
+    "mia_gradnorm",
+    source=OPEN_UNLEARNING,
+    needs=("gradient", "pair"),
+    better=CLOSEST,
+    reference="retain_only",
+    version=1,
+)
+def mia_gradnorm(gradient_norm: Array, against_gradient_norm: Array) -> Estimate:
+    """AUC of the GradNorm attack: score = mean over the base's weight tensors of the norm of the loss's gradient.
+
+    One backward for each row (provider `gradient_norm`), so the cost of many other metrics together.
+    """
+    return auc_estimate(gradient_norm, against_gradient_norm)
+
+
+@metric("mia_min_k", source=MIN_K, needs=("logp", "pair"), better=CLOSEST, reference="retain_only", version=1)
+def mia_min_k(logp: Ragged, against_logp: Ragged, *, k: Share = 0.4) -> Estimate:
+    """AUC of Min-K% Prob: score = minus the mean of the answer's lowest k log-probabilities."""
+    return auc_estimate(min_k_score(logp, k), min_k_score(against_logp, k))
+
+
+@metric(
+    "mia_min_k_plus_plus", source=MIN_K_PLUS, needs=("logp", "pair"), better=CLOSEST, reference="retain_only", version=1
+)
+def mia_min_k_plus_plus(
+    logp: Ragged,
+    logp_mean: Ragged,
+    logp_std: Ragged,
+    against_logp: Ragged,
+    against_logp_mean: Ragged,
+    against_logp_std: Ragged,
+    *,
+    k: Share = 0.4,
+) -> Estimate:
+    """AUC of Min-K%++: as Min-K% on log-probabilities standardized by their mean and spread over the vocabulary."""
+    return auc_estimate(
+        min_k_score(standardized(logp, logp_mean, logp_std), k),
+        min_k_score(standardized(against_logp, against_logp_mean, against_logp_std), k),
+    )
+
+
+# --- relative to the retain-only model --------------------------------------------------------------------------------
+
+
+def _relative(mine: tuple[Array, Array], theirs: tuple[Array, Array], flip: bool) -> Estimate:
+    """100 (a - r) / r; a, r = AUC of this model and of the retain-only one, or with `flip` 1 - AUC. mine, theirs: (forget
+    scores, holdout scores)."""
+    a, r = auc(*mine), auc(*theirs)
+    a, r = (1 - a, 1 - r) if flip else (a, r)
+    if r == 0:
+        raise Unmeasured("the retain-only model's AUC is 0 in this orientation: nothing is relative to it")
+    n = len(mine[0]) + len(mine[1])
+    if min(len(side) for side in mine) < 2:
+        return Estimate(100 * (a - r) / r, None, n)
+    many_a, many_r = _resampled(*mine, 1000, 0), _resampled(*theirs, 1000, 0)
+    many_a, many_r = (1 - many_a, 1 - many_r) if flip else (many_a, many_r)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Estimate(100 * (a - r) / r, _interval(100 * (many_a - many_r) / many_r), n)
+
+
+@metric("privleak", source=MUSE, needs=("logp", "pair", "twin"), better=CLOSEST, reference="retain_only", version=1)
+def privleak(
+    logp: Ragged, against_logp: Ragged, reference_logp: Ragged, reference_against_logp: Ragged, *, k: Share = 0.4
+) -> Estimate:
+    """MUSE's PrivLeak in percent, from Min-K%: 0 = as the retain-only model, toward -100 = memorized, over 0 = over-forgotten.
+
+    100 (A - A_retain) / A_retain in MUSE's orientation, A = 1 - the AUC of `mia_min_k`. A missing retain-only model gives
+    null; open-unlearning then puts 0.5 in its place.
+    """
+    mine = min_k_score(logp, k), min_k_score(against_logp, k)
+    theirs = min_k_score(reference_logp, k), min_k_score(reference_against_logp, k)
+    return _relative(mine, theirs, flip=True)
+
+
+@metric(
+    "mia_rel_diff",
+    source=OPEN_UNLEARNING,
+    needs=("logp", "pair", "twin"),
+    better=CLOSEST,
+    reference="retain_only",
+    version=1,
+)
+def mia_rel_diff(
+    logp: Ragged, against_logp: Ragged, reference_logp: Ragged, reference_against_logp: Ragged, *, k: Share = 0.4
+) -> Estimate:
+    """Relative difference in percent of the Min-K% AUC from the retain-only model's: 100 (AUC - AUC_retain) / AUC_retain.
+
+    0 = as the retain-only model; its sign is against that of `privleak`: over 0 = still known as members.
+    """
+    mine = min_k_score(logp, k), min_k_score(against_logp, k)
+    theirs = min_k_score(reference_logp, k), min_k_score(reference_against_logp, k)
+    return _relative(mine, theirs, flip=False)
