@@ -25,8 +25,9 @@ from .manifest import Manifest, path_like
 from .read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder, file_sha256, read_adapter
 from .recipe import dump_recipe, portable_recipe
 
-__all__ = ["AdapterFolder", "read_adapter", "update_eval", "write_adapter"]
+__all__ = ["AdapterFolder", "read_adapter", "update_block", "update_eval", "write_adapter"]
 
+KEPT = ("attacks", "calibration", "lm_eval")  # blocks of eval.json that `eval` does not make
 _EDITABLE = (CARD, EVAL)  # may change after writing without making the adapter another one
 
 
@@ -83,11 +84,33 @@ def check_destination(out: str | Path) -> None:
 
 
 def update_eval(folder: str | Path, eval_json: dict[str, Any], card: str | None = None) -> None:
-    """Replace eval.json (and README.md) of a complete adapter, each file whole; the adapter's id does not change."""
-    folder = read_adapter(folder, check_hashes=False).path
-    write_text(folder / EVAL, _json(eval_json, EVAL))
+    """Replace eval.json (and README.md) of a complete adapter, each file whole; the adapter's id does not change.
+
+    What other commands stored beside the suite's numbers (`KEPT`) stays, unless `eval_json` brings its own or it was
+    measured on other weights. README.md follows: `card`, or else its generated block made anew.
+    """
+    found = read_adapter(folder, check_hashes=False)
+    old = found.eval or {}
+    kept = {k: old[k] for k in KEPT if k in old and k not in eval_json and _about(old[k], old) == found.adapter_id}
+    write_text(found.path / EVAL, _json({**eval_json, **kept}, EVAL))
+    if card is None:  # a card that somebody broke by hand is theirs to mend; the numbers are safe
+        with suppress(UserError):
+            card = regenerated(read_adapter(found.path, check_hashes=False))
     if card is not None:
-        write_text(folder / CARD, card)
+        write_text(found.path / CARD, card)
+
+
+def update_block(folder: str | Path, name: str, block: dict[str, Any]) -> None:
+    """Put `block` under `name` into eval.json and leave the rest of it as it is; an adapter without one gets one."""
+    found = read_adapter(folder, check_hashes=False)
+    empty = {"format": 1, "suite": None, "subjects": {}, "details": {}, "metrics": {}, "adapter_id": found.adapter_id}
+    update_eval(found.path, {**(found.eval or empty), name: block})
+
+
+def _about(block: Any, eval_json: dict[str, Any]) -> Any:
+    """The id of the adapter that a block of eval.json was measured on."""
+    own = block.get("adapter_id") if isinstance(block, dict) else None
+    return own or eval_json.get("adapter_id")
 
 
 def _json(value: Any, name: str) -> str:
