@@ -136,7 +136,7 @@ def finetune(
                 tensors = {k: v.to(device) for k, v in pad(some, pad_id).items()}
                 with torch.enable_grad():
                     loss = -Pass(model, tensors).logp.mean()
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
                     raise Unmeasured(f"the loss is {losses[-1]} at step {step} of fine-tuning")
                 loss.backward()

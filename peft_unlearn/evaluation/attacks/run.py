@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import Errors, UserError, nearest
+from ...folder.manifest import path_like
 from ...registry import Method, get, methods
 from ..measured import Array, Unmeasured
 from ..score import Subject, _versions
@@ -147,7 +149,7 @@ def _block(w: Wanted, found: Mapping[str, Outcome | str], absent: Sequence[str],
     unlearned = [name for name in (*found, *absent) if name != "base"]
     return {
         "attack": w.method.name,
-        "settings": w.settings,
+        "settings": {k: Path(v).name if isinstance(v, str) and path_like(v) else v for k, v in w.settings.items()},
         "n": next((o.n for o in done.values()), n),
         "subjects": {
             **{name: {"before": _means(o.before), "after": _means(o.after)} for name, o in done.items()},

@@ -142,7 +142,7 @@ def _on_disk(parameters: Mapping[str, Parameter], checkpoint: str | Path) -> dic
         if name not in entries or entries[name].shape != tuple(p.shape):
             continue
 
-        def read(path: Path = entries[name].path, name: str = name, dtype: torch.dtype = p.dtype) -> Tensor:
+        def read(path: Path = entries[name].file, name: str = name, dtype: torch.dtype = p.dtype) -> Tensor:
             with safe_open(str(path), framework="pt") as f:
                 return f.get_tensor(name).to(dtype)
 
