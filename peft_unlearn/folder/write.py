@@ -87,15 +87,12 @@ def update_eval(folder: str | Path, eval_json: dict[str, Any], card: str | None 
     """Replace eval.json (and README.md) of a complete adapter, each file whole; the adapter's id does not change.
 
     What other commands stored beside the suite's numbers (`KEPT`) stays, unless `eval_json` brings its own or it was
-    measured on other weights. README.md follows: `card`, or else its generated block made anew.
+    measured on other weights.
     """
     found = read_adapter(folder, check_hashes=False)
     old = found.eval or {}
     kept = {k: old[k] for k in KEPT if k in old and k not in eval_json and _about(old[k], old) == found.adapter_id}
     write_text(found.path / EVAL, _json({**eval_json, **kept}, EVAL))
-    if card is None:  # a card that somebody broke by hand is theirs to mend; the numbers are safe
-        with suppress(UserError):
-            card = regenerated(read_adapter(found.path, check_hashes=False))
     if card is not None:
         write_text(found.path / CARD, card)
 
