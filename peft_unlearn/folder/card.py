@@ -1,85 +1,304 @@
-"""The README.md a forget adapter is born with: short, true, and enough to use it. Publishing may write a richer one."""
+"""The card (README.md) of a forget adapter: the one place that writes it.
+
+A card is a front matter, the author's words, and a block between two marks that is generated from forget.json, eval.json and
+adapter_config.json. Generating again replaces the block and the front matter's own keys; whatever stands elsewhere is the
+author's and is kept. Everything that comes from a file is put in as text: no field can bring HTML, a table column, a front
+matter key or a mark of its own.
+"""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
+from ..errors import UserError
 from .base import peft_base_name
-from .manifest import Manifest
+from .card_numbers import headline, numbers
+from .manifest import Manifest, path_like
+from .markdown import block, code, inline, one_line, table
+from .read import CARD, AdapterFolder
+
+TAGS = ("forget-adapter", "machine-unlearning", "peft_unlearn")
+BEGIN, END = "<!-- peft-unlearn: generated, edits are lost -->", "<!-- peft-unlearn: end -->"
+WORDS, WORDS_END = "<!-- peft-unlearn: description -->", "<!-- peft-unlearn: end of description -->"
+DEFAULT_WORDS = "An adapter that makes a language model stop giving the answers of a forget set."
+_OWN = ("library_name", "pipeline_tag", "base_model", "base_model_relation", "tags", "model-index", "forget_adapter")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,40}")
+_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.S | re.M)
+_ID = '"ADAPTER"  # this repository, or a folder'
 
 
-def default_card(manifest: Manifest, recipe: dict[str, Any], eval_json: dict[str, Any] | None) -> str:
-    """Markdown with Hub front matter; numbers only where `eval_json` has them."""
-    front: dict[str, Any] = {"library_name": "peft", "tags": ["forget-adapter", "machine-unlearning", "peft_unlearn"]}
-    base = manifest.base
-    if base.revision is not None:
-        front["base_model"] = base.ref
-    title = manifest.name or "Forget adapter"
-    counts = ", ".join(f"{name}: {row['n']} rows" for name, row in sorted(manifest.data.items()))
-    terms = recipe.get("terms") or manifest.method.get("terms")
-    rule = recipe.get("rule")
+@dataclass
+class ForgetCard:
+    """What a card says. config: adapter_config.json; evaluation: eval.json; license: an id as the Hub knows them."""
+
+    manifest: Manifest
+    config: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] | None = None
+    description: str = ""
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        self.description = self.description or self.manifest.description
+        if self.license is not None and not _LICENSE.fullmatch(self.license):
+            raise UserError(
+                f"license {self.license!r}: expected an id as the Hub knows them, such as apache-2.0, mit, llama3.1 or other."
+            )
+
+    @property
+    def title(self) -> str:
+        return one_line(self.manifest.name) or "Forget adapter"
+
+
+def card_of(found: AdapterFolder, description: str = "", license: str | None = None) -> ForgetCard:
+    """The card of a folder as it stands."""
+    return ForgetCard(found.manifest, found.config, found.eval, description, license)
+
+
+def regenerated(found: AdapterFolder) -> str | None:
+    """README.md of a folder, its generated block made anew; None where there is none, or no card at all."""
+    path = found.path / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return render(card_of(found), text) if BEGIN in text else None
+
+
+def add_tags(model: Any) -> None:
+    """Give the base of a PEFT model the card's tags: ``save_pretrained`` overwrites a card's tags with these and its own."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    if hasattr(base, "add_model_tags"):
+        base.add_model_tags(list(TAGS))
+
+
+def render(card: ForgetCard, existing: str | None = None) -> str:
+    """README.md as text; with `existing`, that card with its generated parts made anew.
+
+    Raises:
+        UserError: the existing front matter is not YAML, or one of the marks is without its other half.
+    """
+    old, body = split(existing or "")
+    if "license" in old and card.license is None and _LICENSE.fullmatch(str(old["license"])):
+        card = ForgetCard(card.manifest, card.config, card.evaluation, card.description, str(old["license"]))
+    if not body.strip():
+        body = f"# {inline(card.title)}\n\n{WORDS}\n{block(card.description or DEFAULT_WORDS)}\n{WORDS_END}\n"
+    elif card.description != card.manifest.description:  # words of their own replace those there
+        body = _replaced(body, WORDS, WORDS_END, block(card.description)) or body
+    new = _replaced(body, BEGIN, END, generated(card))
+    if new is None:
+        new = f"{body.rstrip()}\n\n{BEGIN}\n{generated(card)}\n{END}\n"
+    front = front_matter(card)
+    kept = {k: v for k, v in old.items() if k not in _OWN and k not in front}
+    theirs = old.get("tags") if isinstance(old.get("tags"), list) else []
+    front["tags"] += [
+        t for t in theirs if isinstance(t, str) and t not in front["tags"] and not t.startswith("base_model:")
+    ]
+    return _front_text({**front, **kept}) + new
+
+
+def current(card: ForgetCard, text: str) -> bool | None:
+    """Whether a card says what its folder says now; None for one that holds no generated block: its author's alone."""
+    return None if BEGIN not in text else render(card, text) == text
+
+
+def split(text: str) -> tuple[dict[str, Any], str]:
+    """(front matter, the rest) of a card. Raises `UserError` where the front matter is not a YAML mapping."""
+    found = _FRONT.match(text)
+    if found is None:
+        return {}, text
+    try:
+        front = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        line = one_line(getattr(e, "problem", None) or e)
+        raise UserError(f"README.md: its front matter is not YAML ({line}); mend it, or remove it.") from None
+    if front is not None and not isinstance(front, dict):
+        raise UserError("README.md: its front matter is no mapping of keys to values; mend it, or remove it.")
+    return front or {}, text[found.end() :]
+
+
+def front_matter(card: ForgetCard) -> dict[str, Any]:
+    """The Hub's metadata. ``forget_adapter`` is a key of our own: unlike tags it survives PEFT's re-saving."""
+    m, config = card.manifest, card.config
+    front: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    if m.base.revision is not None:
+        front |= {"base_model": m.base.ref, "base_model_relation": "adapter"}
+    if card.license is not None:
+        front["license"] = card.license
+    front["tags"] = [*TAGS, *(["lora"] if config.get("peft_type", "LORA") == "LORA" else [])]
+    front["forget_adapter"] = {"format": m.format, "base_digest": m.base.digest} | (
+        {"adapter_id": m.adapter_id} if m.adapter_id else {}
+    )
+    found = headline(card.evaluation, m.adapter_id)
+    if found:
+        suite = one_line((card.evaluation or {}).get("suite") or "forget set")
+        front["model-index"] = [{"name": card.title, "results": [{
+            "task": {"type": "text-generation"},
+            "dataset": {"name": suite, "type": f"peft_unlearn-{suite}"},
+            "metrics": [{"type": n.rpartition("/")[2], "value": v, "name": n.replace("/", ": ")} for n, v in found],
+        }]}]  # fmt: skip
+    return front
+
+
+def _front_text(front: dict[str, Any]) -> str:
+    text = yaml.safe_dump(_flat_strings(front), sort_keys=False, allow_unicode=True, width=10**6)
+    return f"---\n{text}---\n"
+
+
+def _flat_strings(value: Any) -> Any:
+    """One line per string: a front matter ends at the first line of three dashes, wherever that stands."""
+    if isinstance(value, dict):
+        return {_flat_strings(k): _flat_strings(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_flat_strings(v) for v in value]
+    return one_line(value) if isinstance(value, str) else value
+
+
+def _replaced(body: str, begin: str, end: str, inside: str) -> str | None:
+    """`body` with what stands between the marks replaced; None where there are no marks."""
+    if begin not in body and end not in body:
+        return None
+    if body.count(begin) != 1 or body.count(end) != 1 or body.index(begin) > body.index(end):
+        raise UserError(f"README.md: the marks {begin} and {end} do not form one pair; put them right, or remove both.")
+    before, _, rest = body.partition(begin)
+    return f"{before}{begin}\n{inside}\n{end}{rest.partition(end)[2]}"
+
+
+def generated(card: ForgetCard) -> str:
+    """The generated block's Markdown, without its marks."""
+    m = card.manifest
+    lines = [
+        *table(["", ""], _facts(card)),
+        "",
+        "## Numbers",
+        "",
+        *numbers(card.evaluation, m.adapter_id),
+        "## Intended use",
+        "",
+        "With the base model named above, and with no other: where that model must not give the answers of this forget set, "
+        "and for research on unlearning. It is no proof that data was erased, and no barrier against somebody who holds the "
+        "weights.",
+        "",
+        "## Limits",
+        "",
+        "- The adapter suppresses behavior. What it forgets is still in the base model's weights.",
+        "- It is removable by design: whoever holds the base takes it off and has the base again, bit for bit.",
+        "- Fine-tuning, rephrased questions and other languages may bring answers back. Numbers above hold for the sets they "
+        "name and for no others; what is not measured is not known.",
+        "- Merging in half precision and quantizing can undo part of it: judge what is served.",
+        *_limits(card),
+        "",
+        "## License",
+        "",
+        (f"The adapter: {code(card.license, cell=False)}. " if card.license else "The author states none. ")
+        + "The base model has a license of its own, which this one does not change.",
+        "",
+        *_use(card),
+    ]
+    return "\n".join(lines).rstrip()
+
+
+def _facts(card: ForgetCard) -> list[list[str]]:
+    m, config = card.manifest, card.config
+    method = m.method
+    base = code(m.base.ref) + (f" at commit {code(m.base.revision)}" if m.base.revision else "")
+    if m.base.ref.startswith("embedded:"):
+        base += " (comes with peft-unlearn)"
+    elif m.base.ref.startswith("local:"):
+        base += " (not published: known by its digest)"
+    shape = [f"{k.replace('_', ' ')} {config[k]}" for k in ("r", "lora_alpha") if config.get(k) is not None]
+    trained = [f"{label} {method[k]}" for k, label in (("optimizer", ""), ("learning_rate", "learning rate"),
+               ("steps", "steps")) if method.get(k) is not None]  # fmt: skip
+    batch, seeds = m.effective_batch.get("rows"), ", ".join(f"{k} {v}" for k, v in sorted(m.seeds.items()))
+    trained += [f"{batch} rows per step"] * (batch is not None) + [seeds] * bool(seeds)
+    where = f"; {len(m.targets)} adapted modules" * bool(m.targets)
+    if method.get("peft_type") == "PEFT_UNLEARN_EXPERT_LORA":
+        where += "; trained inside chosen experts, whose compact form is in `expert_lora/`"
+    counts = [f"{name} {row['n']} rows" for name, row in sorted(m.data.items())]
     rows = [
-        f"---\n{yaml.safe_dump(front, sort_keys=True)}---",
-        f"# {title}",
-        manifest.description or "An adapter that makes a language model stop giving the answers of a forget set.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| base model | `{base.ref}`" + (f" at `{base.revision}`" if base.revision else "") + " |",
-        f"| base digest | `{base.digest[:16]}` |",
-        f"| trained with | `{_flat(terms)}`, rule `{_flat(rule) if rule else 'sum'}` |",
-        f"| reference | `{manifest.reference}` |",
-        f"| data | {counts or 'not stated'} (hashes in forget.json; the texts are not here) |",
-        f"| scale | {manifest.scale:g} |",
-        "",
-        *_numbers(eval_json),
+        ["base model", base],
+        ["digest of the base", code(m.base.digest)],
+        *([["digest of this adapter", code(m.adapter_id)]] if m.adapter_id else []),
+        ["objectives", code(_flat(method.get("terms")))],
+        *([[k.replace("_", " "), code(_flat(method[k]))] for k in _PARTS if method.get(k)]),
+        ["training", inline(", ".join(t.strip() for t in trained)) or "not stated"],
+        ["adapter", inline(", ".join([str(config.get("peft_type", "LORA")), *shape])) + where],
+        ["reference", code(m.reference)],
+        ["data", (inline(", ".join(counts)) or "not stated") + "; by hash in forget.json, no texts"],
+        *([["depends on", ", ".join(code(d) for d in m.depends_on)]] if m.depends_on else []),
+        ["scale", _scale(m)],
+    ]  # fmt: skip
+    return rows
+
+
+_PARTS = ("rule", "smoothing", "step_size", "averaging", "negate")
+
+
+def _scale(m: Manifest) -> str:
+    baked = m.method.get("baked_scale")
+    return f"{m.scale:g}" + (f" ({float(baked):g} of the trained strength is baked into lora_alpha)" if baked else "")
+
+
+def _flat(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
+    return text.strip().removesuffix("...").strip()
+
+
+def _limits(card: ForgetCard) -> list[str]:
+    m = card.manifest
+    out = []
+    if m.scale != 1:
+        out.append(f"- Plain PEFT runs it at scale 1; it is meant to run at {m.scale:g}, which peft-unlearn applies.")
+    if m.depends_on:
+        out.append("- It was trained on top of other adapters (above) and is not meant to run without them.")
+    return out
+
+
+def _use(card: ForgetCard) -> list[str]:
+    m = card.manifest
+    name = peft_base_name(m.base.ref)
+    if m.base.ref.startswith("embedded:"):
+        load, why = "FOLDER", f"  # printed by: peft-unlearn base path {m.base.ref.removeprefix('embedded:')}"
+    else:
+        load, why = name or "FOLDER", "" if name else "  # of the base with the digest above"
+    revision = f', revision="{m.base.revision}"' if m.base.revision else ""
+    known = m.base.revision is not None or m.base.ref.startswith("embedded:")
+    here, base_flag = ("None", "") if known else ('"FOLDER"', " --base FOLDER")
+    return [
         "## Use",
+        "",
+        "With plain PEFT:",
         "",
         "```python",
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained({_load_name(base.ref)}, dtype="float32")',
-        'model = PeftModel.from_pretrained(base, "PATH OR ID OF THIS ADAPTER")',
+        f'BASE = "{load}"{why}',
+        f"ADAPTER = {_ID}",
+        f'base = AutoModelForCausalLM.from_pretrained(BASE{revision}, dtype="float32")',
+        "model = PeftModel.from_pretrained(base, ADAPTER)",
         "```",
         "",
-        "## Limits",
+        "With peft-unlearn, which checks the base's digest and applies the scale:",
         "",
-        "This adapter suppresses behavior; the knowledge is still in the base model's weights. Whoever holds the base "
-        "can take the adapter off, and fine-tuning or rephrased questions may bring answers back. The numbers above, "
-        "where there are any, hold for the sets they name and no others. Merging in bfloat16 or quantizing can undo "
-        "part of the effect: evaluate what is served.",
+        "```python",
+        "from peft_unlearn import ForgetModel",
         "",
+        f'model = ForgetModel.from_pretrained({here}, ["ADAPTER"]).model',
+        "```",
+        "",
+        "To check it, to judge it, to take it off and to see that the base is back:",
+        "",
+        "```",
+        "peft-unlearn pull ADAPTER --out FOLDER",
+        f"peft-unlearn verify FOLDER{base_flag}",
+        f"peft-unlearn eval FOLDER{base_flag}",
+        f"peft-unlearn remove FOLDER{base_flag}",
+        "```",
     ]
-    return "\n".join(rows)
 
 
-def _load_name(ref: str) -> str:
-    if ref.startswith("embedded:"):
-        return f'"FOLDER"  # printed by: peft-unlearn base path {ref.removeprefix("embedded:")}\n'.rstrip("\n")
-    return f'"{peft_base_name(ref) or "FOLDER OF THE BASE"}"'
-
-
-def _flat(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
-
-
-def _numbers(eval_json: dict[str, Any] | None) -> list[str]:
-    subjects = (eval_json or {}).get("subjects") or {}
-    shown = [s for s, values in subjects.items() if values]
-    if not shown:
-        return ["No evaluation is stored with this adapter.", ""]
-    metrics = list(dict.fromkeys(m for s in shown for m in subjects[s]))
-    suite = (eval_json or {}).get("suite", "")
-    lines = [
-        f"## Numbers{f' ({suite})' if suite else ''}",
-        "",
-        f"| | {' | '.join(shown)} |",
-        "|---" * (len(shown) + 1) + "|",
-    ]
-    for metric in metrics:
-        cells = [subjects[s].get(metric) for s in shown]
-        lines.append(f"| {metric} | " + " | ".join("–" if c is None else f"{c:.3g}" for c in cells) + " |")
-    return [*lines, ""]
+def portable_front(front: dict[str, Any]) -> list[str]:
+    """Front matter keys that name a place on a machine: PEFT writes one into ``base_model`` when it saves."""
+    return [k for k, v in front.items() for x in (v if isinstance(v, list) else [v])
+            if isinstance(x, str) and path_like(x.removeprefix("base_model:adapter:"))]  # fmt: skip

@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from ..errors import UserError
 from .atomic import _check_free, staged, write_text
 from .base import peft_base_name
-from .card import default_card
+from .card import ForgetCard, regenerated, render
 from .manifest import Manifest, path_like
 from .read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder, file_sha256, read_adapter
 from .recipe import dump_recipe, portable_recipe
@@ -65,12 +66,13 @@ def write_adapter(
         (stage / RECIPE).write_text(dump_recipe(portable), encoding="utf-8")
         if eval_json is not None:
             (stage / EVAL).write_text(_json(eval_json, EVAL), encoding="utf-8")
-        text = card if card is not None else default_card(manifest, portable, eval_json)
-        (stage / CARD).write_text(text, encoding="utf-8")
         _same_as_in_memory(stage / WEIGHTS, wanted)
-        names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
+        names = sorted([CARD, *(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())])
         files = {n: None if n in _EDITABLE else file_sha256(stage / n) for n in names}
         complete = replace(manifest, files=files)
+        config = json.loads((stage / CONFIG).read_text(encoding="utf-8"))
+        text = card if card is not None else render(ForgetCard(complete, config, eval_json))
+        (stage / CARD).write_text(text, encoding="utf-8")
         (stage / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
         _refuse_machine_paths(stage, peft_model, out)
         read_adapter(stage)
@@ -87,12 +89,15 @@ def update_eval(folder: str | Path, eval_json: dict[str, Any], card: str | None 
     """Replace eval.json (and README.md) of a complete adapter, each file whole; the adapter's id does not change.
 
     What other commands stored beside the suite's numbers (`KEPT`) stays, unless `eval_json` brings its own or it was
-    measured on other weights.
+    measured on other weights. README.md follows: `card`, or else its generated block made anew.
     """
     found = read_adapter(folder, check_hashes=False)
     old = found.eval or {}
     kept = {k: old[k] for k in KEPT if k in old and k not in eval_json and _about(old[k], old) == found.adapter_id}
     write_text(found.path / EVAL, _json({**eval_json, **kept}, EVAL))
+    if card is None:  # a card that somebody broke by hand is theirs to mend; the numbers are safe
+        with suppress(UserError):
+            card = regenerated(read_adapter(found.path, check_hashes=False))
     if card is not None:
         write_text(found.path / CARD, card)
 

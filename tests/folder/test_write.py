@@ -42,7 +42,7 @@ def test_exactly_these_files_and_no_machine_path(base_dir: Path, tmp_path: Path)
     assert got.recipe["data"]["forget"] == "sha256:" + "a" * 64 and got.eval == EVAL
     assert list(tmp_path.iterdir()) == [out]
     card = (out / "README.md").read_text()
-    assert "suppresses" in card and "delete" not in card and "| forget/value_accuracy | 0.99 |" in card
+    assert "suppresses" in card and "delete" not in card and "| base model | 0.99 |" in card
 
 
 def test_same_input_same_bytes(base_dir: Path, tmp_path: Path) -> None:
