@@ -20,6 +20,11 @@ CONTAINS = Source(
     url="https://arxiv.org/abs/2307.03172",
     year=2023,
 )
+MUSE = Source(
+    paper="MUSE: Machine Unlearning Six-Way Evaluation for Language Models",
+    url="https://arxiv.org/abs/2407.06460",
+    year=2024,
+)
 ORIENTATION = {"forget": "lower", "retain": "higher"}
 
 # scripts written without spaces: each character is a word of its own, else a value inside a sentence has no boundaries
@@ -61,13 +66,38 @@ def rouge_l_recall(generation: Sequence[str], answer: Sequence[str]) -> Array:
     has none.
     Raises Unmeasured where rouge-score is not installed.
     """
+    return _rouge_l(generation, answer, stem=True, part="recall")
+
+
+@metric("rouge_l_f1", source=ROUGE, needs=("generation",), better=ORIENTATION, reference=None, version=1)
+def rouge_l_f1(generation: Sequence[str], answer: Sequence[str]) -> Array:
+    """ROUGE-L F1 of the greedy answer, without a stemmer: MUSE's VerbMem and KnowMem, here in [0, 1] and not times 100.
+
+    generation, answer: one string per row. F1 of precision LCS / words said and recall LCS / words of the right answer.
+    Returns (rows,) in [0, 1]; 0 for an empty answer; NaN where the right answer has no ASCII letter or digit. Open-unlearning
+    stems here, so its VerbMem is a little higher.
+    Raises Unmeasured where rouge-score is not installed.
+    """
+    return _rouge_l(generation, answer, stem=False, part="fmeasure")
+
+
+@metric("verbatim_rouge_l_f1", source=MUSE, needs=("generation",), better=ORIENTATION, reference=None, version=1)
+def verbatim_rouge_l_f1(generation: Sequence[str], answer_start: Sequence[str]) -> Array:
+    """`rouge_l_f1` against the right text cut to as many tokens as may be generated: MUSE's VerbMem, in [0, 1].
+
+    generation: greedy continuations.   answer_start: the right texts' first max_new_tokens tokens (128 in MUSE).
+    """
+    return _rouge_l(generation, answer_start, stem=False, part="fmeasure")
+
+
+def _rouge_l(generation: Sequence[str], answer: Sequence[str], stem: bool, part: str) -> Array:
     try:
         from rouge_score import rouge_scorer
     except ImportError:
         raise Unmeasured("the package rouge-score is not installed: pip install rouge-score") from None
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    recall = np.empty(len(answer))
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem)
+    out = np.empty(len(answer))
     for i, (said, gold) in enumerate(zip(generation, answer, strict=True)):
         readable = re.search(r"[a-z0-9]", gold.lower())
-        recall[i] = scorer.score(gold, said)["rougeL"].recall if readable else np.nan
-    return recall
+        out[i] = getattr(scorer.score(gold, said)["rougeL"], part) if readable else np.nan
+    return out
