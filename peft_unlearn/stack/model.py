@@ -13,20 +13,27 @@ import torch
 from ..errors import UserError, nearest
 from ..folder.base import load_base, load_tokenizer, resolve_base
 from ..folder.digest import digest_checkpoint
+from ..folder.fetch import is_hub_id, resolve_adapter, split_reference
 from ..folder.read import AdapterFolder, read_adapter
-from .removal import RemovalReport, take_off
+from .attach import attach, detach, freeze, kind_of
+from .fits import check_base, check_dependencies, check_tokenizer, dependents
+from .removal import RemovalReport, take_off, take_one_off
+
+__all__ = ["ForgetModel", "attach", "check_base", "freeze"]
 
 Adapters = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
 
 class ForgetModel:
-    """Use `ForgetModel.from_pretrained`.
+    """Use `ForgetModel.from_pretrained` or `ForgetModel.from_stack`.
 
     model: the peft model; base_dir: the folder of the base's files; adapters: name -> AdapterFolder, in stacking order;
     base_digest: of the files in base_dir.
     """
 
-    def __init__(self, model: Any, base_dir: Path, adapters: dict[str, AdapterFolder], base_digest: str) -> None:
+    def __init__(
+        self, model: Any, base_dir: Path, adapters: dict[str, AdapterFolder], base_digest: str, fused: bool = True
+    ) -> None:
         self.model = model
         self.base_dir = base_dir
         self.adapters = adapters
@@ -34,6 +41,10 @@ class ForgetModel:
         self._scales = dict.fromkeys(adapters, 1.0)
         self._unit = {name: _scalings(model, name) for name in adapters}
         self._tokenizer: Any = None
+        if fused:
+            from .fused import fuse
+
+            fuse(model)
 
     @classmethod
     def from_pretrained(
@@ -42,22 +53,72 @@ class ForgetModel:
         adapters: Adapters,
         scales: Sequence[float] | Mapping[str, float] | None = None,
         dtype: str | torch.dtype = torch.float32,
+        fused: bool = True,
     ) -> ForgetModel:
-        """Load the base and put `adapters` (folders; a mapping names them) on it, all active and frozen.
+        """Load the base and put `adapters` on it, all active and frozen.
 
-        base: a folder, a Hub id, ``embedded:NAME``, or None for the one the first adapter's manifest names.
-        scales: one per adapter; by default each manifest's own. Refuses an adapter trained on other weights.
+        Args:
+            base: a folder, a Hub id, ``embedded:NAME``, or None for the one the first adapter's manifest names.
+            adapters: folders, Hub ids or ``id@commit``, in stacking order: those that others were trained on top of come
+                first. A mapping names them. LoRA and expert adapters may stand together.
+            scales: one per adapter; by default each manifest's own.
+            fused: compute the LoRA adapters of a layer together (`stack.fused`), not one by one.
+
+        Raises:
+            UserError: an adapter that is damaged, was trained on other weights, with another tokenizer, in another order
+                or on top of one that is missing, or that does not fit the base's shapes.
         """
-        folders = {name: read_adapter(path) for name, path in _named(adapters).items()}
+        folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in _named(adapters).items()}
+        return cls._of(folders, base, scales, dtype, fused)
+
+    @classmethod
+    def from_stack(
+        cls,
+        path: str | Path,
+        base: str | Path | None = None,
+        dtype: str | torch.dtype = torch.float32,
+        fused: bool = True,
+    ) -> ForgetModel:
+        """The active adapters of a stack file (`stack.stackfile`), each at the scale written there.
+
+        Raises:
+            UserError: as `from_pretrained`; and for an adapter that is not the one that was added to the file.
+        """
+        from .stackfile import load
+
+        stack = load(path)
+        folders = stack.folders()
+        if not folders:
+            raise UserError(f"{path}: no adapter of this stack is active; the base itself is what it describes.")
+        ref = stack.base
+        found = resolve_base(ref.ref, override=base, revision=ref.revision)
+        digest = digest_checkpoint(found)
+        if digest != ref.digest:
+            raise UserError(
+                f"{path}: the stack stands on the base {ref.ref} with digest {ref.digest[:12]}, and {found} has digest "
+                f"{digest[:12]}: other weights. Give the right base with --base."
+            )
+        return cls._of(folders, found, stack.scales(), dtype, fused, digest)
+
+    @classmethod
+    def _of(
+        cls,
+        folders: dict[str, AdapterFolder],
+        base: str | Path | None,
+        scales: Sequence[float] | Mapping[str, float] | None,
+        dtype: str | torch.dtype,
+        fused: bool,
+        digest: str | None = None,
+    ) -> ForgetModel:
+        wanted = _scales(folders, scales)
+        check_dependencies(folders, wanted)
         first = next(iter(folders.values())).manifest.base
         base_dir = resolve_base(first.ref, override=base, revision=first.revision)
-        digest = digest_checkpoint(base_dir)
+        digest = digest or digest_checkpoint(base_dir)
         for folder in folders.values():
             check_base(folder, base_dir, digest)
-        _check_dependencies(folders)
-        wanted = _scales(folders, scales)
-        model = attach(load_base(base_dir, dtype), folders)
-        stack = cls(model, base_dir, folders, digest)
+            check_tokenizer(folder.path, base_dir)
+        stack = cls(attach(load_base(base_dir, dtype), folders), base_dir, folders, digest, fused)
         for name, value in wanted.items():
             stack.scale(name, value)
         return stack
@@ -74,6 +135,15 @@ class ForgetModel:
         status = self.model.get_model_status()
         return list(status.active_adapters) if status.enabled is True else []
 
+    def chain(self, name: str) -> list[str]:
+        """`name` with every adapter it was trained on top of, in stacking order: what has to be active to judge it."""
+        self._known(name)
+        ids = set(self.adapters[name].manifest.depends_on)
+        for other in reversed(self.adapters.values()):
+            if other.adapter_id in ids:
+                ids |= set(other.manifest.depends_on)
+        return [n for n, f in self.adapters.items() if n == name or f.adapter_id in ids]
+
     @contextmanager
     def disabled(self) -> Iterator[Any]:
         """The base alone, bit for bit, for the length of the block."""
@@ -83,13 +153,15 @@ class ForgetModel:
 
     def scale(self, name: str, value: float) -> None:
         """Set the strength of adapter `name`: 1 is as trained, 0 is off, negative is the opposite."""
-        if name not in self.adapters:
-            raise UserError(f"There is no adapter {name!r}.{nearest(name, self.adapters)}")
+        self._known(name)
         if not isinstance(value, int | float) or not torch.isfinite(torch.tensor(float(value))):
             raise UserError(f"scale of {name!r}: expected a finite number, found {value!r}.")
-        layers = dict(self.model.named_modules())
-        for at, unit in self._unit[name].items():
-            layers[at].scaling[name] = unit * float(value)
+        if not self._unit[name] and value != 1:
+            raise UserError(
+                f"{name!r} is of type {kind_of(self.adapters[name].config)}, which has no strength to set; it runs at 1."
+            )
+        for layer, unit in self._unit[name]:
+            layer.scaling[name] = unit * float(value)
         self._scales[name] = float(value)
 
     def scales(self) -> dict[str, float]:
@@ -99,49 +171,42 @@ class ForgetModel:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.generate(*args, **kwargs)
 
-    def remove(self) -> RemovalReport:
-        """Take every adapter off for good and prove it (`removal.take_off`); `.model` is then the plain base."""
-        probes = next(iter(self.adapters.values())).manifest.probes
-        self.model, report = take_off(self.model, self.base_dir, probes, None if probes is None else self.tokenizer)
+    def remove(self, name: str | None = None, cascade: bool = False) -> RemovalReport:
+        """Take adapters off for good and prove it.
+
+        Without `name` all of them (`removal.take_off`); `.model` is then the plain base. With it that one alone: the others
+        go on as if it had never been there (`removal.take_one_off`).
+
+        Raises:
+            UserError: others were trained on top of `name`, and `cascade`, which takes those off too, was not asked for.
+        """
+        probes = next((a.manifest.probes for a in self.adapters.values()), None)
+        if name is None or (list(self.adapters) == [name]):
+            tokenizer = None if probes is None else self.tokenizer
+            self.model, report = take_off(self.model, self.base_dir, probes, tokenizer)
+            self.adapters, self._scales, self._unit = {}, {}, {}
+            return report
+        self._known(name)
+        above = dependents(self.adapters, [name])
+        if above and not cascade:
+            raise UserError(
+                f"{', '.join(above)} {'was' if len(above) == 1 else 'were'} trained on top of {name!r} and would answer "
+                "otherwise without it. Take those off first, or all together (cascade)."
+            )
+        gone = [*reversed(above), name]
+        if len(gone) == len(self.adapters):
+            return self.remove()
+        tokenizer = self.tokenizer
+        report = take_one_off(self.model, self.base_dir, gone, detach)
+        for each in gone:
+            for table in (self.adapters, self._scales, self._unit):
+                del table[each]
+        self._tokenizer = tokenizer
         return report
 
-
-def attach(base: Any, folders: dict[str, AdapterFolder]) -> Any:
-    """`base` wrapped as a PeftModel with all of `folders` active, frozen, in evaluation mode. Ignores scales."""
-    from peft import PeftModel
-
-    kinds = {str(f.config["peft_type"]) for f in folders.values()}
-    if len(kinds) > 1:
-        raise UserError(f"Adapters of several PEFT types ({', '.join(sorted(kinds))}) cannot be active together yet.")
-    model: Any = None
-    for name, folder in folders.items():
-        try:
-            if model is None:
-                model = PeftModel.from_pretrained(base, str(folder.path), adapter_name=name)
-            else:
-                model.load_adapter(str(folder.path), adapter_name=name)
-        except (ValueError, RuntimeError, KeyError) as e:
-            raise UserError(f"{folder.path}: PEFT cannot put this adapter on the base ({_brief(e)}).") from None
-    if len(folders) > 1:
-        model.base_model.set_adapter(list(folders), inference_mode=True)
-    freeze(model)
-    return model.eval()
-
-
-def freeze(model: Any) -> None:
-    for p in model.parameters():
-        p.requires_grad_(False)
-
-
-def check_base(folder: AdapterFolder, base_dir: Path, digest: str) -> None:
-    """Refuse `folder` on a base with other weights than it was trained on."""
-    base = folder.manifest.base
-    if base.digest != digest:
-        raise UserError(
-            f"{folder.path}: was trained on the base {base.ref} with digest {base.digest[:12]}, but {base_dir} "
-            f"has digest "
-            f"{digest[:12]}: other weights, on which this adapter means nothing. Give the right base with --base."
-        )
+    def _known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise UserError(f"There is no adapter {name!r}.{nearest(name, self.adapters)}")
 
 
 def _named(adapters: Adapters) -> dict[str, str | Path]:
@@ -152,9 +217,7 @@ def _named(adapters: Adapters) -> dict[str, str | Path]:
         named = {}
         for path in paths:
             # PEFT uses the name as a module name: no dots. One adapter alone is PEFT's "default".
-            stem = (
-                re.sub(r"[^A-Za-z0-9_-]", "_", Path(path).expanduser().resolve().name) if len(paths) > 1 else "default"
-            )
+            stem = re.sub(r"[^A-Za-z0-9_-]", "_", _last(path)) if len(paths) > 1 else "default"
             name, k = stem, 2
             while name in named:
                 name, k = f"{stem}_{k}", k + 1
@@ -167,17 +230,9 @@ def _named(adapters: Adapters) -> dict[str, str | Path]:
     return named
 
 
-def _check_dependencies(folders: dict[str, AdapterFolder]) -> None:
-    below: set[str] = set()
-    for folder in folders.values():
-        lost = [d for d in folder.manifest.depends_on if d not in below]
-        if lost:
-            raise UserError(
-                f"{folder.path}: was trained on top of {len(lost)} adapter(s) that are not below it, first "
-                f"{lost[0][:19]}; "
-                "give those first, in the order of training."
-            )
-        below.add(folder.adapter_id)
+def _last(ref: str | Path) -> str:
+    text = split_reference(str(ref))[0] if is_hub_id(ref) else str(ref)
+    return Path(text).expanduser().resolve().name
 
 
 def _scales(
@@ -196,16 +251,11 @@ def _scales(
     return out
 
 
-def _scalings(model: Any, adapter: str) -> dict[str, float]:
-    """Module name -> the factor PEFT multiplies B A with at scale 1 (alpha/r, rank-stabilised variants included)."""
-    found = {}
-    for at, module in model.named_modules():
+def _scalings(model: Any, adapter: str) -> list[tuple[Any, float]]:
+    """Layers of `adapter`, each with the factor PEFT multiplies B A with at scale 1 (alpha/r, rank-stabilised included)."""
+    found = []
+    for module in model.modules():
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict) and adapter in scaling:
-            found[at] = float(scaling[adapter])
+            found.append((module, float(scaling[adapter])))
     return found
-
-
-def _brief(e: Exception) -> str:
-    lines = [line.strip() for line in str(e).strip().splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(e).__name__

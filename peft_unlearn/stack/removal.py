@@ -8,9 +8,12 @@ reported.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from ..errors import UserError
 from ..folder.digest import adapter_modules, digest_live
@@ -35,6 +38,7 @@ class RemovalReport:
     probe_difference: float | None = None
     probe_tolerance: float = PROBE_TOLERANCE
     reasons: list[str] = field(default_factory=list)
+    remaining: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -52,6 +56,11 @@ class RemovalReport:
         names = ", ".join(self.adapters)
         if self.verdict == "removed":
             head = f"Removed {names}: all {self.n_tensors} tensors in memory have the bytes of the base's files."
+            if self.remaining:
+                head = (
+                    f"Removed {names}; {', '.join(self.remaining)} {'goes' if len(self.remaining) == 1 else 'go'} on over a "
+                    f"base all of whose {self.n_tensors} tensors have the bytes of its files."
+                )
         elif self.verdict == "changed":
             head = f"CHANGED: {names} taken off, but what is left is not the base."
         else:
@@ -102,8 +111,58 @@ def take_off(
     return plain, report
 
 
+def take_one_off(
+    model: Any, base_dir: Path, names: Sequence[str], detach: Callable[[Any, str], list[str]]
+) -> RemovalReport:
+    """Take `names` off a stack that goes on without them, and prove it: nothing of them is left, the base under the others
+    has the bytes of its files, and no factor of the others has changed. (Logits would prove nothing here: no manifest
+    stores those of this combination.)
+
+    detach: takes one adapter off a model and returns what is still there of it.
+    """
+    merged = [n for n, m in adapter_modules(model).items() if getattr(m, "merged", False)]
+    if merged:
+        raise UserError(
+            f"The adapters are merged into {len(merged)} modules of this model, and taking one out of rounded sums does not "
+            "give the others back. Load the base and the other adapters anew."
+        )
+    before = _others(model, names)
+    left = [rest for name in names for rest in detach(model, name)]
+    moved = sorted(n for n, t in _others(model, names).items() if not torch.equal(t, before.get(n, t.new_empty(0))))
+    live = digest_live(model, base_dir)
+    reasons = [live.reason] if live.reason else []
+    if left:
+        reasons.append(f"Left behind: {', '.join(left[:4])}.")
+    if moved:
+        reasons.append(f"Factors of other adapters changed: {', '.join(moved[:4])}.")
+    bad = live.verdict == "changed" or left or moved
+    same = live.verdict == "same" and live.digest == live.checkpoint_digest
+    return RemovalReport(
+        "changed" if bad else "removed" if same else "cannot tell", list(names), live.checkpoint_digest, live.digest,
+        live.n_tensors, live.changed, left, [], None, PROBE_TOLERANCE, reasons, list(model.peft_config),
+    )  # fmt: skip
+
+
+def _others(model: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Copies of the factors of every adapter but `names`; wrappers that go away with one are not part of a key."""
+    found = {}
+    for kept in (n for n in model.peft_config if n not in names):
+        for key, p in model.named_parameters():
+            if f".{kept}." in key or key.endswith(f".{kept}"):
+                found[key.replace(".base_layer", "")] = p.detach().clone()
+    return found
+
+
 def unload(model: Any) -> Any:
     """The base model inside `model` with PEFT's modules taken out and its marks wiped."""
+    from ..tuners.expert_lora.layer import TunerLayer
+
+    for name, layer in adapter_modules(model).items():
+        if isinstance(
+            layer, TunerLayer
+        ):  # PEFT moves a `.weight` about when it takes a layer out, and fused experts have none
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
     plain = model.unload() if hasattr(model, "unload") else model.base_model.unload()
     for holder in (plain, getattr(plain, "model", None)):
         if holder is not None and "peft_config" in vars(holder):

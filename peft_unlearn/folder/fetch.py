@@ -1,0 +1,114 @@
+"""From what a user calls an adapter (a folder, or a Hub id with or without its commit) to a folder of plain files."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ..errors import UserError
+from .manifest import path_like
+
+FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "forget.json", "recipe.yaml", "eval.json", "README.md",
+    "expert_lora/adapter_config.json", "expert_lora/adapter_model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""What is ever downloaded: no code, no pickles, no checkpoints."""
+
+_NEEDED = ("adapter_config.json", "adapter_model.safetensors", "forget.json")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def split_reference(ref: str) -> tuple[str, str | None]:
+    """("me/x", commit or None) of ``me/x`` or ``me/x@commit``; a folder's name comes back as it is."""
+    head, at, tail = ref.rpartition("@")
+    return (head, tail) if at and _ID.fullmatch(head) else (ref, None)
+
+
+def is_hub_id(ref: str | Path) -> bool:
+    """Whether `ref` means a repository on the Hub: no folder of that name lies here, and it is spelt as one."""
+    text = str(ref)
+    if path_like(text) or Path(text).exists():
+        return False
+    return _ID.fullmatch(split_reference(text)[0]) is not None
+
+
+def resolve_adapter(ref: str | Path, revision: str | None = None) -> Path:
+    """The folder of an adapter: `ref` itself where it is one, else the files of a Hub repository in the local cache.
+
+    Args:
+        ref: a folder, a Hub id, or ``id@commit``.
+        revision: commit, branch or tag of a Hub id; the folder that comes back is always that of one commit
+            (`commit_of`). Default the newest one known here, else the newest there.
+
+    Raises:
+        UserError: no such folder, not a name, not to be had, or a repository without adapter weights in safetensors.
+    """
+    text = str(ref)
+    folder = Path(text).expanduser()
+    if folder.exists() or path_like(text):
+        if revision is not None:
+            raise UserError(f"adapter {text}: is a folder, and a folder has no revision {revision!r}.")
+        if not folder.is_dir():
+            raise UserError(f"{text}: {'is a file, not an adapter folder' if folder.exists() else 'no such folder'}.")
+        return folder
+    hub_id, commit = split_reference(text)
+    if not _ID.fullmatch(hub_id):
+        raise UserError(f"{text}: no such folder, and not a Hub id (OWNER/NAME, or OWNER/NAME@COMMIT) either.")
+    if commit is not None and revision is not None and commit != revision:
+        raise UserError(f"adapter {text}: two revisions are given, {commit} and {revision}.")
+    found = _from_hub(hub_id, commit or revision)
+    missing = [n for n in _NEEDED if not (found / n).is_file()]
+    if missing:
+        raise UserError(
+            f"adapter {hub_id} at {commit_of(found)}: holds no {' and no '.join(missing)}: not a forget adapter "
+            "(pickled weights are never downloaded)."
+        )
+    return found
+
+
+def commit_of(folder: str | Path) -> str | None:
+    """The 40-digit commit of a folder that lies in the Hub's cache, or None for any other."""
+    parts = Path(folder).parts
+    if len(parts) > 1 and parts[-2] == "snapshots" and _COMMIT.fullmatch(parts[-1]):
+        return parts[-1]
+    return None
+
+
+def _from_hub(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def fetch(local: bool) -> Path:
+        patterns = list(FILES)
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=local))
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    try:
+        try:
+            found = fetch(local=True)
+            # What an interrupted download left is a folder too.
+            if offline or all((found / n).is_file() for n in _NEEDED):
+                return _pinned(found, revision)
+        except LocalEntryNotFoundError:
+            if offline:
+                raise
+        return _pinned(fetch(local=False), revision)
+    except HFValidationError:
+        raise UserError(f"adapter {hub_id!r}: neither a folder nor a Hub id.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        at = f" at {revision}" if revision else ""
+        raise UserError(
+            f"adapter {hub_id!r}{at}: no such folder here, not in the local Hub cache, and the Hub could not give it "
+            f"({type(e).__name__})."
+        ) from None
+
+
+def _pinned(found: Path, revision: str | None) -> Path:
+    commit = commit_of(found)
+    if commit is None or (revision is not None and _COMMIT.fullmatch(revision) and commit != revision):
+        raise UserError(f"{found.name}: the Hub's cache did not give the commit that was asked for ({revision}).")
+    return found

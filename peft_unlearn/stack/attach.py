@@ -1,0 +1,197 @@
+"""Adapters onto a loaded base, of several PEFT types at once, and off it again.
+
+One `PeftModel`, of the first adapter's type. PEFT itself refuses a second type there, but only in `add_adapter`: its
+layers know adapters by name and pass over names that they do not hold, and switching on and off reaches every tuner layer
+whatever its type. So adapters of other types are injected into the same base, and share its dict of configs and its list
+of active names. Two types on one and the same module are refused: neither would be a sum any more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..folder.digest import adapter_modules
+from ..folder.read import CONFIG, WEIGHTS, AdapterFolder
+from ..tuners.registration import PEFT_TYPE, register
+
+COMPACT = "expert_lora"  # subfolder with the compact form of an expert adapter
+_SUMS = ("LORA", PEFT_TYPE)
+
+
+def attach(base: Any, folders: Mapping[str, AdapterFolder]) -> Any:
+    """`base` as a PeftModel with all of `folders` active, frozen, in evaluation mode. Ignores scales.
+
+    An expert adapter goes on in its compact form where its folder has one; that it says the same as the stock form beside
+    it, which is what the adapter's id stands for, is checked bit for bit.
+    """
+    model = base
+    for name, folder in folders.items():
+        compact = folder.path / COMPACT
+        where = compact if (compact / CONFIG).is_file() else folder.path
+        try:
+            model = _load(model, name, where)
+            _check_loaded(model, name, where)
+        except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as e:
+            raise UserError(f"{folder.path}: PEFT cannot put this adapter on the base: {_brief(e)}.") from None
+        if where is compact:
+            _check_compact(model, name, folder.path)
+        _refuse_nested(model, folder.path)
+    activate(model, list(folders))
+    return model.eval()
+
+
+def _load(model: Any, name: str, where: Path) -> Any:
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    register()
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, str(where), adapter_name=name)
+    config = PeftConfig.from_pretrained(str(where))
+    if config.peft_type == model.peft_type:
+        model.load_adapter(str(where), adapter_name=name)
+        return model
+    config.inference_mode = True
+    add(model, name, config)
+    device = str(next(model.parameters()).device)
+    set_peft_model_state_dict(model, load_peft_weights(str(where), device=device), adapter_name=name)
+    return model
+
+
+def add(model: Any, name: str, config: Any) -> None:
+    """PEFT's ``model.add_adapter`` for any type of adapter: `name` is there afterwards, untrained and not active.
+
+    Raises:
+        ValueError: PEFT refuses the config on this model.
+    """
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+
+    if config.peft_type == model.peft_type:
+        model.add_adapter(name, config)
+        return
+    if getattr(config, "is_prompt_learning", False) or any(
+        getattr(c, "is_prompt_learning", False) for c in model.peft_config.values()
+    ):
+        raise ValueError("soft prompts cannot stand beside other adapters")
+    tuner = model.base_model
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # that is the point
+        inject_adapter_in_model(config, tuner.model, name)
+    cast_adapter_dtype(tuner.model, name)
+    tuner.peft_config[name] = config
+    tuner.tuner_layer_cls = BaseTunerLayer  # its set_adapter has to reach the layers of every type
+
+
+def activate(model: Any, names: Sequence[str]) -> None:
+    """Make exactly `names` take part in the forward, in this order, all frozen."""
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        model.set_adapter(names[0])
+    else:
+        model.base_model.set_adapter(list(names), inference_mode=True)
+    freeze(model)
+
+
+def freeze(model: Any) -> None:
+    for p in model.parameters():
+        p.requires_grad_(False)
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    return str(config.get("peft_type"))
+
+
+def _check_loaded(model: Any, name: str, where: Path) -> None:
+    """PEFT only warns of tensors that found no place; then part of an adapter would be missing in silence."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    config = json.loads((where / CONFIG).read_text(encoding="utf-8"))
+    if kind_of(config) not in _SUMS:
+        return
+    file = load_file(str(where / WEIGHTS))
+    live = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if odd := sorted(set(file) - set(live)):
+        raise ValueError(f"{len(odd)} of its tensors have no place there, first {odd[0]}")
+    if odd := sorted(set(live) - set(file)):
+        raise ValueError(f"{len(odd)} tensors that its configuration asks for are not in its file, first {odd[0]}")
+    for key, tensor in file.items():
+        if not torch.equal(live[key].detach().cpu(), tensor.to(live[key].dtype)):
+            raise ValueError(f"its tensor {key} did not arrive as it is in the file")
+
+
+def _check_compact(model: Any, name: str, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    from ..tuners.expert_lora.export import stock_tensors
+
+    stock, mine = load_file(str(folder / WEIGHTS)), stock_tensors(model, name)
+    if set(stock) != set(mine) or any(not torch.equal(stock[k], mine[k].to(stock[k].dtype)) for k in stock):
+        raise UserError(
+            f"{folder}: {COMPACT}/ and {WEIGHTS} hold two different adapters; one of them was replaced after training. "
+            f"Delete {COMPACT}/ to use the stock form, or get the folder anew."
+        )
+
+
+def _refuse_nested(model: Any, where: Path) -> None:
+    layers = adapter_modules(model)
+    for at, layer in layers.items():
+        inner = layers.get(f"{at}.base_layer")
+        if inner is not None and type(inner) is not type(layer):
+            raise UserError(
+                f"{where}: adapts {at.removeprefix('base_model.model.')}, which carries an adapter of another kind already "
+                f"({type(inner).__name__} under {type(layer).__name__}); these cannot be active together."
+            )
+
+
+def detach(model: Any, name: str) -> list[str]:
+    """Take one adapter of several off for good; layers left without any are taken out. Returns what is still there of it."""
+    tuner = model.base_model
+    active = [a for a in tuner.active_adapters if a != name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each layer would announce its own choice of a successor
+        for layer in adapter_modules(model).values():
+            if hasattr(layer, "adapter_layer_names"):
+                layer.delete_adapter(name)
+            else:
+                layer.delete_adapter(name, new_active_adapters=active)
+    model.peft_config.pop(name, None)
+    if getattr(model, "active_adapter", None) == name:
+        model.active_adapter = active[0] if active else next(iter(model.peft_config))
+    for at, layer in sorted(adapter_modules(model).items(), key=lambda kv: -len(kv[0])):  # inner ones first
+        holds = getattr(layer, "_get_available_adapters", None)
+        if holds is not None and not holds():
+            parent, _, child = at.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+    activate(model, active)
+    return sorted(
+        {n for n, _ in model.named_parameters() if f".{name}." in n or n.endswith(f".{name}")}
+        | {n for n, m in adapter_modules(model).items() if name in getattr(m, "scaling", ())}
+    )
+
+
+_SIZE = re.compile(
+    r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\) from checkpoint, "
+    r"the shape in current model is torch\.Size\(\[([\d, ]*)\]\)"
+)
+
+
+def _brief(e: Exception) -> str:
+    text = str(e)
+    if found := _SIZE.findall(text):
+        name, mine, theirs = found[0]
+        more = f" ({len(found)} tensors in all)" if len(found) > 1 else ""
+        return (
+            f"its tensor {name.removeprefix('base_model.model.')} has shape [{mine}], and this base with the rank of its "
+            f"configuration needs [{theirs}]{more}"
+        )
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return " ".join(lines[:2]).rstrip(".") if lines else type(e).__name__

@@ -1,0 +1,369 @@
+"""forget-stack.yaml: which adapters a deployment runs, for which requests, at which strength; a ledger and a lock file.
+
+Every adapter is named by its id, the sha256 of its weights, and by one over the list of its other files' hashes: what is
+loaded is what was added, or nothing is. Entries are never taken out of the ledger; revoking marks them. Writing is atomic,
+and two writers at once wait for each other. Dates are UTC.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import Errors, UserError, nearest
+from ..folder.atomic import write_text
+from ..folder.fetch import commit_of, is_hub_id, resolve_adapter, split_reference
+from ..folder.manifest import BaseRef
+from ..folder.read import AdapterFolder, read_adapter
+from ..folder.recipe import parse_yaml
+
+FORMAT = 1
+NAME = "forget-stack.yaml"
+_ID = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass
+class Entry:
+    """One adapter. source: a Hub id, or a folder relative to the stack file; request: id, date, reason; revoked: date, reason."""
+
+    name: str
+    source: str
+    adapter_id: str
+    files: str
+    request: dict[str, Any]
+    revision: str | None = None
+    scale: float = 1.0
+    status: str = "active"
+    depends_on: list[str] = field(default_factory=list)
+    revoked: dict[str, Any] | None = None
+
+
+@dataclass
+class Stack:
+    """A stack file as read; `entries` in stacking order, revoked ones among them."""
+
+    path: Path
+    base: BaseRef
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def active(self) -> list[Entry]:
+        return [e for e in self.entries if e.status == "active"]
+
+    def scales(self) -> dict[str, float]:
+        return {e.name: e.scale for e in self.active}
+
+    def entry(self, name: str) -> Entry:
+        found = [e for e in self.entries if e.name == name]
+        if not found:
+            raise UserError(f"{self.path}: holds no adapter {name!r}.{nearest(name, [e.name for e in self.entries])}")
+        return found[0]
+
+    def folders(self) -> dict[str, AdapterFolder]:
+        """The active adapters' folders, fetched if they lie on the Hub, read and compared with what was added.
+
+        Raises:
+            UserError: one is missing, damaged, or another adapter than the one added.
+        """
+        out = {}
+        for e in self.active:
+            where = (
+                resolve_adapter(e.source, e.revision) if e.revision else resolve_adapter(self.path.parent / e.source)
+            )
+            folder = read_adapter(where)
+            for what, found, locked in (
+                ("weights", folder.adapter_id, e.adapter_id),
+                ("files", files_id(folder), e.files),
+            ):
+                if found != locked:
+                    raise UserError(
+                        f"{self.path}: {e.name} ({e.source}) is not the adapter that was added: its {what} are {found[:19]}, "
+                        f"the stack has {locked[:19]}. Put the old one back, or revoke {e.name} and add the new one."
+                    )
+            out[e.name] = folder
+        return out
+
+    def table(self) -> str:
+        """The ledger for people: one line per adapter."""
+        head = ("name", "request", "date", "status", "scale", "adapter", "reason")
+        rows = [
+            (
+                e.name, str(e.request["id"]), str(e.request["date"])[:10],
+                e.status if e.revoked is None else f"revoked {str(e.revoked['date'])[:10]}", f"{e.scale:g}",
+                e.adapter_id[7:19], str(e.request["reason"]) + (f" [revoked: {e.revoked['reason']}]" if e.revoked else ""),
+            )
+            for e in self.entries
+        ]  # fmt: skip
+        width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, width, strict=True)).rstrip() for r in [head, *rows])
+
+    def to_dict(self) -> dict[str, Any]:
+        base = {k: getattr(self.base, k) for k in ("ref", "revision", "digest")}
+        rows = [{k: v for k, v in asdict(e).items() if k != "revoked" or v is not None} for e in self.entries]
+        return {"format": FORMAT, "base": base, "adapters": rows}
+
+
+def files_id(folder: AdapterFolder) -> str:
+    """One sha256 over what a manifest says of its files: configuration, compact form and tokenizer count, not the strength,
+    evaluation and card, which may be written again."""
+    listed = sorted((n, sha) for n, sha in folder.manifest.files.items() if sha is not None)
+    return f"sha256:{hashlib.sha256(json.dumps(listed).encode()).hexdigest()}"
+
+
+def load(path: str | Path) -> Stack:
+    """Read a stack file (or the folder that holds one).
+
+    Raises:
+        UserError: no file, not a stack, an unknown format; everything wrong with its entries at once.
+    """
+    path = _file(path)
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such stack file; `peft-unlearn stack add` makes one.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text.") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}).") from None
+    if not isinstance(raw, dict) or "format" not in raw:
+        raise UserError(f"{path}: not a stack file (a mapping with format, base and adapters).")
+    if raw["format"] != FORMAT or isinstance(raw["format"], bool):
+        raise UserError(
+            f"{path}: stack format {raw['format']!r} is unknown to this version, which reads format {FORMAT}; a newer "
+            "peft-unlearn wrote it (pip install -U peft-unlearn)."
+        )
+    errors = Errors()
+    for key in sorted(set(raw) - {"format", "base", "adapters"}):
+        errors.add(f"unknown key {key!r}.{nearest(str(key), ('format', 'base', 'adapters'))}")
+    base = raw.get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("ref"), str) or not isinstance(base.get("digest"), str):
+        errors.add("base should hold ref, revision and digest")
+        base = {"ref": "", "digest": ""}
+    rows = raw.get("adapters")
+    if not isinstance(rows, list):
+        errors.add("adapters should be a list")
+        rows = []
+    entries = [e for i, row in enumerate(rows) if (e := _entry(i, row, errors)) is not None]
+    names = [e.name for e in entries]
+    for twice in sorted({n for n in names if names.count(n) > 1}):
+        errors.add(f"two adapters are called {twice!r}")
+    errors.raise_if_any(str(path))
+    return Stack(path, BaseRef(base["ref"], base["digest"], base.get("revision")), entries)
+
+
+def _entry(i: int, row: Any, errors: Errors) -> Entry | None:
+    at = f"adapters[{i}]"
+    known = set(Entry.__dataclass_fields__)
+    if not isinstance(row, dict):
+        errors.add(f"{at} should be a mapping, found {row!r}")
+        return None
+    wrong = [f"{at}: unknown key {k!r}.{nearest(str(k), known)}" for k in sorted(set(row) - known)]
+    wrong += [
+        f"{at}: {k} is missing" for k in ("name", "source", "adapter_id", "files", "request", "status") if k not in row
+    ]
+    if not wrong:
+        wrong += [
+            f"{at}: {k} should be sha256:.., found {row[k]!r}"
+            for k in ("adapter_id", "files")
+            if not _ID.fullmatch(str(row[k]))
+        ]
+        wrong += [
+            f"{at}: {k} should hold {', '.join(need)}"
+            for k, need in (("request", ("id", "date", "reason")), ("revoked", ("date", "reason")))
+            if row.get(k) is not None and not (isinstance(row[k], dict) and set(need) <= set(row[k]))
+        ]
+        scale = row.get("scale", 1.0)
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
+            wrong.append(f"{at}: scale should be a finite number, found {scale!r}")
+        if row["status"] not in ("active", "revoked"):
+            wrong.append(f"{at}: status should be active or revoked, found {row['status']!r}")
+        elif (row["status"] == "revoked") != (row.get("revoked") is not None):
+            wrong.append(
+                f"{at}: status is {row['status']}, and `revoked` {'is missing' if row.get('revoked') is None else 'is there'}"
+            )
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(row["name"])) or row["name"] == "__base__":
+            wrong.append(f"{at}: name {row['name']!r}: letters, digits, _ and - only")
+        if not isinstance(row.get("depends_on", []), list):
+            wrong.append(f"{at}: depends_on should be a list of adapter ids")
+    for message in wrong:
+        errors.add(message)
+    return None if wrong else Entry(**row)
+
+
+def save(stack: Stack) -> None:
+    """Write the file whole; `load` reads the same back."""
+    try:
+        stack.path.parent.mkdir(parents=True, exist_ok=True)
+        body = yaml.safe_dump(stack.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        write_text(stack.path, f"# The forget adapters of one deployment. Change it with `peft-unlearn stack`.\n{body}")
+    except OSError as e:
+        raise UserError(f"{stack.path}: cannot be written ({e.strerror}).") from None
+
+
+def add(
+    path: str | Path,
+    adapter: str | Path,
+    *,
+    request_id: str,
+    reason: str,
+    scale: float | None = None,
+    name: str | None = None,
+    date: datetime | None = None,
+) -> Stack:
+    """Put an adapter on top of a stack and write the file, which the first one makes.
+
+    Args:
+        adapter: a folder, a Hub id or ``id@commit``; written down with the commit that was found.
+        request_id, reason: of the request that the adapter answers.
+        scale: default the adapter's own. name: default its folder's.
+
+    Raises:
+        UserError: the adapter is damaged, stands on another base, is there already, was revoked here, or needs adapters
+            that are not active in this stack. Nothing is written then.
+    """
+    if not str(request_id).strip() or not str(reason).strip():
+        raise UserError("stack: an entry of the ledger needs the request's id and its reason.")
+    folder = read_adapter(resolve_adapter(adapter))
+    hub = is_hub_id(adapter)
+    file = _file(path)
+    label = name or re.sub(
+        r"[^A-Za-z0-9_-]",
+        "_",
+        split_reference(str(adapter))[0].rpartition("/")[2] if hub else folder.path.resolve().name,
+    )
+    strength = float(folder.manifest.scale if scale is None else scale)
+    if not math.isfinite(strength):
+        raise UserError(f"stack: scale should be a finite number, found {scale!r}.")
+    if label == "__base__" or not re.fullmatch(r"[A-Za-z0-9_-]+", label):
+        raise UserError(
+            f"stack: the name {label!r} cannot be used: letters, digits, _ and - only; give another (--name)."
+        )
+    with _locked(file):
+        stack = (
+            load(file)
+            if file.exists()
+            else Stack(
+                file, BaseRef(folder.manifest.base.ref, folder.manifest.base.digest, folder.manifest.base.revision)
+            )
+        )
+        _refuse_entry(stack, folder, label)
+        entry = Entry(
+            name=label,
+            source=split_reference(str(adapter))[0]
+            if hub
+            else os.path.relpath(folder.path.resolve(), file.resolve().parent),
+            revision=commit_of(folder.path) if hub else None,
+            adapter_id=folder.adapter_id,
+            files=files_id(folder),
+            scale=strength,
+            request={"id": str(request_id), "date": _utc(date), "reason": str(reason)},
+            depends_on=list(folder.manifest.depends_on),
+        )
+        stack.entries.append(entry)
+        save(stack)
+    return stack
+
+
+def _refuse_entry(stack: Stack, folder: AdapterFolder, label: str) -> None:
+    where, base = stack.path, folder.manifest.base
+    if base.digest != stack.base.digest:
+        raise UserError(
+            f"{folder.path}: was trained on the base {base.ref} with digest {base.digest[:12]}, and {where} stands on "
+            f"{stack.base.ref} with digest {stack.base.digest[:12]}: other weights, on which this adapter means nothing."
+        )
+    if label in {e.name for e in stack.entries}:
+        raise UserError(f"{where}: has an adapter called {label!r} already; give this one another name (--name).")
+    same = [e for e in stack.entries if e.adapter_id == folder.adapter_id]
+    for e in same:
+        if e.revoked is not None:
+            raise UserError(
+                f"{folder.path}: was revoked in {where} on {str(e.revoked['date'])[:10]} as {e.name} ({e.revoked['reason']}); a "
+                "revoked adapter does not come back into its stack. Train a new one."
+            )
+        raise UserError(f"{folder.path}: is in {where} already, as {e.name}.")
+    ids = {e.adapter_id: e for e in stack.entries}
+    for need in folder.manifest.depends_on:
+        below = ids.get(need)
+        if below is None or below.status != "active":
+            gone = "is not in" if below is None else f"({below.name}) was revoked in"
+            raise UserError(
+                f"{folder.path}: was trained on top of {need[:19]}, which {gone} {where}. "
+                + ("Add that first." if below is None else "It means nothing without it; train it anew.")
+            )
+
+
+def revoke(
+    path: str | Path, name: str, reason: str = "", *, cascade: bool = False, date: datetime | None = None
+) -> tuple[Stack, list[str]]:
+    """Mark an adapter as revoked and write the file: (stack, names revoked). What is loaded from it afterwards is what it
+    would be had the adapter never been added.
+
+    Raises:
+        UserError: no such adapter, revoked already, or active ones were trained on top of it (with `cascade` they are
+            revoked too).
+    """
+    file = _file(path)
+    with _locked(file):
+        stack = load(file)
+        entry = stack.entry(name)
+        if entry.revoked is not None:
+            raise UserError(f"{file}: {name} was revoked on {str(entry.revoked['date'])[:10]} already.")
+        gone = [entry]
+        for e in stack.active:  # dependencies stand below, so one pass finds all
+            if e not in gone and {g.adapter_id for g in gone} & set(e.depends_on):
+                gone.append(e)
+        if len(gone) > 1 and not cascade:
+            above = ", ".join(e.name for e in gone[1:])
+            raise UserError(
+                f"{file}: {above} {'was' if len(gone) == 2 else 'were'} trained on top of {name} and would mean something "
+                "else without it. Revoke those first, or all together with --cascade."
+            )
+        now = _utc(date)
+        for e in gone:
+            e.status = "revoked"
+            e.revoked = {
+                "date": now,
+                "reason": reason if e is entry else f"with {name}" + (f": {reason}" if reason else ""),
+            }
+        save(stack)
+    return stack, [e.name for e in gone]
+
+
+def _utc(date: datetime | None) -> str:
+    return (date or datetime.now(timezone.utc)).astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    return path / NAME if path.is_dir() else path
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Writers of one stack wait for each other, else the later one would drop what the earlier one added."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: there the last writer wins
+        yield
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(file.parent, os.O_RDONLY)
+    except OSError as e:
+        raise UserError(f"{file}: cannot be written ({e.strerror}).") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
