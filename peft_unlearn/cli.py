@@ -70,14 +70,22 @@ def evaluate(
     data: Data = None,
     suite: Annotated[str | None, typer.Option(help="Suite: a name or a YAML file.")] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="At most so many rows of each set.")] = None,
+    retain_only: Annotated[
+        str | None, typer.Option("--retain-only", help="Model (or adapter folder) trained without the forget set.")
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Also write the numbers here: FILE.json, or a folder.")] = None,
+    layout: Annotated[str, typer.Option(help="Of --out: eval, or open-unlearning (a folder).")] = "eval",
     json: Json = False,
 ) -> None:
     """Score base, adapters and the retain-only twin; with one folder, write its eval.json."""
     from . import jobs
     from .progress import bars
 
+    jobs.check_out(out, layout)
     with bars() as tell:
-        report = jobs.evaluate(folders, base=base, data=data, suite=suite, n=n, progress=tell)
+        report = jobs.evaluate(folders, base=base, data=data, suite=suite, n=n, retain_only=retain_only, progress=tell)
+    if out is not None:
+        jobs.save_report(report, out, layout)
     if json:
         _out(report)
     else:
@@ -142,6 +150,34 @@ def remove(folder: Folder, base: Base = None, json: Json = False) -> None:
     from .stack.remove import remove as run
 
     report = run(folder, base)
+    _out(report.to_dict()) if json else print(report)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or its Hub id.")],
+    base: Base = None,
+    server: Annotated[str | None, typer.Option(help="Ask this OpenAI-compatible server instead.")] = None,
+    served_as: Annotated[str | None, typer.Option(help="The adapter's name on that server.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Strength it is served at; default the manifest's.")] = None,
+    json: Json = False,
+) -> None:
+    """Check files, hashes, base and probes of an adapter; with --server, whether it is really being served."""
+    from .errors import UserError
+    from .progress import bars
+
+    if (server is None) != (served_as is None):
+        raise UserError("--server and --served-as belong together: the address, and the adapter's name there")
+    with bars() as tell:
+        if server is not None and served_as is not None:
+            from .sharing.server import verify_server
+
+            report: Any = verify_server(folder, server, served_as, base=base, scale=scale, progress=tell)
+        else:
+            from .sharing.verify import verify as run
+
+            report = run(folder, base=base)
     _out(report.to_dict()) if json else print(report)
     raise typer.Exit(report.exit_code)
 

@@ -1,0 +1,148 @@
+"""Is this folder what it says it is, and does it do on this base what its author saw? Nothing is trusted that can be recomputed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
+from ..folder.manifest import probe_difference
+from ..folder.read import AdapterFolder, read_adapter
+from ..stack.removal import PROBE_TOLERANCE
+
+Verdict = Literal["ok", "failed", "cannot tell"]
+
+
+@dataclass
+class Check:
+    """One question and its answer. `detail` says what was compared."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+
+
+@dataclass
+class Verification:
+    """All checks of one adapter, in the order in which they were made."""
+
+    source: str
+    adapter_id: str | None = None
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Verdict:
+        """failed if any check failed, ok if all are, else cannot tell."""
+        found = {check.verdict for check in self.checks}
+        return "failed" if "failed" in found else "ok" if found == {"ok"} else "cannot tell"
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.verdict == "ok" else 1
+
+    def add(self, name: str, verdict: Verdict, detail: str) -> None:
+        self.checks.append(Check(name, verdict, detail))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "verdict": self.verdict}
+
+    def __str__(self) -> str:
+        width = max((len(c.name) for c in self.checks), default=0)
+        lines = [f"{c.verdict:<11}  {c.name:<{width}}  {c.detail}" for c in self.checks]
+        return "\n".join([f"{self.source}: {self.verdict}", *lines])
+
+
+def verify(folder: str | Path, base: str | Path | None = None, source: str | None = None) -> Verification:
+    """Check files, hashes, manifest, weights, base digest, targets and probes of an adapter folder.
+
+    folder: on this disk (a Hub id is fetched by `folder.fetch` first). base: folder, Hub id or ``embedded:NAME``; default the
+    manifest's. source: what the folder is called in the answer. Where the base cannot be had, what needs it is "cannot tell". The two
+    probe checks run four short prompts with the adapter off and on and compare the 16 largest logits of each with the manifest's.
+    """
+    result = Verification(source or str(folder))
+    try:
+        found = read_adapter(folder)
+    except UserError as e:
+        result.add("files", "failed", str(e))
+        return result
+    result.adapter_id = found.adapter_id
+    listed = sum(sha is not None for sha in found.manifest.files.values())
+    result.add("files", "ok", f"{listed} files have the sha256 that the manifest names; no others are needed")
+    result.add("weights", "ok", "finite and not zero")
+    _against_base(found, base, result)
+    return result
+
+
+def _against_base(found: AdapterFolder, base: str | Path | None, result: Verification) -> None:
+    from ..folder.base import load_base, load_tokenizer, resolve_base
+    from ..stack.model import attach, check_base
+
+    ref = found.manifest.base
+    try:
+        base_dir = resolve_base(ref.ref, override=base, revision=ref.revision)
+    except UserError as e:
+        result.add("base", "cannot tell", str(e))
+        return
+    try:
+        check_base(found, base_dir, digest_checkpoint(base_dir))
+    except UserError as e:
+        result.add("base", "failed", str(e))
+        return
+    result.add(
+        "base", "ok", f"the files of {ref.ref} have the digest {ref.digest[:12]} that the adapter was trained on"
+    )
+    if found.manifest.depends_on:
+        ids = ", ".join(d[:19] for d in found.manifest.depends_on)
+        result.add(
+            "probes", "cannot tell", f"was trained on top of other adapters ({ids}); verify them together in a stack"
+        )
+        return
+    try:
+        model = attach(load_base(base_dir), {"default": found})
+    except UserError as e:
+        result.add("loading", "failed", str(e))
+        return
+    _targets(found, model, base_dir, result)
+    if found.manifest.probes is None:
+        result.add("probes", "cannot tell", "the manifest holds none")
+        return
+    _probes(found, model, load_tokenizer(found.path, base_dir), result)
+
+
+def _targets(found: AdapterFolder, model: Any, base_dir: Path, result: Verification) -> None:
+    modules = targeted_names(model)
+    wanted = found.manifest.base.digest_targeted
+    try:
+        digest = digest_targeted(base_dir, modules)
+    except UserError as e:  # fused experts go by other names on disk
+        result.add("targets", "cannot tell" if wanted else "ok", f"{len(modules)} adapted weights ({e})")
+        return
+    same = wanted is None or digest == wanted
+    what = f"{len(modules)} adapted weights"
+    result.add("targets", "ok" if same else "failed", what if same else f"{what}, not those that the manifest digested")
+
+
+def _probes(found: AdapterFolder, model: Any, tokenizer: Any, result: Verification) -> None:
+    probes = found.manifest.probes
+    assert probes is not None
+
+    def compare(name: str, rows: list[dict[str, list[Any]]]) -> None:
+        gap = probe_difference(model, tokenizer, probes.prompts, rows)
+        if gap is None:
+            result.add(name, "failed", "the vocabulary no longer holds the tokens that the manifest names")
+        else:
+            ok = gap <= PROBE_TOLERANCE
+            detail = f"largest logit difference {gap:.2g}, allowed {PROBE_TOLERANCE:g}"
+            result.add(name, "ok" if ok else "failed", detail)
+
+    compare("probes, adapter on", probes.adapter)
+    moved = probe_difference(model, tokenizer, probes.prompts, probes.base)
+    with model.disable_adapter():
+        compare("probes, adapter off", probes.base)
+    if moved is not None and moved <= PROBE_TOLERANCE:
+        why = f"on the neutral prompts it moves no logit by more than {PROBE_TOLERANCE:g}: good manners, or no effect at all; see eval"
+        result.add("effect", "cannot tell", why)
+    elif moved is not None:
+        result.add("effect", "ok", f"the adapter moves logits of neutral prompts by up to {moved:.2g}")

@@ -1,0 +1,104 @@
+"""A folder is checked against itself and its base; each way of being wrong is told apart."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from peft_unlearn.folder.read import file_sha256
+from peft_unlearn.sharing.verify import verify
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "folder"))
+import tinyfolder
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tinyfolder.save_base(tmp_path_factory.mktemp("verify") / "base")
+
+
+@pytest.fixture(scope="module")
+def made(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("verify-adapter") / "adapter"
+    tinyfolder.write(out, base_dir)
+    return out
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "adapter"))
+
+
+def edit(folder: Path, change) -> None:
+    path = folder / "forget.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def verdicts(folder: Path, base: Path | None) -> dict[str, str]:
+    found = verify(folder, base)
+    assert found.exit_code == (0 if found.verdict == "ok" else 1)
+    json.dumps(found.to_dict(), allow_nan=False)
+    return {c.name: c.verdict for c in found.checks}
+
+
+def test_a_whole_adapter_on_its_base(folder, base_dir):
+    assert set(verdicts(folder, base_dir).values()) == {"ok"}
+    assert {"files", "base", "targets", "probes, adapter on", "probes, adapter off", "effect"} <= set(
+        verdicts(folder, base_dir)
+    )
+
+
+def test_a_flipped_bit_is_found(folder, base_dir):
+    path = folder / "adapter_model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(bytes(raw))
+    assert verdicts(folder, base_dir) == {"files": "failed"}
+
+
+def test_other_weights_of_the_same_shape(folder, tmp_path):
+    other = tinyfolder.save_base(tmp_path / "other", seed=5)
+    assert verdicts(folder, other)["base"] == "failed"
+
+
+def test_without_its_base_it_cannot_tell(folder):
+    found = verify(folder)
+    assert found.verdict == "cannot tell"
+    assert "--base" in str(found)
+
+
+def test_weights_exchanged_together_with_their_hash_are_betrayed_by_the_probes(folder, base_dir):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(str(path))
+    save_file({n: t * 3 if "lora_B" in n else t for n, t in tensors.items()}, str(path), metadata={"format": "pt"})
+    edit(folder, lambda m: m["files"].update({"adapter_model.safetensors": file_sha256(path)}))
+    found = verdicts(folder, base_dir)
+    assert found["files"] == "ok"
+    assert found["probes, adapter on"] == "failed"
+    assert found["probes, adapter off"] == "ok"
+
+
+def test_an_adapter_that_moves_nothing_neutral_is_not_called_ok(folder, base_dir):
+    edit(folder, lambda m: m["probes"].update({"adapter": m["probes"]["base"]}))
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(str(path))
+    save_file({n: t * 1e-9 if "lora_B" in n else t for n, t in tensors.items()}, str(path), metadata={"format": "pt"})
+    edit(folder, lambda m: m["files"].update({"adapter_model.safetensors": file_sha256(path)}))
+    assert verdicts(folder, base_dir)["effect"] == "cannot tell"
+
+
+def test_probes_of_a_dependent_adapter_need_the_stack(folder, base_dir):
+    edit(folder, lambda m: m.update({"depends_on": ["sha256:" + "0" * 64]}))
+    assert verdicts(folder, base_dir)["probes"] == "cannot tell"
+
+
+def test_no_probes_no_answer(folder, base_dir):
+    edit(folder, lambda m: m.update({"probes": None}))
+    assert verdicts(folder, base_dir)["probes"] == "cannot tell"
