@@ -46,13 +46,14 @@ class Report(dict[str, Any]):
     """eval.json as a dict, and beside it, in memory only, what reports want to show.
 
     per_row: subject -> key -> (n,) values, for every key that is a mean over rows.   rows: set -> the rows evaluated
-    (texts).
+    (texts).   log_ratio: subject -> set -> (rows with wrong answers,) log truth ratio.
     said: subject -> set -> greedy answers, for sets that some metric generates for.
     """
 
     per_row: dict[str, dict[str, Array]]
     rows: dict[str, list[dict[str, Any]]]
     said: dict[str, dict[str, list[str]]]
+    log_ratio: dict[str, dict[str, Array]]
 
 
 def score(
@@ -132,6 +133,10 @@ def score(
         versions=_versions(),
     )
     report.per_row = {s: {k: v.rows for k, v in found.items() if v.rows is not None} for s, found in numbers.items()}
+    report.log_ratio = {
+        subject: {name: feed("log_ratio", s, m, s.chosen, None) for name, s in plan.sets.items() if s.right}
+        for subject, m in measured.items()
+    }
     report.rows = {name: s.rows for name, s in plan.sets.items()}
     report.said = {
         subject: {

@@ -1,6 +1,6 @@
 """What the commands do, without a terminal. Everything a user can get wrong is checked before a model is loaded."""
 
-from .evaluate import check_data, evaluate
+from .evaluate import check_data, check_out, evaluate, save_report
 from .plan import Plan, plan
 from .run import Run, load_data, prepare
 from .save import save_adapter
@@ -10,6 +10,7 @@ __all__ = [
     "Plan",
     "Run",
     "check_data",
+    "check_out",
     "evaluate",
     "generate_alternates",
     "load_data",
@@ -17,5 +18,6 @@ __all__ = [
     "prepare",
     "quiet",
     "save_adapter",
+    "save_report",
     "train",
 ]
