@@ -7,7 +7,7 @@ from typing import Annotated
 from ...registry import Range, Source, attack
 from ..measured import Unmeasured
 from .case import Case, Outcome, Rows, chosen
-from .relearn import Weights, tuned
+from .relearn import Tuning, Weights, tuned
 
 BENIGN = Source(
     paper="Unlearning or Obfuscating? Jogging the Memory of Unlearned LLMs via Benign Relearning",
@@ -21,7 +21,7 @@ def benign(
     case: Case,
     *,
     rows: Annotated[int, Range(1)] = 100,
-    steps: Annotated[int, Range(0)] = 20,
+    steps: list[int] = [20],  # noqa: B006
     learning_rate: list[float] = [3e-4],  # noqa: B006
     batch: Annotated[int, Range(1)] = 20,
     weights: Weights = "full",
@@ -34,8 +34,8 @@ def benign(
     those of `relearn`. Raises `Unmeasured` where there is neither.
     """
     name, found = _unrelated(case)
-    settings = dict(steps=steps, batch=batch, weights=weights, r=r, lora_alpha=lora_alpha)
-    outcome = tuned(case, "benign", chosen(found, rows, case.seed), learning_rate, settings)
+    tuning = Tuning("benign", steps, learning_rate, batch, weights, r, lora_alpha)
+    outcome = tuned(case, chosen(found, rows, case.seed), tuning)
     outcome.about["set"] = name
     return outcome
 

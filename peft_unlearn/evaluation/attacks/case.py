@@ -115,7 +115,7 @@ def facts(rows: Rows) -> list[int]:
 
 
 def _keys(row: dict[str, Any]) -> list[tuple[str, ...]]:
-    keys = [(k, _plain(row[k])) for k in ("question", "prompt") if isinstance(row.get(k), str)]
+    keys: list[tuple[str, ...]] = [(k, _plain(row[k])) for k in ("question", "prompt") if isinstance(row.get(k), str)]
     if (answer := _plain(str(row.get("answer", "")))).count(" ") >= 3:  # "Yes." is no fact
         keys.append(("answer", answer))
     if row.get("subject") and row.get("value"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -31,7 +32,7 @@ def relearn(
     case: Case,
     *,
     rows: Annotated[int, Range(1)] = 20,
-    steps: Annotated[int, Range(0)] = 20,
+    steps: list[int] = [20],  # noqa: B006
     learning_rate: list[float] = [3e-4],  # noqa: B006
     batch: Annotated[int, Range(1)] = 20,
     weights: Weights = "full",
@@ -40,81 +41,84 @@ def relearn(
 ) -> Outcome:
     """Fine-tunes on a few forget rows and asks for the facts that were not among them.
 
-    rows: forget rows shown.   steps: optimizer steps, each on `batch` rows, dealt from permutations of those shown.
-    learning_rate: of AdamW without weight decay; with several the strongest is the outcome and all are shown.
+    rows: forget rows shown.   steps: optimizer steps, each on `batch` rows dealt from permutations of those shown;
+    several: looked at after each.   learning_rate: of AdamW without weight decay; several: each anew. Of all
+    looks the strongest is the outcome (per subject, so on the retain-only model too), and all stand in `about`.
     weights: full = every weight of the model with the adapter merged; lora = rank r on every linear layer, on top.
     The loss is the mean negative log-likelihood of the answers' tokens. Raises `Unmeasured` where no row is shown.
     """
     if not case.shown:
         raise Unmeasured("the forget set has no fact to spare: all that could be shown would have to be scored")
-    shown = chosen(case.shown, rows, case.seed)
-    settings = dict(steps=steps, batch=batch, weights=weights, r=r, lora_alpha=lora_alpha)
-    return tuned(case, "relearn", shown, learning_rate, settings)
+    tuning = Tuning("relearn", steps, learning_rate, batch, weights, r, lora_alpha)
+    return tuned(case, chosen(case.shown, rows, case.seed), tuning)
 
 
-def tuned(case: Case, what: str, rows: Rows, rates: Sequence[float], settings: dict[str, Any]) -> Outcome:
-    """The case's subject before and after fine-tuning on `rows`, at each rate anew; the outcome is the strongest."""
-    rates = _checked(what, rates)
-    runs: list[dict[str, Any]] = []
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of a fine-tuning; see `relearn`."""
+
+    what: str
+    steps: Sequence[int]
+    rates: Sequence[float]
+    batch: int
+    weights: Weights
+    r: int
+    lora_alpha: float
+
+    def check(self) -> None:
+        """Raise `UserError` for lists that hold anything else than numbers from 0 up."""
+        for name, values, kind in (("learning_rate", self.rates, (int, float)), ("steps", self.steps, (int,))):
+            good = [
+                x for x in values if isinstance(x, kind) and not isinstance(x, bool) and math.isfinite(x) and x >= 0
+            ]
+            if len(good) < len(values) or not good:
+                raise UserError(f"{self.what}.{name}: wanted numbers from 0 up, one or a list, not {list(values)!r}")
+
+
+def tuned(case: Case, rows: Rows, tuning: Tuning) -> Outcome:
+    """The case's subject before and after fine-tuning on `rows`; the model is as before when it returns."""
+    tuning.check()
+    looks: list[dict[str, Any]] = []
     best: dict[str, Array] | None = None
+    about: dict[str, Any] = {"rows": len(rows)}
     with case.subject() as model:
         before = case.before(model)
         lead = next(m for m in MEASURES if m in before)
-        for rate in rates:
-            after, about = _run(case, model, what, rows, rate, **settings)
-            means = {m: _mean(v) for m, v in after.items()}
-            runs.append({"learning_rate": rate, "after": means, **about})
-            if best is None or (means[lead] is not None and means[lead] >= (_mean(best[lead]) or 0.0)):
-                best, picked = after, len(runs) - 1
+        for rate in tuning.rates:
+            with _writable(case, model, tuning) as (parameters, about["adapter"]):
+                about["parameters"] = sum(p.numel() for p in parameters)
+                for step, loss in finetune(case, model, parameters, rows, tuning, rate):
+                    after = case.score(model)
+                    means = {m: _mean(v) for m, v in after.items()}
+                    looks.append({"learning_rate": rate, "steps": step, "loss": loss, "after": means})
+                    if best is None or (means[lead] or 0.0) > (_mean(best[lead]) or 0.0):
+                        best, about["strongest"] = after, {"learning_rate": rate, "steps": step}
     assert best is not None
-    about = {"rows": len(rows), "adapter": runs[picked].pop("adapter"), "strongest": rates[picked]}
-    for run in runs:
-        run.pop("adapter", None)
-    return Outcome(before, best, len(case.rows), {**about, "runs": runs})
+    return Outcome(before, best, len(case.rows), {**about, "looks": looks})
 
 
-def _checked(what: str, rates: Sequence[float]) -> list[float]:
-    good = [x for x in rates if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x >= 0]
-    if len(good) < len(rates) or not good:
-        raise UserError(f"{what}.learning_rate: wanted numbers from 0 up, e.g. 3e-4 or [1e-4, 3e-4], not {rates!r}")
-    return [float(x) for x in good]
+@contextmanager
+def _writable(case: Case, model: Any, tuning: Tuning) -> Iterator[tuple[list[Any], str]]:
+    """(what is trained, how the adapter takes part); afterwards the model is as before."""
+    if tuning.weights == "lora":
+        with low_rank(model, tuning.r, tuning.lora_alpha, case.seed) as factors:
+            yield factors, "live"
+    else:
+        with opened(model, base_parameters(model), case.checkpoint) as found:
+            yield list(found.parameters.values()), found.adapter
 
 
 def _mean(values: Array) -> float | None:
     return float(values.mean()) if len(values) and np.isfinite(values).all() else None
 
 
-def _run(
-    case: Case,
-    model: Any,
-    what: str,
-    rows: Rows,
-    rate: float,
-    *,
-    steps: int,
-    batch: int,
-    weights: Weights,
-    r: int,
-    lora_alpha: float,
-) -> tuple[dict[str, Array], dict[str, Any]]:
-    """(scores after, details) of one fine-tuning; the model is as before when it returns."""
-    if weights == "lora":
-        with low_rank(model, r, lora_alpha, case.seed) as factors:
-            losses = finetune(case, model, factors, rows, what, steps, batch, rate)
-            return case.score(model), {**losses, "parameters": sum(p.numel() for p in factors), "adapter": "live"}
-    with opened(model, base_parameters(model), case.checkpoint) as found:
-        parameters = list(found.parameters.values())
-        losses = finetune(case, model, parameters, rows, what, steps, batch, rate)
-        about = {**losses, "parameters": sum(p.numel() for p in parameters), "adapter": found.adapter}
-        return case.score(model), about
-
-
 def finetune(
-    case: Case, model: Any, parameters: Sequence[Any], rows: Rows, what: str, steps: int, batch: int, rate: float
-) -> dict[str, Any]:
+    case: Case, model: Any, parameters: Sequence[Any], rows: Rows, tuning: Tuning, rate: float
+) -> Iterator[tuple[int, float | None]]:
     """Minimize the mean negative log-likelihood of the rows' answers over `parameters`, in place.
 
-    Returns {"first_loss", "last_loss"}, each over one batch. Raises `Unmeasured` where the loss is not finite.
+    Yields (steps done, loss of the last batch) after each number of steps that `tuning` names, with nothing requiring a
+    gradient meanwhile. Raises `Unmeasured` where the loss is not finite.
     """
     import torch
 
@@ -124,29 +128,34 @@ def finetune(
 
     encoded, pad_id = case.encoded(rows), padding_id(case.tokenizer)
     device = model.get_input_embeddings().weight.device
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    order = _dealt(len(encoded), case.seed)
+    marks, loss = sorted(set(tuning.steps)), None
+    for step in range(marks[-1] + 1):
+        if step in marks:
+            yield step, loss
+        if step == marks[-1]:
+            return
+        some = [encoded[next(order)] for _ in range(min(tuning.batch, len(encoded)))]
+        tensors = {k: v.to(device) for k, v in pad(some, pad_id).items()}
+        _require(parameters, True)
+        try:
+            with evaluating(model), torch.enable_grad():  # no dropout: the same steps for every subject
+                nll = -Pass(model, tensors).logp.mean()
+                loss = float(nll.detach())
+                if not math.isfinite(loss):
+                    raise Unmeasured(f"the loss is {loss} at step {step} of fine-tuning at rate {rate:g}")
+                nll.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        finally:
+            _require(parameters, False)
+        case.tell(f"{tuning.what} {rate:g}", step + 1, marks[-1])
+
+
+def _require(parameters: Sequence[Any], flag: bool) -> None:
     for p in parameters:
-        p.requires_grad_(True)
-    losses: list[float] = []
-    try:
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-        order = _dealt(len(encoded), case.seed)
-        with evaluating(model):  # no dropout: the same steps for every subject
-            for step in range(steps):
-                some = [encoded[next(order)] for _ in range(min(batch, len(encoded)))]
-                tensors = {k: v.to(device) for k, v in pad(some, pad_id).items()}
-                with torch.enable_grad():
-                    loss = -Pass(model, tensors).logp.mean()
-                losses.append(float(loss.detach()))
-                if not math.isfinite(losses[-1]):
-                    raise Unmeasured(f"the loss is {losses[-1]} at step {step} of fine-tuning")
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                case.tell(what, step + 1, steps)
-    finally:
-        for p in parameters:
-            p.requires_grad_(False)
-    return {"first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None}
+        p.requires_grad_(flag)
 
 
 def _dealt(n: int, seed: int) -> Iterator[int]:

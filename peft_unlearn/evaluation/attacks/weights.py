@@ -95,18 +95,16 @@ def linears(model: Any) -> list[Linear]:
 
 
 @contextmanager
-def restored(
-    parameters: Mapping[str, Parameter], checkpoint: str | Path | None = None, keep_bytes: int = KEEP_BYTES
-) -> Iterator[Callable[[], None]]:
+def restored(parameters: Mapping[str, Parameter], checkpoint: str | Path | None = None) -> Iterator[Callable[[], None]]:
     """Inside, these parameters may be changed in place; afterwards they hold, bit for bit, what they held before.
 
-    Yields a function that puts them back at once. Up to `keep_bytes` a copy is kept in main memory; beyond that a
+    Yields a function that puts them back at once. Up to `KEEP_BYTES` a copy is kept in main memory; beyond that a
     tensor whose value is exactly what loading `checkpoint` gives is read from there again, and only the others are
     copied: a full-weight attack on a large base needs no second copy of it.
     """
     import torch
 
-    large = sum(p.numel() * p.element_size() for p in parameters.values()) > keep_bytes
+    large = sum(p.numel() * p.element_size() for p in parameters.values()) > KEEP_BYTES
     source = _on_disk(parameters, checkpoint) if large and checkpoint is not None else {}
     kept = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items() if n not in source}
     flags = {n: p.requires_grad for n, p in parameters.items()}
