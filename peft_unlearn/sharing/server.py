@@ -136,9 +136,11 @@ def verify_server(
     Raises `UserError` for a folder that is no adapter, a wrong base, a server that cannot be reached or refuses.
     """
     from ..folder.base import load_tokenizer, resolve_base
+    from ..folder.fetch import resolve_adapter
     from ..folder.read import read_adapter
     from ..stack.model import ForgetModel
 
+    folder = resolve_adapter(folder)
     found = read_adapter(folder)
     endpoint = Endpoint(url, served_as)
     try:

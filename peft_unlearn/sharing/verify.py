@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
+from ..folder.fetch import resolve_adapter
 from ..folder.manifest import probe_difference
 from ..folder.read import AdapterFolder, read_adapter
 from ..stack.removal import PROBE_TOLERANCE
@@ -54,16 +55,17 @@ class Verification:
         return "\n".join([f"{self.source}: {self.verdict}", *lines])
 
 
-def verify(folder: str | Path, base: str | Path | None = None, source: str | None = None) -> Verification:
+def verify(folder: str | Path, base: str | Path | None = None) -> Verification:
     """Check files, hashes, manifest, weights, base digest, targets and probes of an adapter folder.
 
-    folder: on this disk (a Hub id is fetched by `folder.fetch` first). base: folder, Hub id or ``embedded:NAME``; default the
-    manifest's. source: what the folder is called in the answer. Where the base cannot be had, what needs it is "cannot tell". The two
-    probe checks run four short prompts with the adapter off and on and compare the 16 largest logits of each with the manifest's.
+    folder: on this disk, or a Hub id (``id@commit``). base: folder, Hub id or ``embedded:NAME``; default the manifest's. Where the base
+    cannot be had, what needs it is "cannot tell". The two probe checks run four short prompts with the adapter off and on and compare
+    the 16 largest logits of each with the manifest's. Raises `UserError` only where there is no such folder and no such repository.
     """
-    result = Verification(source or str(folder))
+    result = Verification(str(folder))
+    path = resolve_adapter(folder)
     try:
-        found = read_adapter(folder)
+        found = read_adapter(path)
     except UserError as e:
         result.add("files", "failed", str(e))
         return result

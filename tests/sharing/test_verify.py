@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import file_sha256
 from peft_unlearn.sharing.verify import verify
 
@@ -46,6 +47,11 @@ def verdicts(folder: Path, base: Path | None) -> dict[str, str]:
     assert found.exit_code == (0 if found.verdict == "ok" else 1)
     json.dumps(found.to_dict(), allow_nan=False)
     return {c.name: c.verdict for c in found.checks}
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        verify(tmp_path / "nothing")
 
 
 def test_a_whole_adapter_on_its_base(folder, base_dir):
