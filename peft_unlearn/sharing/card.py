@@ -1,0 +1,33 @@
+"""The card of a folder, written or shown. Its text is made in `folder.card`, for new adapters and for this."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+from ..folder.atomic import write_text
+from ..folder.card import ForgetCard, card_of, render
+from ..folder.read import CARD, read_adapter
+from .outgoing import leaks
+
+__all__ = ["ForgetCard", "card"]
+
+
+def card(folder: str | Path, write: bool = False, description: str = "", license: str | None = None) -> str:
+    """README.md of a forget adapter as its files say it now; with `write` it replaces the one there.
+
+    description: the author's words (plain text; a blank line ends a paragraph), in place of those there.   license: an id
+    as the Hub knows them; default the one there. What is written by hand outside the generated block stays.
+
+    Raises:
+        UserError: no complete adapter, a front matter or marks that cannot be read, or a text that names a machine.
+    """
+    found = read_adapter(folder)
+    path = found.path / CARD
+    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    text = render(card_of(found, description, license), existing)
+    if problems := leaks(text, found.path.resolve()):
+        raise UserError(f"{path}: {'; '.join(problems)}; nothing was written.")
+    if write:
+        write_text(path, text)
+    return text

@@ -1,0 +1,159 @@
+"""What may leave this machine: the files of an adapter and no others, and nothing in them that is nobody's business."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.bundle import ForgetRetain
+from ..data.embedded import is_embedded
+from ..errors import Errors, UserError
+from ..folder.card import card_of, current, portable_front, split
+from ..folder.manifest import path_like
+from ..folder.read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, AdapterFolder
+from ..folder.recipe import parse_yaml
+from ..folder.safetensors_io import plain_name
+
+SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".txt", ".jinja", ".model")
+_TEXTS = (CARD, EVAL, RECIPE, MANIFEST, CONFIG, "expert_lora/adapter_config.json", "tokenizer_config.json")
+_ROOTS = ("home", "Users", "root", "tmp", "private", "var/tmp", "var/folders", "mnt", "media", "Volumes", "scratch",
+          "workspace", "work", "content", "kaggle", "opt", "srv", "data", "gpfs", "lustre", "dbfs", "nfs")  # fmt: skip
+_PLACE = re.compile(
+    r"(?<![\w./:-])(?:file://|~[\w-]*/|/(?:" + "|".join(_ROOTS) + r")/)[\w.-]+"
+    r"|(?<![A-Za-z])[A-Za-z]:(?:\\\\?|/)(?:Users|home|tmp|temp|data|work|Projects|Documents|Windows)\b"
+)
+_SECRET = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
+_ACTIVE = re.compile(
+    r"<\s*/?\s*(?:script|iframe|object|embed|form|style|meta|link|base)\b|<[^>]*\son\w+\s*=|javascript:", re.I
+)
+
+
+@dataclass
+class Parcel:
+    """files: (name, bytes) in order, all that goes along; left: what lies in the folder besides; notes: for the user."""
+
+    found: AdapterFolder
+    files: list[tuple[str, int]]
+    left: list[str]
+    notes: list[str]
+
+
+def pack(found: AdapterFolder, data: Any = None) -> Parcel:
+    """Check everything that would be sent. data: the bundle, to compare with its forget texts; embedded ones are known.
+
+    Raises:
+        UserError: one message with every file that is missing, no file of an adapter, or says what it should not.
+    """
+    errors = Errors()
+    root = found.path.resolve()
+    names = sorted({*found.manifest.files, MANIFEST, *(n for n in (CARD, EVAL) if (root / n).is_file())})
+    names = [n for n in names if (root / n).is_file()]  # read_adapter has refused what may not be missing
+    for name in names:
+        if not plain_name(name) or not name.endswith(SUFFIXES):
+            errors.add(f"{name}: not a kind of file that an adapter holds ({', '.join(SUFFIXES)})")
+        elif not (root / name).resolve().is_relative_to(root):
+            errors.add(f"{name}: is a link that leads out of the folder")
+    errors.raise_if_any(f"{found.path}")
+    notes = _check_card(found, errors)
+    texts = {n: (root / n).read_text(encoding="utf-8") for n in names if n in _TEXTS}
+    for name, text in texts.items():
+        for problem in leaks(text, root):
+            errors.add(f"{name} {problem}")
+    for name in (n for n in (CONFIG, RECIPE, "expert_lora/adapter_config.json") if n in texts):
+        for place, value in _leaves(parse_yaml(texts[name], name) if name == RECIPE else json.loads(texts[name])):
+            if path_like(value):
+                errors.add(f"{name} holds a path ({place}: {value!r})")
+    for name in (n for n in names if n.endswith(".safetensors")):
+        for problem in leaks(_metadata(root / name), root):
+            errors.add(f"{name}: its header {problem}")
+    notes += _check_texts(found, texts, data, errors)
+    errors.raise_if_any(f"{found.path}: not fit to be published")
+    left = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() or p.is_symlink())
+    return Parcel(found, [(n, (root / n).stat().st_size) for n in names], [n for n in left if n not in names], notes)
+
+
+def leaks(text: str, folder: Path | None = None) -> list[str]:
+    """What in a text would tell about a machine or give away a key."""
+    out = []
+    places = [Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *([folder] if folder else [])]
+    here = next(
+        (str(p) for p in places if len(p.parts) > 1 and re.search(rf"(?<![\w./-]){re.escape(str(p))}(?![\w.-])", text)),
+        None,
+    )
+    if hit := _PLACE.search(text):
+        out.append(f"names a place on a machine ({hit[0]!r}); take it out")
+    elif here:
+        out.append(f"names a place on this machine ({here!r}); take it out")
+    if hit := _SECRET.search(text):
+        out.append(f"holds what looks like a secret key ({hit[0][:6]}..); take it out, and revoke it")
+    return out
+
+
+def _check_card(found: AdapterFolder, errors: Errors) -> list[str]:
+    path = found.path / CARD
+    mend = f"run `peft-unlearn card {found.path} --write`"
+    if not path.is_file():
+        errors.add(f"{CARD} is missing; {mend}")
+        return []
+    text = path.read_text(encoding="utf-8")
+    try:
+        front, _ = split(text)
+        state = current(card_of(found), text)
+    except UserError as e:
+        errors.absorb(e)
+        return []
+    for key in portable_front(front):
+        errors.add(f"{CARD}: `{key}` in its front matter holds a path (saving with PEFT writes one there); {mend}")
+    if hit := _ACTIVE.search(text):
+        errors.add(f"{CARD} holds active HTML ({hit[0]!r}); take it out")
+    if state is False:
+        errors.add(f"{CARD} does not say what the folder says now; {mend}")
+    return [] if state is not None else [f"{CARD} is all your own: its numbers are not compared with eval.json"]
+
+
+def _check_texts(found: AdapterFolder, texts: dict[str, str], data: Any, errors: Errors) -> list[str]:
+    about = found.manifest.data.get("forget") or {}
+    spec = data if data is not None else about.get("ref") if is_embedded(about.get("ref")) else None
+    if spec is None:
+        return ["not compared with the forget texts, which are not here (--data compares)"]
+    bundle = ForgetRetain.load(spec)
+    if about.get("sha256") and bundle.sha256["forget"] != about["sha256"]:
+        errors.add("data: this forget set is not the one the adapter was trained on; nothing was compared with it")
+        return []
+    phrases = sorted(_phrases(bundle.forget), key=len, reverse=True)
+    for name, text in texts.items():
+        plain = _plain(text)
+        if hit := next((p for p in phrases if p in plain), None):
+            errors.add(f"{name} holds a text of the forget set ({hit[:40]!r}..); take it out")
+    return []
+
+
+def _phrases(rows: Iterable[dict[str, Any]]) -> set[str]:
+    """Questions, answers and documents; not what is too short to be told from ordinary words."""
+    out = {_plain(v) for row in rows for v in row.values() if isinstance(v, str)}
+    return {p for p in out if len(p) >= 16 and p.count(" ") >= 2}
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[\W_]+", " ", text).casefold().split())
+
+
+def _metadata(path: Path) -> str:
+    with open(path, "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    return json.dumps(header.get("__metadata__") or {})
+
+
+def _leaves(value: Any, place: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        return [x for k, v in value.items() for x in _leaves(v, f"{place}.{k}".lstrip("."))]
+    if isinstance(value, list):
+        return [x for i, v in enumerate(value) for x in _leaves(v, f"{place}[{i}]")]
+    return [(place, value)] if isinstance(value, str) else []
