@@ -183,6 +183,52 @@ def verify(
 
 
 @app.command()
+def card(
+    folder: Folder,
+    write: Annotated[bool, typer.Option("--write", help="Replace README.md; your own words in it stay.")] = False,
+    description: Annotated[str, typer.Option(help="What it forgets, in your words.")] = "",
+    license: Annotated[str | None, typer.Option(help="License id as the Hub knows it, e.g. apache-2.0.")] = None,
+) -> None:
+    """The adapter's card, made anew from what its folder says now."""
+    from .sharing.card import card as run
+
+    text = run(folder, write=write, description=description, license=license)
+    print(f"{folder}/README.md") if write else print(text, end="")
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a public repository; private otherwise.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list everything; ask no network.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """Publish an adapter: exactly its files, in one commit, private unless you say otherwise."""
+    from .sharing.publish import push as run
+
+    done = run(folder, repo_id, private=not public, dry_run=dry_run, revision=revision, message=message, data=data)
+    _out(done.to_dict()) if json else print(done)
+
+
+@app.command()
+def pull(
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME[@COMMIT]", help="Repository on the Hub.")],
+    out: Annotated[str, typer.Option("--out", help="Folder that receives the adapter.")],
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag.")] = None,
+    json: Json = False,
+) -> None:
+    """Fetch an adapter from the Hub, pinned to a commit, checked, whole or not at all."""
+    from .sharing.publish import pull as run
+
+    got = run(repo_id, out, revision)
+    _out(got.to_dict()) if json else print(f"{got.folder.path}  {got.repo_id}@{got.commit}")
+
+
+@app.command()
 def methods(
     kind: Annotated[str | None, typer.Argument(help="Only this kind, e.g. objective.")] = None, json: Json = False
 ) -> None:
