@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from ...errors import UserError
 from ...registry import Range, Source, attack
 from ..measured import Unmeasured
 from .case import Case, Outcome
@@ -31,13 +32,13 @@ def quantize(
 
     format: int8 = one scale per output channel, levels -127..127; int4 = one scale per `group` inputs of a channel,
     levels -7..7; nf4 = 16 normal-float levels, one scale per `group` consecutive weights; bf16 = cast.
-    backend: torch = written out here; bitsandbytes = its own kernels (int8 and nf4, needs CUDA).
+    backend: torch = written out here; bitsandbytes = its own kernels (int8 and nf4), where it is installed.
     Output embeddings, token embeddings, norms and routers are left alone.
     """
     import torch
 
     if backend == "bitsandbytes":
-        _require_bitsandbytes(format)
+        _require_bitsandbytes(format, group)
     change = changed = 0.0
     with case.subject() as model:
         before = case.before(model)
@@ -152,24 +153,26 @@ def _ungrouped(groups: Tensor, like: Tensor) -> Tensor:
     return groups.reshape(like.shape[0], -1)[:, : like.shape[1]]
 
 
-def _require_bitsandbytes(format: str) -> None:
+_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has kernels for
+
+
+def _require_bitsandbytes(format: str, block: int) -> None:
     import importlib.util
 
-    import torch
-
     if format not in ("int8", "nf4"):
-        raise Unmeasured(f"bitsandbytes has no {format}; use backend=torch")
-    if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
-        raise Unmeasured("backend bitsandbytes needs the package bitsandbytes and a CUDA device; use backend=torch")
+        raise UserError(f"quantize: bitsandbytes has no {format}; use backend=torch")
+    if format == "nf4" and block not in _BLOCKS:
+        raise UserError(f"quantize: bitsandbytes has blocks of {', '.join(map(str, _BLOCKS))}, not {block}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("quantize: bitsandbytes is not installed; pip install bitsandbytes, or use backend=torch")
 
 
 def _by_bitsandbytes(w: Tensor, format: str, block: int) -> Tensor:
     import importlib
 
     functional: Any = importlib.import_module("bitsandbytes.functional")
-    there = w.detach().contiguous().cuda()
     if format == "int8":
-        q, scale, _ = functional.int8_vectorwise_quant(there.half())
+        q, scale, _ = functional.int8_vectorwise_quant(w.contiguous().half())
         return (q.float() * (scale[:, None] / 127.0)).to(w)
-    packed, state = functional.quantize_4bit(there, blocksize=block, quant_type="nf4")
+    packed, state = functional.quantize_4bit(w.contiguous(), blocksize=block, quant_type="nf4")
     return functional.dequantize_4bit(packed, state).to(w)
