@@ -21,7 +21,7 @@ from .formats import SUFFIXES, identity, load_rows, to_text
 SETS = ("forget", "retain", "holdout")
 TEMPLATES = ("qa", "chat")
 # modules of this room that know a benchmark's own layout: recognizes(spec) -> bool, load(spec, template) -> ForgetRetain
-LAYOUT_MODULES = ("tofu",)
+LAYOUT_MODULES = ("tofu", "muse", "mcq")
 
 
 @dataclass

@@ -8,4 +8,5 @@ from . import attacks as attacks
 from . import depth as depth
 from . import extraction as extraction
 from . import gradient_norm as gradient_norm
+from . import letters as letters
 from . import metrics as metrics

@@ -10,6 +10,7 @@ from . import extraction as extraction
 from . import fluency as fluency
 from . import generation as generation
 from . import leak as leak
+from . import letters as letters
 from . import likelihood as likelihood
 from . import membership as membership
 from . import memorization as memorization

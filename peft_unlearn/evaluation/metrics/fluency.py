@@ -80,10 +80,11 @@ def empty_answer(generation: Sequence[str]) -> Array:
 def answer_nll_under_base(said_nll: Array) -> Array | Estimate:
     """Answer quality: mean token NLL, in nats, that the base gives to this model's own greedy answer, the question before it.
 
-    said_nll: (rows,), NaN where the answer is empty; those are left out, as in `repetition`. Lower = text the base would write; the base's own greedy answers are
-    the floor. It stands where open-unlearning asks a classifier from the Hub whether the answer is clean; there is none here,
-    and this is not one. On forget rows some of the rise is wanted: the base knows the right value, so that any other value
-    costs. Compare with the retain-only model, whose answers are fluent and wrong.
+    said_nll: (rows,), NaN where the answer is empty; those are left out, as in `repetition`. Lower = text the base would
+    write; the base's own greedy answers are the floor. It stands where open-unlearning asks a classifier from the Hub
+    whether the answer is clean; there is none here, and this is not one. On forget rows some of the rise is wanted: the
+    base knows the right value, so that any other value costs. Compare with the retain-only model, whose answers are
+    fluent and wrong.
     """
     return mean_of_defined(said_nll, ~np.isnan(said_nll), EMPTY)
 
