@@ -73,7 +73,9 @@ def evaluate(
     retain_only: Annotated[
         str | None, typer.Option("--retain-only", help="Model (or adapter folder) trained without the forget set.")
     ] = None,
-    out: Annotated[str | None, typer.Option("--out", help="Also write the numbers here: FILE.json, or a folder.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Also write the numbers here: FILE.json, or a folder.")
+    ] = None,
     layout: Annotated[str, typer.Option(help="Of --out: eval, or open-unlearning (a folder).")] = "eval",
     json: Json = False,
 ) -> None:
@@ -226,6 +228,22 @@ def pull(
 
     got = run(repo_id, out, revision)
     _out(got.to_dict()) if json else print(f"{got.folder.path}  {got.repo_id}@{got.commit}")
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or its Hub id.")],
+    out: Annotated[str, typer.Option("--out", help="Folder for the exported adapter.")],
+    target: Annotated[str, typer.Option("--for", help="vllm, sglang or mergekit.")],
+    scale: Annotated[float | None, typer.Option(help="Strength to multiply in; default the manifest's.")] = None,
+    base: Base = None,
+    json: Json = False,
+) -> None:
+    """Write the adapter as a server or mergekit reads it: one rank, its strength inside the tensors."""
+    from .sharing.export import export as run
+
+    report = run(folder, out, target, scale=scale, base=base)
+    _out(report.to_dict()) if json else print(report)
 
 
 @app.command()

@@ -1,0 +1,165 @@
+"""An adapter as other programs want it: the same numbers, without what they would read wrongly.
+
+Servers read of a LoRA its tensors, ``r`` and ``lora_alpha``. They do not know forget.json, and some pass over `rank_pattern` and
+`alpha_pattern` without a word, which is another strength than the one that was measured. So the exported form says everything
+in the tensors: one rank, alpha = r, the strength (scale included) multiplied into B.
+
+Layouts: what vLLM's loader accepts (vllm/lora/peft_helper.py, lora_model.py of vllm-project/vllm) and what SGLang's reads
+(python/sglang/srt/lora of sgl-project/sglang); mergekit takes ``BASE+ADAPTER`` as a model (https://github.com/arcee-ai/mergekit).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import Errors, UserError, nearest
+from ..folder.atomic import staged
+from ..folder.fetch import resolve_adapter
+from ..folder.read import CONFIG, WEIGHTS, AdapterFolder, read_adapter
+
+TARGETS = ("vllm", "sglang", "mergekit")
+NAMES = re.compile(r"base_model\.model\.[\w.]+\.(lora_[AB]\.weight|lora_embedding_[AB])")
+"""What a tensor of a served adapter may be called: vLLM's parse_fine_tuned_lora_name takes no other ending."""
+
+
+@dataclass
+class Exported:
+    """What was written. rank: of every module. scale: the strength that B now holds. use: how to put it to work."""
+
+    out: str
+    target: str
+    rank: int
+    scale: float
+    tensors: int
+    use: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = f"{self.out}: {self.tensors} tensors of rank {self.rank}, strength {self.scale:g} multiplied in, for {self.target}"
+        return "\n".join([head, *(f"  {line}" for line in self.use)])
+
+
+def export(
+    folder: str | Path, out: str | Path, target: str, scale: float | None = None, base: str | None = None
+) -> Exported:
+    """Write `folder` to `out` in the form that `target` (one of `TARGETS`) reads; plain PEFT reads it too and says the same.
+
+    scale: strength to multiply in, default the manifest's. base: what mergekit is told to put it on; default the manifest's Hub id.
+
+    Raises:
+        UserError: an adapter that is not a plain sum, or has parts that the target would pass over or take for something else.
+    """
+    if target not in TARGETS:
+        raise UserError(f"export --for {target!r}: expected one of {', '.join(TARGETS)}.{nearest(target, TARGETS)}")
+    found = read_adapter(resolve_adapter(folder))
+    strength = float(found.manifest.scale if scale is None else scale)
+    tensors, rank, leaves, parameters = _tensors(found, strength, target)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": found.config.get("base_model_name_or_path") or "",
+        "revision": found.config.get("revision"),
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": leaves,
+        "target_parameters": parameters or None,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": bool(found.config.get("fan_in_fan_out")),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "inference_mode": True,
+    }
+    from safetensors.torch import save_file
+
+    with staged(out, lambda _: "is not empty, and an export never replaces anything") as stage:
+        save_file(tensors, str(stage / WEIGHTS), metadata={"format": "pt"})
+        (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if target == "mergekit":
+            (stage / "mergekit.yaml").write_text(_mergekit(found, Path(out), base), encoding="utf-8")
+    return Exported(str(out), target, rank, strength, len(tensors), _use(target, str(out), rank, parameters))
+
+
+def _tensors(found: AdapterFolder, strength: float, target: str) -> tuple[dict[str, Any], int, list[str], list[str]]:
+    """Factors by the names they have on disk, all of one rank, B times s; leaf names of modules; paths of fused parameters."""
+    import torch
+
+    from ..stack.delta import Deltas
+
+    deltas, errors = Deltas(found), Errors()
+    rank = max(row.rank for row in deltas.adapted.values())
+    fused = {row.module for row in deltas.adapted.values() if row.experts > 1}
+    tensors: dict[str, torch.Tensor] = {}
+    for weight, row in deltas.adapted.items():
+        if row.kind == "parameter" and row.experts == 1:
+            errors.add(f"{weight} (a trained router) has no place in a served LoRA")
+        if row.experts > 1 and target == "mergekit":
+            errors.add(f"{weight} is a stack of experts, which mergekit's models hold one by one")
+        if row.experts > 1 and row.rank != rank:
+            errors.add(
+                f"{weight} has rank {row.rank}, other weights have {rank}; stacks of experts cannot be filled up"
+            )
+        a, b, s = deltas.factors(weight)
+        if row.experts == 1:
+            a = torch.cat([a, a.new_zeros(rank - row.rank, *a.shape[1:])])  # (rank, in)
+            b = torch.cat([b, b.new_zeros(b.shape[0], rank - row.rank, *b.shape[2:])], 1)  # (out, rank)
+        tensors[row.a.name], tensors[row.b.name] = a.contiguous(), (b * (s * strength)).contiguous()
+    for module in sorted(fused):
+        # there the innermost pair means gate_up_proj and the outermost down_proj: one alone would be taken for the other
+        if sum(row.module == module for row in deltas.adapted.values()) != 2:
+            errors.add(
+                f"{module}: only one of its two stacks is adapted, and servers tell them apart by there being two"
+            )
+    odd = [n for n in tensors if not NAMES.fullmatch(n)]
+    if odd:
+        errors.add(f"{len(odd)} tensors have names that servers do not know, first {odd[0]!r}")
+    errors.raise_if_any(
+        f"{found.path} cannot be served by {target} as an adapter; merge it instead (peft-unlearn merge)"
+    )
+    leaves = sorted({row.module.rpartition(".")[2] for row in deltas.adapted.values() if row.kind != "parameter"})
+    parameters = [w for w, row in deltas.adapted.items() if row.kind == "parameter"]
+    return tensors, rank, leaves, parameters
+
+
+def _mergekit(found: AdapterFolder, out: Path, base: str | None) -> str:
+    """A configuration that adds the adapter's task vector to its base, `normalize: false`, so that weights mean what they say."""
+    import yaml
+
+    ref = found.manifest.base
+    known = None if ref.ref.startswith(("embedded:", "local:")) else f"{ref.ref}@{ref.revision}"
+    on = base or known
+    if on is None:
+        raise UserError(f"{found.path}: mergekit has to be told where the base is; say so with --base.")
+    return yaml.safe_dump(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": on,
+            "models": [{"model": f"{on}+{out}", "parameters": {"weight": 1.0}}],
+            "parameters": {"normalize": False},
+            "dtype": "float32",
+        },
+        sort_keys=False,
+    )
+
+
+def _use(target: str, out: str, rank: int, parameters: list[str]) -> list[str]:
+    check = f"then: peft-unlearn verify DIR --server http://localhost:{30000 if target == 'sglang' else 8000} --served-as forget"
+    if target == "vllm":
+        allowed = next((k for k in (8, 16, 32, 64, 128, 256, 320, 512) if k >= rank), rank)
+        line = f"vllm serve BASE --enable-lora --max-lora-rank {allowed} --lora-modules forget={out}"
+        return [line, *(["experts: only with a vLLM whose model takes fused expert LoRA"] if parameters else []), check]
+    if target == "sglang":
+        return [f"python -m sglang.launch_server --model-path BASE --enable-lora --lora-paths forget={out}", check]
+    return [
+        f"mergekit-yaml {out}/mergekit.yaml MERGED --lora-merge-dtype float32",
+        "without that flag the adapter is rounded to the base's dtype on the way; weight -1 in the file does the opposite",
+    ]
