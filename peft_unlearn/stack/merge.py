@@ -1,48 +1,63 @@
-"""Writing an adapter into its base's weights, in float32 with one cast, and saying what that cast kept.
+"""Writing adapters into their base's weights: cast(W + D) in float32 with one cast, and what that cast kept.
 
-W' = cast(W + s B A). Rounding to a short dtype can swallow a small delta whole: what was kept is cast(W + D) -
-cast(W), and the table gives, per layer, its cosine with the wanted D and the share of weights that changed at all.
+Rounding to a short dtype can swallow a small delta whole: what was kept is cast(W + D) - cast(W), and the table gives, per
+layer (per expert, where experts are fused), its cosine with the wanted D and the share of weights that changed at all. The
+base's files are streamed into the merged model's (`stream`); no model is built unless `in_memory` asks for it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import UserError
-from ..folder.atomic import staged
-from ..folder.base import load_base, load_tokenizer, resolve_base
-from ..folder.digest import adapter_modules, digest_checkpoint, digest_live
+from ..folder.base import resolve_base
+from ..folder.digest import _combine, digest_checkpoint
+from ..folder.fetch import resolve_adapter
 from ..folder.read import AdapterFolder, read_adapter
-from .model import attach, check_base
-from .removal import unload
+from ..folder.safetensors_io import WEIGHTS, checkpoint_tensors
+from .delta import Deltas
+from .fits import check_base, check_dependencies, check_tokenizer
+from .layout import Layout
+from .merged_files import RECORD, read_record, write_index, write_record, write_sidecars
+from .model import Adapters, _named, _scales
+from .rounding import DTYPES, ROUNDINGS, Sums
+from .stage import MergeStage, check_destination
+from .stream import Overlay, Stream, Unit, free_bytes, shards
 
 MIN_COSINE = 0.9
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_DRIFT = 0.1
+"""Stochastic rounding: how far the gain of a layer may be from 1 before its noise is said to drown the delta."""
 
 
 @dataclass
 class LayerMerge:
-    """One layer. cosine: of the kept delta with the wanted one, None where none was wanted; relative: |D| / |W|."""
+    """One layer, or one expert of it. Of the kept delta with the wanted one: cosine, and gain <kept, D> / <D, D>; None
+    where none was wanted. changed: share of weights; relative: |D| / |W|."""
 
     name: str
     cosine: float | None
     changed: float
     relative: float
+    gain: float | None = None
 
 
 @dataclass
 class MergeReport:
+    """scale: of the one adapter, or name -> scale of several. digest: of the files written; base_digest: of those read."""
+
     out: str
     dtype: str
-    scale: float
+    scale: float | dict[str, float]
     layers: list[LayerMerge] = field(default_factory=list)
     digest: str | None = None
+    rounding: str = "nearest"
+    base_digest: str | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
+    resumed: int = 0
 
     @property
     def worst_cosine(self) -> float | None:
@@ -53,13 +68,21 @@ class MergeReport:
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.layers), default=5)
-        head = f"{'layer':<{width}}  cosine  changed  |D|/|W|"
+        head = f"{'layer':<{width}}  cosine   gain  changed  |D|/|W|"
+        none = "  none"
         rows = [
-            f"{r.name:<{width}}  {'  none' if r.cosine is None else f'{r.cosine:6.4f}'}  {r.changed:6.1%}  "
-            f"{r.relative:8.2e}"
+            f"{r.name:<{width}}  {none if r.cosine is None else f'{r.cosine:6.4f}'}  "
+            f"{none[1:] if r.gain is None else f'{r.gain:5.2f}'}  {r.changed:6.1%}  {r.relative:8.2e}"
             for r in self.layers
         ]
-        return "\n".join([f"merged in float32, stored as {self.dtype}, scale {self.scale:g}", head, *rows])
+        scale = self.scale if isinstance(self.scale, dict) else {"": self.scale}
+        scales = ", ".join(f"{n} {v:g}".strip() for n, v in scales_of(scale))
+        how = "" if self.rounding == "nearest" else f" ({self.rounding} rounding)"
+        return "\n".join([f"merged in float32, stored as {self.dtype}{how}, scale {scales}", head, *rows])
+
+
+def scales_of(scale: Mapping[str, float]) -> list[tuple[str, float]]:
+    return list(scale.items())
 
 
 class MergeRefused(UserError):
@@ -71,117 +94,248 @@ class MergeRefused(UserError):
 
 
 def merge(
-    adapter_dir: str | Path,
+    adapters: Adapters,
     base_dir: str | Path | None = None,
     out: str | Path = "",
     dtype: str = "float32",
-    scale: float | None = None,
+    scale: float | Sequence[float] | Mapping[str, float] | None = None,
     min_cosine: float = MIN_COSINE,
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+    onto: str | Path | None = None,
+    in_memory: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> MergeReport:
-    """Write base + adapter as a plain model to `out` (atomically), loadable by AutoModelForCausalLM.
+    """Write base + adapters as a plain model to `out`, loadable by AutoModelForCausalLM.
 
-    base_dir: default the manifest's base. scale: default the manifest's. Raises `MergeRefused` if the kept delta of any
-    layer has a cosine under `min_cosine` with the wanted one, `UserError` for adapters that are not
-    a plain sum W + s B A.
+    The folder appears whole or not at all; a run that was cut short is gone on with by the same call.
+
+    Args:
+        adapters: one folder (or Hub id), or several in stacking order; their deltas are summed in one pass.
+        base_dir: default the first manifest's base.
+        dtype: float32, bfloat16 or float16; what the class keeps in float32 stays in it.
+        scale: default each manifest's own; one number for one adapter, else a list or name -> number.
+        min_cosine: refuse when a layer's kept delta has a smaller cosine with the wanted one.
+        rounding: "nearest", or "stochastic": the delta in expectation, with noise (`seed`). Its cosine is low by nature and
+            is reported, not refused; refused is a gain further than `MAX_DRIFT` from 1.
+        onto: take the weights from this folder instead of the base: same architecture, other numbers (the base quantized
+            and dequantized, say). Nothing can say then whether the adapter means anything on them.
+        in_memory: build the model; for the rare layouts that cannot be streamed.
+
+    Raises:
+        MergeRefused: rounding would lose a layer's delta. UserError: an adapter that is no plain sum, other weights, a
+            value that does not fit the dtype, an `out` that holds anything, a damaged file.
     """
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}.")
+    job = _prepare(adapters, base_dir, out, dtype, scale, rounding, seed, onto)
+    if in_memory:
+        from .merge_in_memory import merge_in_memory
+
+        return merge_in_memory(job, min_cosine)
+    return _stream(job, min_cosine, progress or (lambda *_: None))
+
+
+@dataclass
+class Job:
+    """A merge that was asked for, checked as far as it can be without reading the base's weights."""
+
+    folders: dict[str, AdapterFolder]
+    scales: dict[str, float]
+    base_path: Path
+    expected: str | None
+    out: Path
+    dtype: str
+    rounding: str
+    seed: int
+
+    def report(self) -> MergeReport:
+        scale = dict(self.scales) if len(self.scales) > 1 else next(iter(self.scales.values()))
+        ids = {n: f.adapter_id for n, f in self.folders.items()}
+        return MergeReport(str(self.out), self.dtype, scale, rounding=self.rounding, adapters=ids)
+
+    def record(self, report: MergeReport) -> dict[str, Any]:
+        """forget-merge.json: no times and no places, so that equal merges are equal bytes."""
+        base = next(iter(self.folders.values())).manifest.base
+        return {
+            "format": 1,
+            "base": {"ref": base.ref, "revision": base.revision, "digest": base.digest},
+            "onto": report.base_digest if self.expected is None else None,
+            "adapters": [
+                {"name": n, "adapter_id": f.adapter_id, "scale": self.scales[n]} for n, f in self.folders.items()
+            ],
+            "dtype": self.dtype,
+            "rounding": self.rounding,
+            "seed": self.seed if self.rounding == "stochastic" else None,
+            "digest": report.digest,
+            "worst_cosine": report.worst_cosine,
+            "layers": [asdict(row) for row in report.layers],
+        }
+
+    def overlay(self, model: Any) -> Overlay:
+        return Overlay([(Deltas(f, model), self.scales[n]) for n, f in self.folders.items()])
+
+    @property
+    def tokenizers(self) -> list[Path]:
+        return [*(f.path for f in self.folders.values()), self.base_path]
+
+
+def _prepare(
+    adapters: Adapters, base_dir: Any, out: Any, dtype: str, scale: Any, rounding: str, seed: int, onto: Any
+) -> Job:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+    if rounding not in ROUNDINGS:
+        raise UserError(f"rounding {rounding!r}: expected one of {', '.join(ROUNDINGS)}.")
+    if rounding == "stochastic" and dtype == "float32":
+        raise UserError("rounding 'stochastic' is for bfloat16 and float16: nothing is rounded away in float32.")
     if not str(out):
         raise UserError("merge: say where to write the merged model (--out).")
-    folder = read_adapter(adapter_dir)
-    strength = float(folder.manifest.scale if scale is None else scale)
-    _refuse_unmergeable(folder)
-    ref = folder.manifest.base
-    base_path = resolve_base(ref.ref, override=base_dir, revision=ref.revision)
-    check_base(folder, base_path, digest_checkpoint(base_path))
-    report = MergeReport(str(out), dtype, strength)
-    with staged(out, lambda _: "is not empty, and a merged model never replaces anything") as stage:
-        model = attach(load_base(base_path, torch.float32), {"default": folder})
-        with torch.no_grad():
-            for name, layer in _lora_layers(model):
-                report.layers.append(_merge_layer(name, layer, strength, _DTYPES[dtype]))
-        _refuse_lossy(report, min_cosine)
-        plain = unload(model).to(_DTYPES[dtype])
-        plain.save_pretrained(str(stage))
-        load_tokenizer(folder.path, base_path).save_pretrained(str(stage))
-        _scrub(stage / "config.json")
-        proof = digest_live(plain, stage)
-        if proof.verdict == "changed":
-            raise RuntimeError(f"{stage}: the files written are not what is in memory: {proof.reason}")
-        report.digest = proof.checkpoint_digest
+    target = Path(out).expanduser()
+    check_destination(target.resolve() if target.is_symlink() else target)
+    folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in _named(adapters).items()}
+    if isinstance(scale, int | float):
+        scale = [scale]
+    scales = {n: float(v) for n, v in _scales(folders, scale).items()}
+    for name, value in scales.items():
+        if not math.isfinite(value):
+            raise UserError(f"scale of {name!r}: expected a finite number, found {value!r}.")
+    if not any(scales.values()):
+        raise UserError("merge: every scale is 0, so the result would be the base; name another scale.")
+    check_dependencies(folders, scales)
+    ref = next(iter(folders.values())).manifest.base
+    base_path = resolve_base(ref.ref, override=onto or base_dir, revision=ref.revision)
+    if (earlier := read_record(base_path)) is not None and onto is None:
+        names = ", ".join(str(a.get("name")) for a in earlier.get("adapters", []))
+        raise UserError(
+            f"{base_path}: is itself a merged model ({RECORD}: {names}), and an adapter is merged once, into the base that it "
+            "was trained on. Give that base with --base, and all adapters in one call."
+        )
+    digests = {f.manifest.base.digest for f in folders.values()}
+    if len(digests) > 1:
+        raise UserError(
+            f"These adapters were trained on {len(digests)} different bases; only those of one can be summed."
+        )
+    for folder in folders.values():
+        check_tokenizer(folder.path, base_path)
+    return Job(folders, scales, base_path, None if onto else digests.pop(), target, dtype, rounding, seed)
+
+
+def _stream(job: Job, min_cosine: float, tell: Callable[[str, int, int], None]) -> MergeReport:
+    entries = checkpoint_tensors(job.base_path)
+    layout = Layout(job.base_path, entries)
+    overlay = job.overlay(layout.model)
+    for deltas, _ in overlay.parts:
+        for weight in deltas:
+            refuse_tied(weight, layout.tied(weight))
+    stream = Stream(layout, overlay, job.dtype, job.rounding, job.seed)
+    by_shard = shards(entries)
+    report = job.report()
+    about = {
+        "stage": 1, "base": job.expected or digest_checkpoint(job.base_path), "dtype": job.dtype, "rounding": job.rounding,
+        "seed": job.seed, "adapters": [[f.adapter_id, job.scales[n]] for n, f in job.folders.items()],
+        "files": {Path(s).name: sum(e.end - e.begin for e in es) for s, es in by_shard.items()},
+    }  # fmt: skip
+    with MergeStage(job.out, about) as stage:
+        try:
+            records: dict[str, dict[str, Any]] = {}
+            for i, (source, members) in enumerate(by_shard.items()):
+                name = Path(source).relative_to(job.base_path).as_posix()
+                record = stage.done(name)
+                if record is None:
+                    _room(stage.root, stream.shard_bytes(members), name)
+                    record = stream.write(members, stage.model / name)
+                    stage.record(name, record)
+                else:
+                    report.resumed += 1
+                records[name] = record
+                tell("shards", i + 1, len(by_shard))
+            _account(job, stream, records, report)
+            refuse_lossy(report, min_cosine)
+            _sidecars(job, stage.model, records, report)
+            stage.finish()
+        except UserError:
+            stage.discard()
+            raise
+        except OSError as e:
+            raise UserError(
+                f"{job.out}: cannot be written ({e.strerror}). Whole shards are kept beside it; the same call goes on there."
+            ) from None
     return report
 
 
-def _refuse_unmergeable(folder: AdapterFolder) -> None:
-    config = folder.config
-    kind = config["peft_type"]
-    if kind != "LORA":
+def _room(folder: Path, need: int, shard: str) -> None:
+    if (free := free_bytes(folder)) < need:
+        raise OSError(28, f"{shard} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+
+
+def _account(job: Job, stream: Stream, records: Mapping[str, dict[str, Any]], report: MergeReport) -> None:
+    """The base's digest, from what was read; the output's; and the table."""
+    read, written = {}, {}
+    units: dict[Unit, Sums] = {u: Sums() for u in stream.units}
+    for record in records.values():
+        for name, row in record["tensors"].items():
+            entry = stream.layout.entries[name]
+            read[name] = (entry.dtype, entry.shape, row["in"])
+            written[name] = (row["dtype"], tuple(row["shape"]), row["out"])
+        for weight, expert, *values in record["sums"]:
+            units[weight, expert].add(Sums(*values))
+    report.base_digest = _combine(read)
+    if job.expected is not None:
+        for folder in job.folders.values():
+            check_base(folder, job.base_path, report.base_digest)
+    report.digest = _combine(written)
+    report.layers = table(units)
+
+
+def table(units: Mapping[Unit, Sums]) -> list[LayerMerge]:
+    rows = []
+    for (weight, expert), s in units.items():
+        name = weight.removesuffix(".weight") if expert is None else f"{weight}[{expert}]"
+        relative = math.sqrt(s.wanted / s.weight) if s.weight > 0 else 0.0
+        rows.append(LayerMerge(name, s.cosine, s.changed / s.n if s.n else 0.0, relative, s.gain))
+    return rows
+
+
+def _sidecars(job: Job, model: Path, records: Mapping[str, dict[str, Any]], report: MergeReport) -> None:
+    weight_map = {n: shard for shard, r in records.items() for n in r["tensors"]}
+    if list(records) != [WEIGHTS]:
+        sizes = [(math.prod(row["shape"]), row["dtype"]) for r in records.values() for row in r["tensors"].values()]
+        total = sum((model / shard).stat().st_size - _header(model / shard) for shard in records)
+        write_index(model, weight_map, total, sum(n for n, _ in sizes))
+    write_record(model, job.record(report))
+    write_sidecars(model, job.base_path, job.tokenizers, job.dtype)
+
+
+def _header(path: Path) -> int:
+    with open(path, "rb") as f:
+        return 8 + int.from_bytes(f.read(8), "little")
+
+
+def refuse_tied(weight: str, other: str | None) -> None:
+    if other is not None:
         raise UserError(
-            f"{folder.path}: merging adapters of type {kind} is not supported; only LORA is a sum of weights."
+            f"The adapted weight {weight} is tied to {other}: merging into one would change both. Serve the adapter unmerged, "
+            "or untie the two in a copy of the base and train there."
         )
-    for key, what in (
-        ("use_dora", "DoRA"), ("lora_bias", "a LoRA bias"), ("modules_to_save", "fully trained modules"),
-        ("target_parameters", "fused expert parameters"), ("trainable_token_indices", "trained token embeddings"),
-        ("use_qalora", "QALoRA"), ("alora_invocation_tokens", "activated LoRA"),
-    ):  # fmt: skip
-        if config.get(key):
-            raise UserError(
-                f"{folder.path}: has {what} ({key}), which is not a plain sum of weights; merging it is not supported."
-            )
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{folder.path}: trains biases (bias: {config['bias']}); merging it is not supported.")
 
 
-def _lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    storages: dict[int, str] = {}
-    layers = {n: m for n, m in adapter_modules(model).items() if hasattr(m, "get_delta_weight")}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        other = storages.setdefault(tensor.data_ptr(), name)
-        if other != name and any(n in (o.rsplit(".base_layer.", 1)[0]) for n in layers for o in (name, other)):
-            raise UserError(
-                f"The adapted weight {name.removeprefix('base_model.model.')} is tied to "
-                f"{other.removeprefix('base_model.model.')}: merging into one would change both."
-            )
-    for name, layer in layers.items():
-        yield name.removeprefix("base_model.model."), layer
-
-
-def _merge_layer(name: str, layer: Any, scale: float, dtype: torch.dtype) -> LayerMerge:
-    weight = layer.base_layer.weight
-    wanted = layer.get_delta_weight("default").float() * scale
-    merged = (weight + wanted).to(dtype)
-    if not torch.isfinite(merged).all():
-        raise UserError(f"{name}: the merged weight does not fit {str(dtype).removeprefix('torch.')}; use float32.")
-    start = weight.to(dtype)
-    kept = merged.double() - start.double()
-    wide = wanted.double()
-    size = wide.norm()
-    cosine = None
-    if size > 0:
-        lost = kept.norm()
-        cosine = float((kept * wide).sum() / (size * lost)) if lost > 0 else 0.0
-    row = LayerMerge(name, cosine, float((merged != start).double().mean()), float(size / weight.double().norm()))
-    weight.copy_(merged.float())
-    return row
-
-
-def _refuse_lossy(report: MergeReport, min_cosine: float) -> None:
-    worst = report.worst_cosine
-    if worst is None or worst >= min_cosine:
+def refuse_lossy(report: MergeReport, min_cosine: float) -> None:
+    """Raise `MergeRefused` where a layer's delta does not survive the cast."""
+    wanted = [r for r in report.layers if r.cosine is not None and r.gain is not None]
+    stochastic = report.rounding == "stochastic"
+    bad = [r for r in wanted if (abs(r.gain - 1) > MAX_DRIFT if stochastic else r.cosine < min_cosine)]  # type: ignore[operator]
+    if not bad:
         return
-    bad = [r for r in report.layers if r.cosine is not None and r.cosine < min_cosine]
+    if stochastic:
+        worst = max(bad, key=lambda r: abs((r.gain or 0) - 1))
+        what = f"what was kept along the wanted change is not all of it, the noise of rounding is too large (worst gain {worst.gain:.2f}"
+    else:
+        worst = min(bad, key=lambda r: r.cosine or 0)
+        what = f"the kept change has a cosine under {min_cosine:g} with the wanted one (worst {worst.cosine:.2f}"
+    other = "" if stochastic else "--rounding stochastic (keeps the change in the mean, adds noise); "
     raise MergeRefused(
-        f"Merging as {report.dtype} would lose the adapter: in {len(bad)} of {len(report.layers)} layers the "
-        f"kept change has a "
-        f"cosine under {min_cosine:g} with the wanted one (worst {worst:.2f}, {bad[0].name}); nothing was written.\n"
-        f"{report}\nWays out: --dtype float32; a larger --scale; or serve the adapter unmerged on the base.",
+        f"Merging as {report.dtype} would lose the adapter: in {len(bad)} of {len(report.layers)} layers {what}, "
+        f"{worst.name}); nothing was written.\n{report}\nWays out: --dtype float32; a larger --scale; {other}merging into the "
+        "base as it is after quantization (--onto, see docs/merge.md); or serve the adapter unmerged on the base.",
         report,
     )
-
-
-def _scrub(config_path: Path) -> None:
-    """No machine path in the merged model's configuration."""
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    if "_name_or_path" in config:
-        del config["_name_or_path"]
-        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

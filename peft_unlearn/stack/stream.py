@@ -1,0 +1,305 @@
+"""Merging from safetensors shards into safetensors shards, a block of rows at a time, without building the model.
+
+Each shard is read once from front to back and written under its own name. Tensors that no adapter touches are copied byte
+for byte, or cast where another dtype was asked for; the others go through `rounding.merge_block`. What is read and what is
+written is hashed on the way, so that the base's digest is that of the very bytes that went into the sum. Memory holds some
+blocks of a few MB and the factors of a few weights, whatever the checkpoint's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..folder.safetensors_io import TORCH_NAMES, TensorEntry
+from .delta import Deltas
+from .layout import Layout, Product, Slab
+from .rounding import Overflow, Sums, blocks, cast_block, generator, merge_block
+
+Unit = tuple[str, int | None]
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_SAFE = {v: k for k, v in TORCH_NAMES.items()}
+_COPY = 1 << 22
+_AHEAD = 4  # blocks waiting to be written or hashed
+
+
+class Overlay:
+    """The sum of several adapters' deltas, each times its scale, by weight and expert."""
+
+    def __init__(self, parts: Sequence[tuple[Deltas, float]]) -> None:
+        self.parts = [(d, s) for d, s in parts if s != 0]
+
+    def units(self) -> dict[str, list[int]]:
+        """weight -> its experts with a delta ([0] for a weight that is none); [] where every delta is zero."""
+        found: dict[str, set[int]] = {}
+        for deltas, _ in self.parts:
+            for weight in deltas:
+                found.setdefault(weight, set()).update(deltas.touched(weight))
+        return {w: sorted(e) for w, e in found.items()}
+
+    def product(self, weight: str, expert: int | None) -> Product | None:
+        lefts, rights = [], []
+        for deltas, scale in self.parts:
+            if weight in deltas:
+                left, right = deltas.product(weight, expert)
+                lefts.append(left * scale)
+                rights.append(right)
+        if not lefts:
+            return None
+        return torch.cat(lefts, dim=1), torch.cat(rights)
+
+
+class Stream:
+    """One merge. dtype: of the output, by torch's name; keep: names in memory that stay float32 (patterns)."""
+
+    def __init__(self, layout: Layout, overlay: Overlay, dtype: str, rounding: str = "nearest", seed: int = 0) -> None:
+        self.layout, self.overlay = layout, overlay
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.seed = seed if rounding == "stochastic" else None
+        self.wide = wide_patterns(layout.model, self.dtype)
+        self.slabs: dict[str, list[Slab]] = {}
+        self.units: dict[Unit, Sums] = {}
+        lost: dict[str, str] = {}
+        for weight, experts in overlay.units().items():
+            fused = any(deltas.adapted[weight].fused for deltas, _ in overlay.parts if weight in deltas)
+            if not experts:
+                self.units[weight, None] = Sums()
+                continue
+            try:
+                for name, slabs in layout.slabs(weight, experts).items():
+                    self.slabs.setdefault(name, []).extend(slabs)
+                    self._try(name, slabs[0])
+            except LookupError as e:
+                lost[weight] = str(e)
+            for e in experts:
+                self.units[weight, e if fused else None] = Sums()
+        layout.clear()
+        if lost:
+            first, why = next(iter(lost.items()))
+            raise UserError(
+                f"{len(lost)} adapted weights cannot be found in the base's files in the layout that transformers loads "
+                f"them by ({', '.join(list(lost)[:4])}; {first}: {why}). Merge with --in-memory, which builds the model."
+            )
+        odd = [n for n in self.slabs if layout.entries[n].dtype not in _FLOATS]
+        if odd:
+            raise UserError(
+                f"The base holds {odd[0]!r} as {layout.entries[odd[0]].dtype}, which is quantized; a sum needs plain "
+                "numbers. Merge into the model that was quantized, and quantize the result."
+            )
+
+    def _try(self, name: str, slab: Slab) -> None:
+        """One slab's way to disk and its shape there, before anything is written."""
+        left, right = self.layout.product(name, slab.unit, self.overlay.product)
+        shape = self.layout.entries[name].shape
+        shape = shape if slab.index is None else shape[1:]
+        columns = left.shape[1] if right is None else right.shape[1]
+        if (left.shape[0], columns) != (shape[0], math.prod(shape[1:])):
+            raise LookupError(f"its delta is {[left.shape[0], columns]} on disk, where {name} is {list(shape)}")
+
+    def out_dtype(self, entry: TensorEntry) -> str:
+        """The output's dtype of a tensor, as safetensors spells it: integers and booleans stay what they are."""
+        if entry.dtype not in _FLOATS:
+            return entry.dtype
+        memory = self.layout.memory.get(entry.name, entry.name)
+        wide = any(p.search(memory) for p in self.wide)
+        return "F32" if wide else _SAFE[str(self.dtype).removeprefix("torch.")]
+
+    def shard_bytes(self, entries: Sequence[TensorEntry]) -> int:
+        return sum(self._size(e) for e in entries)
+
+    def _size(self, entry: TensorEntry) -> int:
+        kind = getattr(torch, TORCH_NAMES.get(self.out_dtype(entry), ""), None)
+        return entry.end - entry.begin if kind is None else math.prod(entry.shape) * kind.itemsize
+
+    def write(self, entries: Sequence[TensorEntry], out: Path) -> dict[str, Any]:
+        """Write one shard; its record: {"tensors": {name: {dtype, shape, in, out}}, "sums": [[weight, expert, ..]]}."""
+        source = entries[0].file
+        order = sorted(entries, key=lambda e: e.begin)
+        if any(self.out_dtype(e) != e.dtype for e in order):  # as the format's own writer: every tensor aligned
+            order.sort(key=lambda e: -(self._size(e) // max(1, math.prod(e.shape))))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for e in order:
+            header[e.name] = {
+                "dtype": self.out_dtype(e),
+                "shape": list(e.shape),
+                "data_offsets": [at, at + self._size(e)],
+            }
+            at += self._size(e)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        sums: dict[Unit, Sums] = {}
+        rows: dict[str, dict[str, Any]] = {}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            f = stack.enter_context(open(source, "rb", buffering=0))
+            g = stack.enter_context(open(out, "wb", buffering=0))
+            writer = stack.enter_context(_Worker(_write_and_hash))
+            hasher = stack.enter_context(_Worker(_hash))
+            g.write(len(text).to_bytes(8, "little") + text)
+            shas = {}
+            for e in order:
+                shas[e.name] = self._tensor(e, f, g, writer, hasher, sums)
+            writer.finish()
+            hasher.finish()
+        for e in order:
+            a, b = shas[e.name]
+            rows[e.name] = {
+                "dtype": header[e.name]["dtype"],
+                "shape": list(e.shape),
+                "in": a.hexdigest(),
+                "out": b.hexdigest(),
+            }
+        return {"tensors": rows, "sums": [[w, x, *vars(s).values()] for (w, x), s in sums.items()]}
+
+    def _tensor(
+        self, entry: TensorEntry, f: Any, g: Any, writer: _Worker, hasher: _Worker, sums: dict[Unit, Sums]
+    ) -> tuple[Any, Any]:
+        """Send one tensor on its way; (hash of what was read, hash of what is written)."""
+        target = self.out_dtype(entry)
+        slabs = self.slabs.get(entry.name)
+        f.seek(entry.begin)
+        if slabs is None and target == entry.dtype:
+            sha = hashlib.sha256()
+            left = entry.end - entry.begin
+            while left:
+                piece = _read(f, min(_COPY, left), entry)
+                left -= piece.numel()
+                writer.put(g, sha, piece)
+            return sha, sha
+        read, written = hashlib.sha256(), hashlib.sha256()
+        kind, dtype = getattr(torch, TORCH_NAMES[entry.dtype]), getattr(torch, TORCH_NAMES[target])
+        rng = None if self.seed is None or slabs is None else generator(self.seed, entry.name)
+
+        def through(shape: Sequence[int], product: Product | None, unit: Unit | None) -> None:
+            rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) else (1, 1)
+            for part in blocks(rows, columns):
+                raw = _read(f, (part.stop - part.start) * columns * kind.itemsize, entry)
+                hasher.put(read, raw)
+                w = raw.view(kind).view(-1, columns)
+                if product is None or unit is None:
+                    out = w if dtype == kind else cast_block(w, dtype)
+                else:
+                    left, right = product
+                    d = left[part] if right is None else left[part] @ right
+                    out, found = merge_block(w, d, dtype, rng)
+                    sums.setdefault(unit, Sums()).add(found)
+                writer.put(g, written, out.view(-1).view(torch.uint8))
+
+        try:
+            if slabs is None:
+                through([math.prod(entry.shape)] if entry.shape else [], None, None)
+            elif slabs[0].index is None:
+                through(
+                    entry.shape, self.layout.product(entry.name, slabs[0].unit, self.overlay.product), slabs[0].unit
+                )
+            else:
+                by_index = {s.index: s.unit for s in slabs}
+                for i in range(entry.shape[0]):
+                    unit = by_index.get(i)
+                    found = None if unit is None else self.layout.product(entry.name, unit, self.overlay.product)
+                    through(entry.shape[1:], found, unit)
+        except Overflow:
+            what = "the merged weight" if slabs else "the base's weight"
+            raise UserError(
+                f"{entry.name}: {what} does not fit {str(dtype).removeprefix('torch.')}; use float32."
+            ) from None
+        return read, written
+
+
+def wide_patterns(model: Any, dtype: torch.dtype) -> list[Any]:
+    """What the model's class keeps in float32 when it is loaded as `dtype` (a router's bias, say)."""
+    import re
+
+    plan = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
+    return [re.compile(name.replace("*", ".*")) for name, kind in plan.items() if kind == torch.float32]
+
+
+class _Worker:
+    """A thread that calls `work` on what is put, in order, a few ahead; its error comes back at the next `put`."""
+
+    def __init__(self, work: Callable[..., None]) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(_AHEAD)
+        self._error: BaseException | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Worker:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def put(self, *item: Any) -> None:
+        if self._error is not None:
+            raise self._error
+        self._queue.put(item)
+
+    def finish(self) -> None:
+        self._queue.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            item = self._queue.get()
+            try:
+                if item is None:
+                    return
+                if self._error is None:
+                    self._work(*item)
+            except BaseException as e:
+                self._error = e
+            finally:
+                self._queue.task_done()
+
+
+def _write_and_hash(g: Any, sha: Any, piece: Tensor) -> None:
+    data = piece.numpy().data
+    at = 0
+    while at < len(data):
+        at += g.write(data[at:])
+    sha.update(data)
+
+
+def _hash(sha: Any, piece: Tensor) -> None:
+    sha.update(piece.numpy().data)
+
+
+def _read(f: Any, n: int, entry: TensorEntry) -> Tensor:
+    piece = torch.empty(n, dtype=torch.uint8)
+    view = piece.numpy().data
+    at = 0
+    while at < n:
+        got = f.readinto(view[at:])
+        if not got:
+            raise UserError(f"{entry.file.name}: ends inside the tensor {entry.name!r}; the file is truncated.")
+        at += got
+    return piece
+
+
+def free_bytes(folder: Path) -> int:
+    found = os.statvfs(folder) if hasattr(os, "statvfs") else None
+    return math.inf if found is None else found.f_bavail * found.f_frsize  # type: ignore[return-value]
+
+
+def shards(entries: Mapping[str, TensorEntry]) -> dict[str, list[TensorEntry]]:
+    """Shard path -> its tensors, as the index has them."""
+    out: dict[str, list[TensorEntry]] = {}
+    for e in entries.values():
+        out.setdefault(str(e.file), []).append(e)
+    return out
