@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ..evaluation import document
+from ..evaluation.document import image
+from ..evaluation.pictures import BASE, FORGET, RETAIN, TWIN, plain_axes, png
 from . import table
-
-FORGET, RETAIN, TWIN, BASE = "#c8452d", "#2a6f97", "#3c8d5a", "#6b6b6b"
 
 
 def picture(
@@ -73,53 +72,27 @@ def picture(
     right.set_title("Where it goes: up is keeping, left is forgetting", loc="left", fontsize=11)
     right.legend(loc="lower center", frameon=False, fontsize=9, markerscale=0.75, labelspacing=0.7)
     for axes in (left, right):
-        axes.grid(color="#eeeeee", zorder=0)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-img { width: 100%; height: auto; } code, pre { font: .86rem/1.45 ui-monospace, monospace; }
-pre { background: #f5f5f3; padding: .7rem .9rem; overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; } td, th { padding: .22rem .9rem .22rem 0; text-align: right;
-vertical-align: top; font-variant-numeric: tabular-nums; } td:first-child, th:first-child { text-align: left; }
-tr.head td { font-weight: 600; padding-top: .9rem; border-bottom: 1px solid #ccc; }
-table.said td, table.said th { text-align: left; padding-bottom: .6rem; } .said td:first-child { color: #666; }
-.lead { color: #555; margin-top: 0; } .note { color: #666; font-size: .9rem; } .good { color: #2f7d4b; font-weight: 600; }
-.bad { color: #c8452d; font-weight: 600; }
-"""
+    return png(figure)
 
 
 def numbers(report: table.Report) -> str:
     """The table of `table.show` as HTML."""
-    heads = list(table.subjects(report).values())
-    n, first = table.counts(report), True
-    lines = ["<table>", "<tr><th>set (rows)</th>" + "".join(f"<th>{escape(h)}</th>" for h in heads) + "</tr>"]
-    for title, rows in table.blocks(report):
-        lines.append(f'<tr class="head"><td colspan="{len(heads) + 1}">{escape(title)}</td></tr>')
-        for name, values in rows:
-            label = f"{name} ({n[name]})" if first and name in n else name
-            cells = "".join(f"<td>{table.number(v)}</td>" for v in values)
-            lines.append(f"<tr><td>{escape(label)}</td>{cells}</tr>")
-        first = False
-    lines.append("</table>")
-    lines += [f'<p class="note">{table.DASH} {escape(why)}</p>' for why in table.reasons(report)]
-    return "\n".join(lines)
+    n, rows = table.counts(report), []
+    for k, (title, values) in enumerate(table.blocks(report)):
+        rows.append([title])
+        label = [f"{name} ({n[name]})" if k == 0 and name in n else name for name, _ in values]
+        rows += [[text, *map(table.number, row)] for text, (_, row) in zip(label, values, strict=True)]
+    drawn = document.html(document.Table(["set (rows)", *table.subjects(report).values()], rows))
+    return "\n".join([drawn, *(f'<p class="note">{table.DASH} {escape(why)}</p>' for why in table.reasons(report))])
 
 
 def samples_table(samples: Sequence[Mapping[str, str]]) -> str:
     """Questions with answers before and after, as HTML; every text is escaped."""
-    lines = ['<table class="said">', "<tr><th></th><th>question</th><th>base</th><th>with adapter</th></tr>"]
-    for s in samples:
-        cells = "".join(f"<td>{escape(s[k])}</td>" for k in ("kind", "question", "before", "after"))
-        lines.append(f"<tr>{cells}</tr>")
-    return "\n".join([*lines, "</table>"])
+    rows = [[s[k] for k in ("kind", "question", "before", "after")] for s in samples]
+    return document.html(document.Table(["", "question", "base", "with adapter"], rows, words=True))
 
 
 def verdict(ok: bool, text: str) -> str:
@@ -149,13 +122,6 @@ class Section:
             image(self.png, self.heading, self.caption) if self.png else "",
             f"<pre>{escape(self.lines)}</pre>" if self.lines else "",
         ]
-
-
-def image(png: bytes, alt: str, caption: str = "") -> str:
-    """A picture inside the page itself."""
-    inside = base64.b64encode(png).decode("ascii")
-    note = f'\n<p class="note">{escape(caption)}</p>' if caption else ""
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{inside}">{note}'
 
 
 def page(
@@ -197,10 +163,7 @@ def page(
         "<h2>The recipe</h2>",
         f"<pre>{escape(recipe)}</pre>",
     ]
-    head = f'<meta charset="utf-8"><title>peft-unlearn demo</title><style>{_STYLE}</style>'
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body>\n</html>\n"
-    )
+    return document.page(title, body, tab="peft-unlearn demo")
 
 
 def write(path: Path, html: str) -> None:

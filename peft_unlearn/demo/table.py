@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation.document import DASH, number
+
 if TYPE_CHECKING:
     from ..jobs import Plan
 
@@ -26,7 +28,6 @@ WHOLE = {
     "forget/forget_quality": "forget quality (KS p)",
     "model_utility": "model utility",
 }
-DASH = "–"
 _SUBJECTS: dict[str, str] = {"base": "base", "adapter": "with adapter", "retain_only": "retain-only twin"}
 
 
@@ -43,13 +44,6 @@ def sets(report: Report, metric: str) -> list[str]:
     for values in report["subjects"].values():
         names |= {k.rpartition("/")[0]: None for k in values or {} if k.endswith(f"/{metric}")}
     return list(names)
-
-
-def number(value: float | None) -> str:
-    """A share with three digits, a small p with its exponent, a dash for what has no number."""
-    if value is None:
-        return DASH
-    return f"{value:.3f}" if value == 0 or abs(value) >= 5e-4 else f"{value:.1e}"
 
 
 def blocks(report: Report) -> list[tuple[str, list[tuple[str, list[float | None]]]]]:

@@ -201,3 +201,39 @@ def attacks(bars: Sequence[Mapping[str, Any]], measure: str) -> bytes:
     axes.grid(visible=False, axis="y")
     drawn.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
     return png(drawn)
+
+
+def plane(points: Sequence[Mapping[str, Any]], utility: str, forget: str) -> bytes:
+    """Models in the plane of usefulness and forgetting: up is forgotten, right is kept.
+
+    points: {"label", "kind": base | adapter | retain_only, "x", "y", "x95", "y95"}.   utility, forget: keys of the axes.
+    """
+    drawn = figure(8.6, 4.8)
+    axes = drawn.subplots()
+    looks = {"base": (BASE, "D"), "retain_only": (TWIN, "o")}
+    k = 0
+    for p in points:
+        color, marker = looks.get(p["kind"], (COLORS[k % len(COLORS)], "o"))
+        k += p["kind"] == "adapter"
+        for along, axis in (("x95", "x"), ("y95", "y")):
+            if p[along] is not None:
+                low, high = p[along]
+                span = ([low, high], [p["y"]] * 2) if axis == "x" else ([p["x"]] * 2, [low, high])
+                axes.plot(*span, color=color, lw=1.4, zorder=3, solid_capstyle="butt")
+        hollow = p["kind"] == "retain_only"
+        axes.scatter(
+            p["x"], p["y"], s=210 if hollow else 105, marker=marker, zorder=4 + hollow, label=p["label"],
+            facecolor="none" if hollow else color, edgecolor=color if hollow else "white", lw=2.2 if hollow else 1,
+        )  # fmt: skip
+    xs = [v for p in points for v in (p["x"], *(p["x95"] or ()))]
+    room = max(0.08, 0.15 * (max(xs) - min(xs)))  # never so near that a hair's breadth looks like a mile
+    axes.set_xlim(max(-0.04, min(xs) - room), min(1.04, max(xs) + room))
+    axes.set_ylim(-0.06, 1.08)
+    axes.set(
+        xlabel=f"usefulness: {named(utility).replace('/', ' ')}",
+        ylabel=f"forgotten: 1 - {named(forget).replace('/', ' ')}",
+    )
+    axes.set_title("Up is forgetting, right is keeping", loc="left", fontsize=11.5)
+    plain_axes(axes)
+    drawn.legend(loc="outside right upper", frameon=False, fontsize=9.5, labelspacing=0.9)
+    return png(drawn)

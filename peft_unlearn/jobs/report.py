@@ -1,0 +1,173 @@
+"""From adapter folders to one report that a reader without a terminal understands; nothing is written into the folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data import embedded
+from ..errors import UserError
+from ..evaluation import document as doc
+from ..evaluation import report as pages
+from ..evaluation import verdict as words
+from ..evaluation.document import DASH
+from ..evaluation.plan import Progress
+from ..evaluation.score import Subject, on_one_model, score
+from ..evaluation.verdict import Evidence
+from ..folder.read import AdapterFolder
+from ..folder.recipe import dump_recipe
+from ..stack.model import ForgetModel
+from .calibrate import bundle_for
+from .compare import named_folders, save
+from .evaluate import _twin
+
+SHOWN = {"forget": 4, "forget_other": 2, "forget_unseen": 2, "retain": 3}  # set -> rows whose answers are shown
+KINDS = {
+    "forget": "to be forgotten", "forget_other": "the same, in other words", "forget_unseen": "to be forgotten, never shown",
+    "retain": "to be kept",
+}  # fmt: skip
+MAX_ADAPTERS = 3  # whose answers still fit side by side
+
+
+def report(
+    folders: Sequence[str | Path],
+    *,
+    samples: bool = True,
+    base: str | None = None,
+    data: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Gather what is stored with the adapters, and ask the models for a few answers.
+
+    samples: load the base, and the retain-only model where there is one, to show answers side by side. Where that cannot be done
+    the report says why and holds the rest.
+    Returns {"title", "parts", "verdicts": name -> paragraph, "missing": name -> sentences, "notes"}.
+    """
+    found = named_folders(folders)
+    if not found:
+        raise UserError("No adapter was given.")
+    evidence = [evidence_of(name, folder) for name, folder in found.items()]
+    spread = seed_spread(next(iter(found.values())).manifest.base.ref)
+    notes, said = [], None
+    if samples:
+        try:
+            said = sample_table(found, base, data, progress)
+        except UserError as e:
+            notes.append(f"No sample answers: {e}")
+    else:
+        notes.append("No sample answers were asked for.")
+    title = f"Forget adapter {evidence[0].name}" if len(evidence) == 1 else f"{len(evidence)} forget adapters"
+    return {
+        "title": title,
+        "parts": pages.parts(evidence, said, spread, notes),
+        "verdicts": {e.name: words.verdict(e, spread) for e in evidence},
+        "missing": {e.name: words.missing(e) for e in evidence},
+        "notes": notes,
+    }
+
+
+def write(found: Mapping[str, Any], out: str | Path) -> list[Path]:
+    """Write it as .html or .md (pictures beside it), or both into a folder."""
+    if Path(out).suffix.lower() not in ("", ".html", ".md", ".json"):
+        raise UserError(f"{out}: a report is written as .html or .md, or both into a folder")
+    shown = {k: found[k] for k in ("title", "verdicts", "missing", "notes")}
+    return save(str(found["title"]), shown, found["parts"], out)
+
+
+def evidence_of(name: str, folder: AdapterFolder) -> Evidence:
+    """What a folder says of itself. Numbers of other weights than its own are left out."""
+    manifest = folder.manifest
+    evaluation = dict(folder.eval or {})
+    if evaluation.get("adapter_id") not in (None, folder.adapter_id):
+        evaluation = {}
+    for block in ("attacks", "calibration"):
+        own = (evaluation.get(block) or {}).get("adapter_id")
+        if own not in (None, folder.adapter_id):
+            evaluation.pop(block)
+    sets = [f"{k} {about['n']} rows, sha256 {about['sha256']}" for k, about in manifest.data.items()]
+    refs = sorted({str(about["ref"]) for about in manifest.data.values() if about.get("ref")})
+    method = {k: v for k, v in manifest.method.items() if v is not None}
+    versions = manifest.versions
+    about = [
+        ("adapter", f"{folder.adapter_id}, {manifest.method.get('peft_type', folder.config['peft_type'])}"),
+        ("description", manifest.description),
+        ("base", f"{manifest.base.ref}, digest {manifest.base.digest}"),
+        ("scale", f"{manifest.scale:g}"),
+        ("data", ", ".join(refs) or "files of the author's own, known by their hashes"),
+        *(("set", s) for s in sets),
+        ("reference model of the losses", manifest.reference),
+        ("method", json.dumps(method, ensure_ascii=False)),
+        ("effective batch", ", ".join(f"{k} {v}" for k, v in manifest.effective_batch.items())),
+        ("trained with", ", ".join(f"{k} {v}" for k, v in versions.items())),
+        ("judged with", ", ".join(f"{k} {v}" for k, v in (evaluation.get("versions") or {}).items())),
+    ]
+    return Evidence(
+        name=name,
+        folder=folder.path.name,
+        adapter_id=folder.adapter_id,
+        base=manifest.base.ref,
+        scale=float(manifest.scale),
+        evaluation=evaluation,
+        seed=manifest.seeds.get("seed"),
+        forget_sha256=str(manifest.data.get("forget", {}).get("sha256", "")),
+        about=[(label, text) for label, text in about if text],
+        recipe=dump_recipe(folder.recipe),
+    )
+
+
+def seed_spread(base_ref: str) -> list[float]:
+    """Forget quality p of further retain-only models of an embedded base against the shipped one; empty where none are on record."""
+    if not embedded.is_embedded(base_ref):
+        return []
+    try:
+        path = embedded.asset("bases", f"{embedded.parse(base_ref)[0]}-twins.json")
+    except UserError:
+        return []
+    return [float(p) for p in json.loads(path.read_text(encoding="utf-8"))["p"]]
+
+
+def sample_table(
+    found: Mapping[str, AdapterFolder], base: str | None, data: str | None, progress: Progress | None
+) -> doc.Table:
+    """Questions with the right answer and what each model says, greedily; rows evenly spaced, not picked."""
+    if len(found) > MAX_ADAPTERS:
+        raise UserError(f"answers of more than {MAX_ADAPTERS} adapters do not fit beside each other; report on fewer")
+    first = next(iter(found.values()))
+    bundle = bundle_for(first, data)
+    for folder in found.values():
+        if folder.manifest.data.get("forget") != first.manifest.data.get("forget"):
+            raise UserError("these adapters forget different sets; report on one set's adapters")
+    sets = {name: rows for name in SHOWN if (rows := bundle.extra.get(name) or getattr(bundle, name, None))}
+    spaced = {
+        name: [rows[i * len(rows) // SHOWN[name]] for i in range(min(SHOWN[name], len(rows)))]
+        for name, rows in sets.items()
+    }
+    spaced = {name: [r for r in rows if r.get("question")] for name, rows in spaced.items()}
+    if not any(spaced.values()):
+        raise UserError("the forget set is plain text without questions")
+    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()})
+    subjects: dict[str, Subject | None] = {"base": stack.disabled, **on_one_model(stack.model, {n: n for n in found})}
+    if twin := _twin(first.manifest.base.ref, bundle.refs.get("forget")):
+        subjects["retain-only"] = twin
+    spec = {
+        "format": 1,
+        "name": "samples",
+        "generation": {"max_new_tokens": 48},
+        "sets": {n: {"role": "forget", "metrics": ["value_accuracy"]} for n, rows in spaced.items() if rows},
+    }
+    said = score(subjects, spec, spaced, stack.tokenizer, progress=progress, template=bundle.template).said
+    lines = []
+    for name, rows in spaced.items():
+        for k, row in enumerate(rows):
+            answers = [said[s][name][k] if said[s].get(name) else DASH for s in subjects]
+            lines.append(
+                [KINDS[name], row["question"], str(row.get("answer", "")), *(a or "(nothing)" for a in answers)]
+            )
+    heads = (
+        [f"{n} says" for n in subjects]
+        if len(found) > 1
+        else ["base says", "with adapter", *(["retain-only says"] if twin else [])]
+    )
+    return doc.Table(["", "question", "right answer", *heads], lines, words=True)
