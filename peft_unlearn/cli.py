@@ -324,6 +324,78 @@ def calibrate(
 
 
 @app.command()
+def compare(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters of one forget set.")],
+    retain_floor: Annotated[float, typer.Option(help="Share of the base's retain value that all must keep.")] = 0.95,
+    metric: Annotated[str, typer.Option(help="What retention and rank are read off.")] = "extraction_strength",
+    max_scale: Annotated[float, typer.Option(help="Largest scale tried; 1 is as trained.")] = 1.0,
+    suite: Annotated[str | None, typer.Option(help="Suite: a name or a YAML file.")] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="At most so many rows of each set.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="A .html, .md, .json or .png file, or a folder.")] = None,
+    base: Base = None,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """Adapters side by side at equal retention, each at its own scale; nothing is written into them."""
+    from .jobs import compare as job
+    from .progress import bars
+
+    with bars() as tell:
+        found = job.compare(
+            folders, retain_floor=retain_floor, max_scale=max_scale, metric=metric, suite=suite, n=n, base=base, data=data,
+            progress=tell,
+        )  # fmt: skip
+    if out is not None:
+        job.save("Forget adapters at equal retention", found, job.parts(found), out)
+    _out(found) if json else print(job.describe(found))
+    raise typer.Exit(0 if found["ranking"] else 1)
+
+
+@app.command()
+def interference(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="The adapters of a stack, in its order.")],
+    metric: Annotated[str, typer.Option(help="What the matrix shows.")] = "extraction_strength",
+    n: Annotated[int | None, typer.Option("--n", min=1, help="At most so many rows of each set.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="A .html, .md, .json or .png file, or a folder.")] = None,
+    base: Base = None,
+    data: Annotated[list[str] | None, typer.Option("--data", help="A bundle; once for each forget set.")] = None,
+    json: Json = False,
+) -> None:
+    """What each adapter of a stack still forgets, and costs, alone and all together."""
+    from .jobs import compare as files
+    from .jobs import interference as job
+    from .progress import bars
+
+    with bars() as tell:
+        found = job.interference(folders, metric=metric, n=n, base=base, data=data or (), progress=tell)
+    if out is not None:
+        files.save("Forget adapters together", found, job.parts(found), out)
+    _out(found) if json else print(job.describe(found))
+
+
+@app.command()
+def report(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters to report on.")],
+    out: Annotated[str, typer.Option("--out", "--html", help="A .html or .md file, or a folder for both.")] = "report.html",
+    samples: Annotated[bool, typer.Option(help="Ask the models for a few answers to show.")] = True,
+    base: Base = None,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """One page on what an adapter forgets, what that costs and what brings it back, from what is stored with it."""
+    from .jobs import report as job
+    from .progress import bars
+
+    with bars() as tell:
+        found = job.report(folders, samples=samples, base=base, data=data, progress=tell)
+    paths = job.write(found, out)
+    if json:
+        _out({"files": [p.name for p in paths], **{k: found[k] for k in ("verdicts", "missing", "notes")}})
+    else:
+        print("\n\n".join([*found["verdicts"].values(), "\n".join(map(str, paths))]))
+
+
+@app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
     base: Base = None,
