@@ -10,7 +10,7 @@ import numpy as np
 
 from ...head import causal_lm
 from ...registry import Range, Source, attack
-from ..measured import Array, Unmeasured
+from ..measured import Unmeasured
 from ..metrics.generation import words
 from ..teacher import evaluating, pad_id_of
 from .case import Case, Outcome, chosen
@@ -228,11 +228,3 @@ def token_gradient(model: Any, rows: Sequence[Slotted], ids: Sequence[int], pad_
         vocab = torch.arange(embed.weight.shape[0], device=embed.weight.device)
         scores = torch.cat([grad.float() @ embed(part[None])[0].float().T for part in vocab.split(8192)], 1)
     return float(loss), scores  # (length, vocab)
-
-
-def losses_of(model: Any, rows: Sequence[Slotted], ids: Sequence[int], pad_id: int) -> Array:
-    """Mean token NLL of each row with `ids` in its slot, (rows,)."""
-    import torch
-
-    with torch.no_grad():
-        return mean_nll(model, [row.filled(ids) for row in rows], pad_id).double().cpu().numpy()

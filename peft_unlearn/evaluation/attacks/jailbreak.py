@@ -59,7 +59,7 @@ def templates(file: str | Path | None = None) -> list[Template]:
 
     if file is not None and not Path(file).is_file():
         raise UserError(f"there is no file of jailbreak templates {file}")
-    source = Path(file) if file is not None else files(__package__) / "jailbreak.yaml"
+    source = Path(file) if file is not None else files(__name__.rpartition(".")[0]) / "jailbreak.yaml"
     try:
         data = yaml.safe_load(source.read_text(encoding="utf-8"))
     except yaml.YAMLError as problem:
