@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import UserError
 from .manifest import path_like
 
-FILES = (
+FILES: tuple[str, ...] = (
     "adapter_config.json", "adapter_model.safetensors", "forget.json", "recipe.yaml", "eval.json", "README.md",
     "expert_lora/adapter_config.json", "expert_lora/adapter_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",

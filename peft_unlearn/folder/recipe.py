@@ -20,8 +20,8 @@ from ..errors import Errors, UserError, nearest
 from .manifest import path_like
 
 TOP_LEVEL = (
-    "name", "description", "base", "data", "adapter", "reference", "terms", "rule", "smoothing", "selection",
-    "step_size", "averaging", "train", "eval", "seed",
+    "name", "description", "base", "stack", "data", "adapter", "reference", "terms", "rule", "smoothing", "selection",
+    "step_size", "averaging", "train", "eval", "seed", "compose",
 )  # fmt: skip
 
 _FLOAT = re.compile(

@@ -30,15 +30,18 @@ def attach(base: Any, folders: Mapping[str, AdapterFolder]) -> Any:
     """`base` as a PeftModel with all of `folders` active, frozen, in evaluation mode. Ignores scales.
 
     An expert adapter goes on in its compact form where its folder has one; that it says the same as the stock form beside
-    it, which is what the adapter's id stands for, is checked bit for bit.
+    it, which is what the adapter's id stands for, is checked bit for bit. One without is brought into that form where it
+    has one, since PEFT's own layer for fused parameters demands the same parameters of all adapters.
     """
     model = base
     for name, folder in folders.items():
         compact = folder.path / COMPACT
         where = compact if (compact / CONFIG).is_file() else folder.path
         try:
-            model = _load(model, name, where)
-            _check_loaded(model, name, where)
+            converted = None if where is compact else _converted(model, name, folder)
+            model = _load(model, name, where) if converted is None else converted
+            if converted is None:
+                check_loaded(model, name, where)
         except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as e:
             raise UserError(f"{folder.path}: PEFT cannot put this adapter on the base: {_brief(e)}.") from None
         if where is compact:
@@ -63,6 +66,27 @@ def _load(model: Any, name: str, where: Path) -> Any:
     add(model, name, config)
     device = str(next(model.parameters()).device)
     set_peft_model_state_dict(model, load_peft_weights(str(where), device=device), adapter_name=name)
+    return model
+
+
+def _converted(model: Any, name: str, folder: AdapterFolder) -> Any:
+    """The model with a stock adapter on experts in the compact form; None where it has to be loaded as it is."""
+    if not folder.config.get("target_parameters"):
+        return None
+    from peft import PeftModel, get_peft_model
+
+    from ..tuners.expert_lora.export import fill, read_stock
+
+    try:
+        config, values = read_stock(folder.path, model)
+    except UserError:
+        return None
+    config.inference_mode = True
+    if isinstance(model, PeftModel):
+        add(model, name, config)
+    else:
+        model = get_peft_model(model, config, adapter_name=name)
+    fill(model, name, values)
     return model
 
 
@@ -109,8 +133,9 @@ def kind_of(config: Mapping[str, Any]) -> str:
     return str(config.get("peft_type"))
 
 
-def _check_loaded(model: Any, name: str, where: Path) -> None:
-    """PEFT only warns of tensors that found no place; then part of an adapter would be missing in silence."""
+def check_loaded(model: Any, name: str, where: Path) -> None:
+    """Raise `ValueError` unless every tensor of the folder is in the model, and every one the model has was in the folder:
+    PEFT only warns of tensors that found no place, and part of an adapter would then be missing in silence."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 

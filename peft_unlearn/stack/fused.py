@@ -21,7 +21,7 @@ def fuse(model: nn.Module) -> int:
 
     Embeddings, quantized layers and experts keep their own forward. Undone by `unfuse`, or by taking the layers out.
     """
-    layers = [m for m in model.modules() if type(m) is Linear]
+    layers: list[Any] = [m for m in model.modules() if type(m) is Linear]
     for layer in layers:
         layer.__class__ = FusedLinear
     return len(layers)
@@ -29,10 +29,10 @@ def fuse(model: nn.Module) -> int:
 
 def unfuse(model: nn.Module) -> None:
     """Give every layer PEFT's own forward back."""
-    for m in model.modules():
-        if type(m) is FusedLinear:
-            m._pair = None
-            m.__class__ = Linear
+    layers: list[Any] = [m for m in model.modules() if type(m) is FusedLinear]
+    for layer in layers:
+        layer._pair = None
+        layer.__class__ = Linear
 
 
 class _Pair:
@@ -41,7 +41,7 @@ class _Pair:
     def __init__(self, layer: Linear, active: list[str]) -> None:
         self.active = list(active)
         names = [n for n in active if n in layer.lora_A]
-        factors = [(n, layer.lora_A[n].weight, layer.lora_B[n].weight) for n in names]
+        factors: list[tuple[str, Any, Any]] = [(n, layer.lora_A[n].weight, layer.lora_B[n].weight) for n in names]
         self.seen = [(n, layer.scaling[n], *_state(a), *_state(b)) for n, a, b in factors if not a.is_inference()]
         self.drops = any(not isinstance(layer.lora_dropout[n], nn.Identity) for n in names)
         self.a: Tensor | None = None

@@ -123,6 +123,21 @@ def import_stock(folder: str | Path, base: nn.Module, adapter_name: str = "defau
     Raises:
         UserError: the folder holds anything that an expert adapter cannot be, or does not fit `base`.
     """
+    config, values = read_stock(folder, base)
+    try:
+        model = get_peft_model(base, config, adapter_name=adapter_name)  # type: ignore[arg-type]
+    except ValueError as e:
+        raise UserError(f"{folder}: {e}") from None
+    fill(model, adapter_name, values)
+    return model
+
+
+def read_stock(folder: str | Path, base: nn.Module) -> tuple[ExpertLoraConfig, dict[tuple[str, str], Tensor]]:
+    """The compact form of a stock adapter on `base` (which may carry adapters): its config, and its values for `fill`.
+
+    Raises:
+        UserError: the folder holds anything that an expert adapter cannot be, or does not fit `base`.
+    """
     folder = Path(folder)
     try:
         stock = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -132,20 +147,23 @@ def import_stock(folder: str | Path, base: nn.Module, adapter_name: str = "defau
     if stock.get("peft_type") != "LORA" or not stock.get("target_parameters") or stock.get("target_modules"):
         raise UserError(f"{folder}: is no LORA adapter on fused parameters alone (target_parameters).")
     found = _Stock(folder, stock, tensors)
+    inner: Any = getattr(base, "get_base_model", lambda: base)()
     try:
-        blocks = moe_blocks(base)
-        experts = {b.layer: found.experts(base, b) for b in blocks.values()}
-        routers = {b.layer: found.router(base, b) for b in blocks.values() if b.router}
-        config, values = found.compact(blocks, experts, routers)
-        model = get_peft_model(base, config, adapter_name=adapter_name)  # type: ignore[arg-type]
+        blocks = moe_blocks(inner)
+        experts = {b.layer: found.experts(inner, b) for b in blocks.values()}
+        routers = {b.layer: found.router(inner, b) for b in blocks.values() if b.router}
+        return found.compact(blocks, experts, routers)
     except ValueError as e:
         raise UserError(f"{folder}: {e}") from None
+
+
+def fill(model: nn.Module, adapter_name: str, values: dict[tuple[str, str], Tensor]) -> None:
+    """Copy the values of `read_stock` into the adapter that was made with its config."""
     with torch.no_grad():
         for path, layer in _layers(model, adapter_name):
             for factor in layer.adapter_layer_names:
                 if adapter_name in getattr(layer, factor):
                     getattr(layer, factor)[adapter_name].copy_(values[path, factor.removeprefix(PREFIX)])
-    return model
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------
