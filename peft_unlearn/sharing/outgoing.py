@@ -24,7 +24,7 @@ _TEXTS = (CARD, EVAL, RECIPE, MANIFEST, CONFIG, "expert_lora/adapter_config.json
 _ROOTS = ("home", "Users", "root", "tmp", "private", "var/tmp", "var/folders", "mnt", "media", "Volumes", "scratch",
           "workspace", "work", "content", "kaggle", "opt", "srv", "data", "gpfs", "lustre", "dbfs", "nfs")  # fmt: skip
 _PLACE = re.compile(
-    r"(?<![\w./:-])(?:file://|~[\w-]*/|/(?:" + "|".join(_ROOTS) + r")/)[\w.-]+"
+    r"(?<![\w./:-])(?:file:/|~[\w-]*/|/(?:" + "|".join(_ROOTS) + r")/)[\w./-]+"
     r"|(?<![A-Za-z])[A-Za-z]:(?:\\\\?|/)(?:Users|home|tmp|temp|data|work|Projects|Documents|Windows)\b"
 )
 _SECRET = re.compile(
@@ -84,7 +84,11 @@ def leaks(text: str, folder: Path | None = None) -> list[str]:
     out = []
     places = [Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *([folder] if folder else [])]
     here = next(
-        (str(p) for p in places if len(p.parts) > 1 and re.search(rf"(?<![\w./-]){re.escape(str(p))}(?![\w.-])", text)),
+        (
+            str(p)
+            for p in places
+            if len(p.parts) > 1 and re.search(rf"(?<![\w./-]){re.escape(str(p))}(?![\w-]|\.\w)", text)
+        ),
         None,
     )
     if hit := _PLACE.search(text):

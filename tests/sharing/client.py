@@ -34,7 +34,7 @@ class Clients:
     def __init__(self, url: str, home: Path) -> None:
         self.process = subprocess.Popen(
             [sys.executable, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, cwd=ROOT, env=environment(url, home) | {"PYTHONPATH": str(ROOT)},
+            text=True, cwd=ROOT, env=environment(url, home) | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE.parents[1] / 'folder'}"},
         )  # fmt: skip
 
     def start(self, do: str, *args: Any, token: str | None = "hf_writer", **options: Any) -> int:
@@ -74,6 +74,7 @@ def push(folder: str, repo: str, **options: Any) -> Any:
 
 def pull(repo: str, out: str, cache: str | None = None, **options: Any) -> Any:
     import huggingface_hub.constants as constants
+
     from peft_unlearn.sharing.publish import pull
 
     if cache is not None:
@@ -82,9 +83,22 @@ def pull(repo: str, out: str, cache: str | None = None, **options: Any) -> Any:
     return {"path": str(found.folder.path), "commit": found.commit, "adapter_id": found.folder.adapter_id}
 
 
+def load(repo: str) -> Any:
+    """Last logits of an adapter by its id, through the loaders that everybody has."""
+    import tinyfolder
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoPeftModelForCausalLM.from_pretrained(repo, dtype="float32").eval()
+    base = AutoModelForCausalLM.from_pretrained("me/base", dtype="float32").eval()
+    plain = tinyfolder.logits(base)
+    on_top = PeftModel.from_pretrained(base, repo).eval()
+    return {"auto": tinyfolder.logits(whole)[0, -1].tolist(), "on_top": tinyfolder.logits(on_top)[0, -1].tolist(),
+            "base": plain[0, -1].tolist()}  # fmt: skip
+
+
 def main() -> None:
     import huggingface_hub  # noqa: F401
-    import peft  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch
 

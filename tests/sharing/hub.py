@@ -121,7 +121,9 @@ class Hub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self.storage = f"http://localhost:{self._server.server_port}"  # another host, as the Hub's is: no token goes there
+        self.storage = (
+            f"http://localhost:{self._server.server_port}"  # another host, as the Hub's is: no token goes there
+        )
 
     def __enter__(self) -> Hub:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
