@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from .errors import Errors, UserError, nearest
+from .folder.digest import targeted_names
+from .stack.attach import add
 from .tuners.registration import register
 
 # Types whose delta can be trained, saved, switched off and loaded by stock PEFT; the others are refused with the reason.
@@ -118,13 +120,14 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
     refuse_base(base)
     # PEFT rewrites the config in place on mixture-of-experts bases: what was asked for has to be kept.
     asked = getattr(config, "target_modules", None), bool(getattr(config, "target_parameters", None))
+    fused = set(getattr(getattr(base, "base_model", None), "targeted_parameter_names", []))  # of adapters below
     try:
         if isinstance(base, PeftModel):
             tuner: Any = base.base_model
             frozen = list(tuner.active_adapters)
             if adapter_name in base.peft_config:
                 raise UserError(f"the model already has an adapter {adapter_name!r}; train under another name")
-            base.add_adapter(adapter_name, config)  # type: ignore[operator]
+            add(base, adapter_name, config)
             tuner.set_adapter([*frozen, adapter_name])
             for n, p in base.named_parameters():
                 p.requires_grad_(f".{adapter_name}." in n or n.endswith(f".{adapter_name}"))
@@ -133,9 +136,9 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
             model = get_peft_model(base, config, adapter_name=adapter_name)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as e:
         raise UserError(f"adapter: PEFT refuses this configuration: {e}") from e
-    _assert_adapted(model, *asked)
+    _assert_adapted(model, adapter_name, fused, *asked)
     if not quiet:
-        print(describe(model), file=sys.stderr)
+        print(describe(model, adapter_name), file=sys.stderr)
     return model
 
 
@@ -156,16 +159,18 @@ def refuse_base(model: Any) -> None:
         )
 
 
-def adapted(model: Any) -> list[str]:
-    """Sorted names of the modules and parameters that carry the adapter being trained."""
+def adapted(model: Any, adapter_name: str | None = None) -> list[str]:
+    """Sorted names of the modules and parameters that carry the adapter being trained; name it where others are below."""
     tuner = model.base_model
+    if adapter_name is not None and len(model.peft_config) > 1:
+        return targeted_names(model, adapter_name)
     return sorted({*getattr(tuner, "targeted_module_names", []), *getattr(tuner, "targeted_parameter_names", [])})
 
 
-def _assert_adapted(model: Any, wanted: Any, names_parameters: bool) -> None:
-    if not adapted(model):
+def _assert_adapted(model: Any, name: str, fused: set[str], wanted: Any, names_parameters: bool) -> None:
+    if not adapted(model, name):
         raise UserError(f"adapter: target_modules {wanted!r} match no module of the base")
-    extra = list(getattr(model.base_model, "targeted_parameter_names", []))
+    extra = [n for n in getattr(model.base_model, "targeted_parameter_names", []) if n not in fused]
     if extra and not names_parameters:
         raise UserError(
             f"adapter: PEFT turned target_modules {wanted!r} into fused parameters ({', '.join(extra[:4])}..): on a mixture-of-experts "
@@ -173,12 +178,14 @@ def _assert_adapted(model: Any, wanted: Any, names_parameters: bool) -> None:
         )
 
 
-def describe(model: Any) -> str:
-    """One line per kind of adapted module, with trainable and total parameter counts."""
+def describe(model: Any, adapter_name: str | None = None) -> str:
+    """One line: what the adapter being trained is on, with trainable and total parameter counts, and what is below it."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     by_leaf: dict[str, int] = {}
-    for n in adapted(model):
+    for n in adapted(model, adapter_name):
         by_leaf[n.rpartition(".")[2]] = by_leaf.get(n.rpartition(".")[2], 0) + 1
     what = ", ".join(f"{leaf} x{n}" for leaf, n in sorted(by_leaf.items()))
-    return f"adapted: {what} ({trainable:,} trainable of {total:,} parameters, {100 * trainable / total:.2f} %)"
+    below = [n for n in model.peft_config if n != adapter_name] if adapter_name is not None else []
+    on = f"; on top of {', '.join(below)}, frozen" if below else ""
+    return f"adapted: {what} ({trainable:,} trainable of {total:,} parameters, {100 * trainable / total:.2f} %){on}"

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .stack.commands import register as register_stack
+
 app = typer.Typer(
     help="Forget adapters: train, judge, share, merge and remove small PEFT adapters that make a language model forget.",
     no_args_is_help=True,
@@ -52,11 +54,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in OUT.work.")
     ] = False,
+    stack: Annotated[
+        str | None, typer.Option("--stack", help="Stack file whose adapters lie frozen below the new one.")
+    ] = None,
 ) -> None:
     """Train a recipe into a forget adapter."""
     from . import jobs
 
-    folder = jobs.train(_recipe(recipe, sets), out, base=base, data=data, resume=resume)
+    folder = jobs.train(_recipe(recipe, sets), out, base=base, data=data, resume=resume, stack=stack)
     if folder is not None:
         print(folder.path)
 
@@ -146,14 +151,7 @@ def merge(
     _out(report.to_dict()) if json else print(report)
 
 
-@app.command()
-def remove(folder: Folder, base: Base = None, json: Json = False) -> None:
-    """Put the adapter on its base, take it off again, and prove that the base is bit for bit what its files say."""
-    from .stack.remove import remove as run
-
-    report = run(folder, base)
-    _out(report.to_dict()) if json else print(report)
-    raise typer.Exit(report.exit_code)
+register_stack(app)
 
 
 @app.command()
@@ -376,7 +374,9 @@ def interference(
 @app.command()
 def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters to report on.")],
-    out: Annotated[str, typer.Option("--out", "--html", help="A .html or .md file, or a folder for both.")] = "report.html",
+    out: Annotated[
+        str, typer.Option("--out", "--html", help="A .html or .md file, or a folder for both.")
+    ] = "report.html",
     samples: Annotated[bool, typer.Option(help="Ask the models for a few answers to show.")] = True,
     base: Base = None,
     data: Data = None,

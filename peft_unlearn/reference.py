@@ -74,13 +74,35 @@ def cache_key(model: Any, rows: list[dict[str, Any]], trained: str) -> str:
     # Which adapters are on and how strongly they act (lora_alpha and its like) is not in the weights.
     others = [a for a in model.base_model.active_adapters if a != trained]
     settings = [{**model.peft_config[a].to_dict(), "base_model_name_or_path": None} for a in others]
-    h.update(json.dumps([others, settings], sort_keys=True, default=str).encode())
+    h.update(json.dumps([others, settings, *_dials(model, others)], sort_keys=True, default=str).encode())
     for n, p in model.named_parameters():
         if not belongs(n, trained):
             h.update(f"{n}{p.dtype}{tuple(p.shape)}".encode())
             h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     h.update(json.dumps([[r["input_ids"], r["labels"]] for r in rows]).encode())
     return h.hexdigest()
+
+
+def stack_digest(model: Any, trained: str) -> str | None:
+    """sha256 over the adapters below the trained one: weights, order and strengths; None where there are none."""
+    others = [a for a in model.peft_config if a != trained]
+    if not others:
+        return None
+    h = hashlib.sha256(json.dumps([others, _dials(model, others)]).encode())
+    for n, p in model.named_parameters():
+        if any(belongs(n, a) for a in others):
+            h.update(n.encode() + p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def _dials(model: Any, adapters: list[str]) -> list[Any]:
+    """Where the strength of each adapter stands, layer by layer."""
+    found = []
+    for n, m in model.named_modules():
+        scaling = getattr(m, "scaling", None)
+        if isinstance(scaling, dict):
+            found += [[n, a, float(scaling[a])] for a in adapters if a in scaling]
+    return found
 
 
 def n_targets(row: Mapping[str, Any]) -> int:

@@ -30,7 +30,7 @@ from .forward import dropouts
 from .gradients.terms import with_experts
 from .gradients.vector import Space, Vec
 from .gradients.window import Step, Window
-from .reference import belongs, precompute
+from .reference import belongs, precompute, stack_digest
 from .tuners.registration import PREFIX
 
 
@@ -307,7 +307,8 @@ class UnlearnTrainer(Trainer):
         rows = [[(r["input_ids"], r["labels"]) for r in rows] for _, rows in sorted(self.rows.sets.items())]
         per_step = c.train_batch_size * c.gradient_accumulation_steps * c.world_size
         method = (c.terms, c.rule, c.smoothing, c.step_size, c.averaging, c.reference)
-        return fingerprint(method, c.anchor, c.per_anchor, c.seed, per_step, rows)
+        below = stack_digest(self.bare, self.trained_adapter)
+        return fingerprint(method, c.anchor, c.per_anchor, c.seed, per_step, rows, *([below] if below else []))
 
     # --- the finished adapter --------------------------------------------------------------------------------------
 
@@ -317,7 +318,7 @@ class UnlearnTrainer(Trainer):
         per_step = a.train_batch_size * a.gradient_accumulation_steps * a.world_size
         steps = a.max_steps if a.max_steps > 0 else int(-(-len(self.rows) // per_step) * a.num_train_epochs)
         sizes = ", ".join(f"{n} {len(r)}" for n, r in self.rows.sets.items())
-        return f"{describe(self.bare)}\nrows: {sizes}; {per_step} {a.anchor} rows per step; {steps} steps"
+        return f"{describe(self.bare, self.trained_adapter)}\nrows: {sizes}; {per_step} {a.anchor} rows per step; {steps} steps"
 
 
 def _all_reduce(flat: torch.Tensor) -> None:

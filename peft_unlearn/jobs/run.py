@@ -59,6 +59,8 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     Raises:
         UserError: every complaint about configuration and adapter at once; then data; then base.
     """
+    if recipe.get("compose") is not None:
+        raise UserError("this recipe sums adapters and trains nothing: run `peft-unlearn compose` on its parts")
     errors = Errors()
     config, adapter = None, None
     given = recipe.get("adapter")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,20 @@ from ..folder.base import base_reference, peft_base_name, resolve_base
 from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
 from ..folder.manifest import BaseRef, Manifest, probes
 from ..folder.read import AdapterFolder
+from ..folder.versions import versions
 from ..folder.write import write_adapter
+from ..reference import belongs
 from ..trainer import UnlearnTrainer
 from ..tuners.registration import PEFT_TYPE
 
 
 def save_adapter(
-    trainer: UnlearnTrainer, out: str | Path | None = None, *, base: str | Path, recipe: dict[str, Any] | None = None
+    trainer: UnlearnTrainer,
+    out: str | Path | None = None,
+    *,
+    base: str | Path,
+    recipe: dict[str, Any] | None = None,
+    depends_on: Sequence[str] | None = None,
 ) -> AdapterFolder:
     """Write the trained adapter of `trainer` as a forget adapter's folder and return it as read back.
 
@@ -33,13 +39,21 @@ def save_adapter(
         out: the folder; default the trainer's `output_dir`.
         base: where the base model came from: a folder, a Hub id or ``embedded:NAME``. Its files are digested.
         recipe: what is written as recipe.yaml; default `recipe_of` the trainer.
+        depends_on: ids ("sha256:..") of the frozen adapters that it was trained on top of, lowest first.
 
     Raises:
-        UserError: something else stands at `out`, or the adapter is zero or not finite.
+        UserError: other adapters are active and `depends_on` does not say which; something else stands at `out`; or the
+            adapter is zero or not finite.
     """
     model, config, data = trainer.bare, trainer.config, trainer.data
     model.eval()
     recipe = recipe_of(trainer, base) if recipe is None else recipe
+    below = [n for n in model.base_model.active_adapters if n != trainer.trained_adapter]
+    if len(below) != len(depends_on or ()):
+        raise UserError(
+            f"{trainer.trained_adapter} was trained on top of {', '.join(below) or 'no other adapter'}, and depends_on names "
+            f"{len(depends_on or ())}; give their ids (AdapterFolder.adapter_id), lowest first"
+        )
     base_dir = resolve_base(base)
     modules = targeted_names(model, trainer.trained_adapter)
     rows = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -60,7 +74,8 @@ def save_adapter(
         seeds={"seed": config.seed},
         versions=versions(),
         probes=probes(model, trainer.processing_class),
-        targets=adapted(model),
+        targets=adapted(model, trainer.trained_adapter),
+        depends_on=list(depends_on or ()),
         name=str(recipe.get("name", "")),
         description=str(recipe.get("description", "")),
     )
@@ -131,10 +146,10 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def negate(model: Any, strength: float) -> None:
+def negate(model: Any, strength: float, adapter: str = "default") -> None:
     """Multiply the adapter's delta by minus `strength`, exactly: B changes, A stays. Plain PEFT then runs it at scale 1."""
     for n, p in model.named_parameters():
-        if "lora_B" in n or "lora_embedding_B" in n:
+        if ("lora_B" in n or "lora_embedding_B" in n) and belongs(n, adapter):
             p.mul_(-strength)
 
 
@@ -155,6 +170,7 @@ def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str
         **{kind: {m[0].name: {**m[1], **more}} if m else None for kind, (m, more) in parts.items()},
         "peft_type": getattr(adapter.peft_type, "value", str(adapter.peft_type)),
         "negate": (recipe.get("adapter") or {}).get("negate"),
+        **({"stack": [{"id": r["adapter"], "scale": r["scale"]} for r in rows]} if (rows := _rows(recipe)) else {}),
         "optimizer": str(getattr(config.optim, "value", config.optim)),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)),
@@ -167,12 +183,6 @@ def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide the result."""
-    out = {}
-    for package in ("peft-unlearn", "torch", "transformers", "peft", "accelerate", "safetensors"):
-        try:
-            out[package] = version(package)
-        except PackageNotFoundError:
-            out[package] = "source"
-    return out
+def _rows(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = recipe.get("stack")
+    return [r for r in rows if isinstance(r, dict) and {"adapter", "scale"} <= set(r)] if isinstance(rows, list) else []

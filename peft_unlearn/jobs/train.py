@@ -18,6 +18,8 @@ from ..evaluation.quick import make_score
 from ..folder.base import load_base, load_tokenizer
 from ..folder.read import AdapterFolder
 from ..folder.write import check_destination
+from ..forward import Reference
+from ..stack.below import read_below
 from ..trainer import UnlearnTrainer
 from .experts import choose, describe, measure
 from .run import CHOOSING, Run, prepare
@@ -37,11 +39,14 @@ def train(
     base: str | None = None,
     data: str | None = None,
     resume: bool = False,
+    stack: str | Path | None = None,
     say: Say = _say,
     callbacks: Sequence[Any] = (),
 ) -> AdapterFolder | None:
     """Train a recipe and write the finished adapter to `out`; checkpoints lie in ``<out>.work``.
 
+    stack: a stack file whose adapters lie frozen below the new one (all active ones, or those that the recipe's ``stack``
+        names by id); what is saved then depends on them.
     callbacks: the Trainer's; one with a method ``on_selection(history)`` is told the selection overlap of an expert adapter.
 
     Returns:
@@ -53,12 +58,17 @@ def train(
     from transformers import set_seed
 
     run = prepare(recipe, out, base, data)
+    below = read_below(recipe.get("stack"), stack)
+    below.check(run.base_dir)
     check_destination(out)
     dtype = "bfloat16" if run.config.bf16 else "float32"
     model, tokenizer = load_base(run.base_dir, dtype), load_tokenizer(run.base_dir)
     generate_alternates(run, model, tokenizer)
     if run.auto is not None:
         choose_experts(run, model, tokenizer, say)
+    if below:
+        model = below.put_on(model)
+        run.recipe = {**run.recipe, "stack": below.rows()}
     set_seed(run.config.seed)  # the adapter's random start
     model = get_forget_model(model, run.adapter)
     evaluation = dict(recipe.get("eval") or {})
@@ -89,8 +99,8 @@ def train(
             if hasattr(callback, "on_selection"):
                 callback.on_selection(shift.history)
     if run.negate is not None:
-        negate(trainer.bare, run.negate)
-    return save_adapter(trainer, out, base=run.base, recipe=run.recipe)
+        negate(trainer.bare, run.negate, trainer.trained_adapter)
+    return save_adapter(trainer, out, base=run.base, recipe=run.recipe, depends_on=below.ids)
 
 
 def choose_experts(run: Run, model: Any, tokenizer: Any, say: Say) -> None:
@@ -119,7 +129,7 @@ def _score_callbacks(
     found: list[Any] = []
     floor = float(evaluation.get("retain_floor", 0.95))
     if evaluation.get("keep_best"):
-        with model.disable_adapter():
+        with Reference("before").on(model):
             at_start = dict(scorer(model))
         found.append(ForgetAtFloor(at_start, floor))
     if evaluation.get("stop_below") is not None:

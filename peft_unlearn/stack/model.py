@@ -68,7 +68,7 @@ class ForgetModel:
             UserError: an adapter that is damaged, was trained on other weights, with another tokenizer, in another order
                 or on top of one that is missing, or that does not fit the base's shapes.
         """
-        folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in _named(adapters).items()}
+        folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in names_of(adapters).items()}
         return cls._of(folders, base, scales, dtype, fused)
 
     @classmethod
@@ -209,7 +209,8 @@ class ForgetModel:
             raise UserError(f"There is no adapter {name!r}.{nearest(name, self.adapters)}")
 
 
-def _named(adapters: Adapters) -> dict[str, str | Path]:
+def names_of(adapters: Adapters, alone: str = "default") -> dict[str, str | Path]:
+    """Name -> folder or Hub id: a mapping's keys, else the folders' names; one adapter alone is called `alone`."""
     if isinstance(adapters, Mapping):
         named = {str(k): v for k, v in adapters.items()}
     else:
@@ -217,7 +218,7 @@ def _named(adapters: Adapters) -> dict[str, str | Path]:
         named = {}
         for path in paths:
             # PEFT uses the name as a module name: no dots. One adapter alone is PEFT's "default".
-            stem = re.sub(r"[^A-Za-z0-9_-]", "_", _last(path)) if len(paths) > 1 else "default"
+            stem = re.sub(r"[^A-Za-z0-9_-]", "_", _last(path)) if len(paths) > 1 else alone
             name, k = stem, 2
             while name in named:
                 name, k = f"{stem}_{k}", k + 1
