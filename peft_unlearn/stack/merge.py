@@ -23,7 +23,7 @@ from .delta import Deltas
 from .fits import check_base, check_dependencies, check_tokenizer
 from .layout import Layout
 from .merged_files import RECORD, read_record, write_index, write_record, write_sidecars
-from .model import Adapters, _named, _scales
+from .model import Adapters, _scales, names_of
 from .rounding import DTYPES, ROUNDINGS, Sums
 from .stage import MergeStage, check_destination
 from .stream import Overlay, Stream, Unit, free_bytes, shards
@@ -192,7 +192,7 @@ def _prepare(
         raise UserError("merge: say where to write the merged model (--out).")
     target = Path(out).expanduser()
     check_destination(target.resolve() if target.is_symlink() else target)
-    folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in _named(adapters).items()}
+    folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in names_of(adapters).items()}
     if isinstance(scale, int | float):
         scale = [scale]
     scales = {n: float(v) for n, v in _scales(folders, scale).items()}
