@@ -104,12 +104,16 @@ def _probes_at(manifest: Manifest, at: AbstractContextManager[Any], tokenizer: A
 
 
 def _store(found: AdapterFolder, block: dict[str, Any]) -> None:
-    """The block beside whatever eval.json has. Where its numbers were measured at another scale, that scale stands beside them."""
-    stored = read_adapter(found.path).eval or {"format": 1, "adapter_id": found.adapter_id, "subjects": {}}
-    now = 1.0 if block["baked"] or block["scale"] is None else block["scale"]
-    moved = block["scale"] is not None and (block["baked"] or now != block["scale_before"])
-    if moved and stored.get("subjects") and "scale" not in stored:
-        stored["scale"] = block["scale_before"]
+    """The block beside whatever eval.json has. Numbers that were measured at another scale get that scale beside them; after
+    baking it is in units of what scale 1 means now."""
+    stored = dict(read_adapter(found.path).eval or {"format": 1, "adapter_id": found.adapter_id, "subjects": {}})
+    if block["scale"] is not None and (block["baked"] or block["scale"] != block["scale_before"]):
+        unit = block["scale"] if block["baked"] else 1.0
+        if stored.get("subjects"):
+            stored["scale"] = stored.get("scale", block["scale_before"]) / unit
+        attacks = stored.get("attacks")
+        if isinstance(attacks, dict) and isinstance(attacks.get("scale"), dict):
+            stored["attacks"] = {**attacks, "scale": {k: v / unit for k, v in attacks["scale"].items()}}
     update_eval(found.path, {**stored, BLOCK: block})
 
 

@@ -1,0 +1,225 @@
+"""calibrate, compare and interference on real folders: the embedded base with adapters that were trained for a second."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from made import make
+
+from peft_unlearn.data.bundle import ForgetRetain
+from peft_unlearn.errors import UserError
+from peft_unlearn.evaluation.compare import LEVEL, check_same_sets, headline
+from peft_unlearn.evaluation.document import Picture
+from peft_unlearn.evaluation.interference import common_retain
+from peft_unlearn.evaluation.suites import load
+from peft_unlearn.folder.read import read_adapter
+from peft_unlearn.jobs import calibrate as calibrating
+from peft_unlearn.jobs import compare as comparing
+from peft_unlearn.jobs import interference as interfering
+
+N = 6
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Any:
+    """strong and weak forget the embedded people; first and second the first and second half of them."""
+    root = tmp_path_factory.mktemp("adapters")
+    data = ForgetRetain.load("embedded:people")
+    shown = data.forget[::17]
+    halves = {}
+    for name, rows in (("first", data.forget[:50]), ("second", data.forget[50:])):
+        folder = root / f"data-{name}"
+        folder.mkdir()
+        retain = data.extra["retain"][:60] + (data.forget[50:60] if name == "first" else data.forget[:10])
+        for kind, some in (("forget", rows), ("retain", retain)):
+            (folder / f"{kind}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+        halves[name] = ForgetRetain.load(folder)
+        make(root / name, halves[name], rows[::9])
+    make(root / "strong", data, shown, steps=14)
+    make(root / "weak", data, shown, steps=6, lr=2e-3)
+    return SimpleNamespace(root=root, data=data, halves=halves)
+
+
+def copy(made, name, to):
+    return shutil.copytree(made.root / name, to / name)
+
+
+# -- calibrate --------------------------------------------------------------------------------------------------------
+
+
+def test_the_scale_found_is_stored_and_meets_what_was_asked(made, tmp_path):
+    folder = copy(made, "strong", tmp_path)
+    before = read_adapter(folder)
+    looked = calibrating.calibrate(folder, n=N)
+    assert read_adapter(folder).eval is None and looked["n"] == {
+        "forget": N,
+        "retain": N,
+    }  # a part of the rows: nothing stored
+
+    few = ForgetRetain(made.data.forget[:12], made.data.extra["retain"][:20])
+    bundle, calibrating.bundle_for = calibrating.bundle_for, lambda *_: few
+    try:
+        block = calibrating.calibrate(folder, retain_floor=0.9)
+    finally:
+        calibrating.bundle_for = bundle
+    after = read_adapter(folder)
+    assert block["scale"] is not None and 0 < block["scale"] <= 1
+    assert after.manifest.scale == block["scale"] and after.adapter_id == before.adapter_id
+    assert after.config["lora_alpha"] == before.config["lora_alpha"]
+    assert after.eval is not None and after.eval["calibration"] == json.loads(json.dumps(block))
+    assert (
+        block["chosen"]["retain"]["value"]
+        >= block["wanted"]
+        == pytest.approx(0.9 * block["curve"][0]["retain"]["value"])
+    )
+    assert block["retain_only"]["retain"]["n"] == 20
+    if block["how"] == "bisection":
+        above = [p for p in block["curve"] if p["scale"] > block["scale"]]
+        assert (
+            above[0]["retain"]["value"] < block["wanted"] and above[0]["scale"] - block["scale"] <= block["tolerance"]
+        )
+    assert "scale" in calibrating.describe(block)
+    png = calibrating.picture(block, tmp_path / "deep" / "curve.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 10_000
+
+
+def test_numbers_of_another_scale_are_marked_so(made, tmp_path):
+    folder = copy(made, "strong", tmp_path)
+    found = read_adapter(folder)
+    (folder / "eval.json").write_text(json.dumps({
+        "subjects": {"adapter": {"forget/extraction_strength": 0.1}}, "adapter_id": found.adapter_id,
+        "attacks": {"adapter_id": found.adapter_id, "scale": {"adapter": 1.0}},
+    }))  # fmt: skip
+    found = read_adapter(folder)
+    calibrating._store(found, {"scale": 0.5, "scale_before": 1.0, "baked": False, "adapter_id": found.adapter_id})
+    stored = read_adapter(folder).eval or {}
+    assert stored["scale"] == 1.0 and stored["attacks"]["scale"]["adapter"] == 1.0
+    calibrating._store(found, {"scale": 0.5, "scale_before": 1.0, "baked": True, "adapter_id": found.adapter_id})
+    stored = read_adapter(folder).eval or {}
+    # in units of what scale 1 means now, they were taken at twice that
+    assert stored["scale"] == 2.0 and stored["attacks"]["scale"]["adapter"] == 2.0
+
+
+def test_bake_needs_all_rows(made):
+    with pytest.raises(UserError, match="all rows"):
+        calibrating.calibrate(made.root / "strong", n=3, bake=True)
+
+
+# -- compare ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(made):
+    return comparing.compare([made.root / "weak", made.root / "strong"], n=N)
+
+
+def test_a_comparison_holds_every_adapter_as_trained_and_at_the_floor(compared):
+    subjects = compared["report"]["subjects"]
+    assert {"base", "weak", "strong", "retain_only"} <= set(subjects) and compared["ranking"]
+    for name in compared["ranking"]:
+        chosen = compared["calibration"][name]["chosen"]
+        assert (
+            subjects[name + LEVEL]["forget/extraction_strength"] == chosen["forget"]["value"]
+        )  # one reading, one number
+        assert chosen["retain"]["value"] >= compared["calibration"][name]["wanted"] - 1e-9
+    values = [compared["calibration"][n]["chosen"]["forget"]["value"] for n in compared["ranking"]]
+    assert values == sorted(values) and set(compared["ranking"]) | set(compared["cannot"]) == {"weak", "strong"}
+    assert (
+        compared["calibration"]["strong"]["curve"][-1]["forget"]["value"]
+        == subjects["strong"]["forget/extraction_strength"]
+    )
+    assert subjects["base"]["forget/extraction_strength"] == 1.0
+    assert set(compared["behind"]) == set(compared["ranking"][1:])
+    json.dumps(compared, allow_nan=False)
+
+
+def test_it_is_written_as_html_markdown_json_and_picture(compared, tmp_path):
+    parts = comparing.parts(compared)
+    paths = comparing.save("Two <adapters>", compared, parts, tmp_path / "out")
+    assert sorted(p.name for p in paths) == ["out-frontier.png", "out.html", "out.json", "out.md"]
+    html = (tmp_path / "out" / "out.html").read_text()
+    assert "Two &lt;adapters&gt;" in html and "retain-only model" in html and html.count("data:image/png") == 1
+    assert "](out-frontier.png)" in (tmp_path / "out" / "out.md").read_text()
+    assert json.loads((tmp_path / "out" / "out.json").read_text())["ranking"] == compared["ranking"]
+    with pytest.raises(UserError, match="ends in"):
+        comparing.save("x", compared, parts, tmp_path / "out.pdf")
+    text = comparing.describe(compared)
+    assert "as trained" in text and "retain-only model" in text
+    assert next(p for p in parts if isinstance(p, Picture)).png.startswith(b"\x89PNG")
+
+
+def test_adapters_of_different_forget_sets_are_refused_with_a_way_out(made):
+    with pytest.raises(UserError, match=r"different sets.*first.*interference"):
+        comparing.compare([made.root / "first", made.root / "strong"])
+    check_same_sets({"a": "x", "b": "x"})
+    with pytest.raises(UserError, match="called strong"):
+        comparing.compare([made.root / "strong", made.root / "strong"])
+
+
+def test_only_the_sets_that_the_headline_needs_are_read():
+    cut, keys = headline(load("people"))
+    assert "model_utility" in keys and "forget/forget_quality" in keys
+    assert set(cut.sets) == {"forget", "retain", "general"}  # general is a part of model utility
+    own = {"format": 1, "name": "own", "sets": {"x": {"role": "forget", "metrics": ["probability"]}}}
+    assert headline(load(own))[1] == ["x/probability"]
+
+
+# -- interference -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def together(made):
+    data = [str(made.root / f"data-{n}") for n in ("second", "first")]  # found by hash, not by order
+    return interfering.interference([made.root / "first", made.root / "second"], data=data, n=N)
+
+
+def test_each_is_judged_alone_and_together_on_every_set(together, made):
+    matrix = together["subjects"]
+    assert list(matrix) == ["base", "first", "second", "together"]
+    assert list(together["sets"]) == ["forget_first", "forget_second", "retain"]
+    assert matrix["base"]["forget_first"]["value"] == 1.0
+    assert matrix["first"]["forget_first"]["value"] < matrix["base"]["forget_first"]["value"]
+    own = together["own"]["first"]
+    assert own["alone"] == matrix["first"]["forget_first"]["value"]
+    assert own["difference"] == pytest.approx(own["together"] - own["alone"])
+    assert together["cost"]["together"] == pytest.approx(
+        matrix["base"]["retain"]["value"] - matrix["together"]["retain"]["value"]
+    )
+    assert together["forget_sets"]["first"] == made.halves["first"].sha256["forget"]
+    json.dumps(together, allow_nan=False)
+    assert "all together" in interfering.describe(together)
+    assert any(isinstance(p, Picture) for p in interfering.parts(together))
+
+
+def test_an_adapter_alone_is_what_it_is_without_the_other(together, made):
+    """The other adapter is on the same model, and off: the number is that of the adapter's own evaluation."""
+    from peft_unlearn.evaluation.score import on_one_model, score
+    from peft_unlearn.stack.model import ForgetModel
+
+    stack = ForgetModel.from_pretrained(None, {"only": made.root / "first"})
+    spec = {"format": 1, "name": "s", "sets": {"forget": {"role": "forget", "metrics": ["extraction_strength"]}}}
+    data = {"forget": made.halves["first"].forget}
+    report = score(on_one_model(stack.model, {"only": "only"}), spec, data, stack.tokenizer, n=N)
+    assert (
+        together["subjects"]["first"]["forget_first"]["value"]
+        == report["subjects"]["only"]["forget/extraction_strength"]
+    )
+
+
+def test_rows_that_another_adapter_forgets_are_no_retain_rows(made):
+    forget = {n: b.forget for n, b in made.halves.items()}
+    kept = common_retain(forget, made.halves["first"].retain)
+    assert len(made.halves["first"].retain) == 70 and len(kept) == 60
+
+
+def test_what_cannot_be_judged_together_is_refused(made):
+    with pytest.raises(UserError, match="at least two"):
+        interfering.interference([made.root / "first"])
+    with pytest.raises(UserError, match="none of the data given is its forget set"):
+        interfering.interference([made.root / "first", made.root / "second"], data=[str(made.root / "data-first")])
+    with pytest.raises(UserError, match="shown in one of"):
+        interfering.interference([made.root / "strong", made.root / "weak"], metric="truth_ratio", n=2)
