@@ -131,13 +131,13 @@ def split(rows: Rows, shown: int, seed: int = 0) -> tuple[Rows, Rows]:
     """(scored, shown): about `shown` rows for the attacker, and those rows none of whose facts is among them.
 
     Facts are drawn whole at random, the same for the same rows and seed, until `shown` rows are together; surplus rows
-    of the last fact are left out of both. At least one fact is always left to be scored, unless there is only one.
+    of the last fact are left out of both. At least half of the facts are left to be scored.
     """
     fact = np.asarray(facts(rows))
     order = np.random.default_rng(seed).permutation(np.unique(fact))
     picked: list[int] = []
     taken: set[int] = set()
-    for f in order[: max(1, len(order) - 1)] if shown else order[:0]:
+    for f in order[: len(order) // 2] if shown else order[:0]:
         if len(picked) >= shown:
             break
         picked += np.flatnonzero(fact == f).tolist()

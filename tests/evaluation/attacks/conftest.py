@@ -19,8 +19,8 @@ def bundle() -> ForgetRetain:
 def case_of(bundle: ForgetRetain, tokenizer: Any):
     def make(model: Any, name: str = "adapter", **over: Any) -> Case:
         rows, shown = split(bundle.forget, 3)
-        given = {"rows": rows, "shown": shown, "max_new_tokens": 4, **over}
-        return Case(name, tokenizer, bundle, subject=lambda: nullcontext(model), **given)
+        given = {"data": bundle, "rows": rows, "shown": shown, "max_new_tokens": 4, **over}
+        return Case(name, tokenizer, subject=lambda: nullcontext(model), **given)
 
     return make
 

@@ -32,9 +32,9 @@ def lora(model: Any, **over: Any) -> Any:
     return model
 
 
-def moe(kind: str) -> Any:
+def moe(kind: str, **over: Any) -> Any:
     """A tiny mixture of experts under an adapter of our own type, or of stock target_parameters."""
-    base = families.base("olmoe")
+    base = families.base("olmoe", **over)
     if kind == "stock":
         names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         return lora(base, target_modules=[], target_parameters=names)
