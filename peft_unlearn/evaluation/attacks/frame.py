@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from typing import Any
 
 from ...data.collate import _adds_special, encode
 from ...data.formats import layout_of, to_text
-from ...head import causal_lm, held
-from ..measured import Unmeasured
+from ...head import held
+from ..measured import Array, Unmeasured
 
 _SLOT = "\ue000\ue001\ue000"  # private use: in nobody's text
 
@@ -58,6 +59,12 @@ def _frame(row: Mapping[str, Any], tokenizer: Any, template: str) -> Frame:
     prompt, answer = to_text(row, tokenizer, template)
     left, _, right = prompt.partition(_SLOT)
     return Frame(left, right, answer, row)
+
+
+def means(scores: Mapping[str, Array]) -> dict[str, float | None]:
+    """Measure -> mean over rows, None where it is not finite."""
+    found = {m: float(v.mean()) for m, v in scores.items()}
+    return {m: v if math.isfinite(v) else None for m, v in found.items()}
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ def embeddings_at(model: Any, run: Sequence[int], vectors: Any, add: bool = Fals
         put = vectors.to(output)[None].expand(len(rows), m, -1)
         return output.index_put((rows[:, None], where), put, accumulate=add)
 
-    with held(causal_lm(model).get_input_embeddings().register_forward_hook(hook)):
+    with held(model.get_input_embeddings().register_forward_hook(hook)):
         yield
 
 

@@ -8,13 +8,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from ...head import causal_lm
 from ...registry import Range, Source, attack
 from ..measured import Unmeasured
 from ..metrics.generation import words
 from ..teacher import evaluating, pad_id_of
 from .case import Case, Outcome, chosen
-from .frame import Frame, Slotted, embeddings_at, frames, mean_nll, placeholder, slotted, spans
+from .frame import Frame, Slotted, embeddings_at, frames, mean_nll, means, placeholder, slotted, spans
 
 Scope = Literal["universal", "per_row"]
 
@@ -72,8 +71,8 @@ def gcg(
         "loss": {"first": found.losses[0], "least": found.losses[-1]},
         "trained_on": {
             "n": len(train),
-            "before": {m: float(v.mean()) for m, v in plain.items()},
-            "after": {m: float(v.mean()) for m, v in trained.items()},
+            "before": means(plain),
+            "after": means(trained),
         },
         "names_a_trained_value": any(_spells(found.text, f) for f in slots),
         "candidates_refused": found.refused,
@@ -158,9 +157,9 @@ def search(
             if tried:
                 with torch.no_grad():
                     every = mean_nll(model, [row.filled(c) for c in tried for row in rows], pad_id)
-                means = every.view(len(tried), len(rows)).double().mean(1)  # NaN never wins
-                least = int(torch.where(means.isnan(), torch.inf, means).argmin())
-                if float(means[least]) < loss:
+                average = every.view(len(tried), len(rows)).double().mean(1)  # NaN never wins
+                least = int(torch.where(average.isnan(), torch.inf, average).argmin())
+                if float(average[least]) < loss:
                     ids = tried[least]
             if progress is not None:
                 progress(step + 1, settings.steps)
@@ -201,7 +200,7 @@ def allowed_tokens(model: Any, tokenizer: Any) -> Any:
     """(vocab,) bool: tokens that a person could type: no special ones, printable when told alone."""
     import torch
 
-    size = causal_lm(model).get_input_embeddings().weight.shape[0]
+    size = model.get_input_embeddings().weight.shape[0]
     known = range(min(size, len(tokenizer)))
     told = tokenizer.batch_decode([[i] for i in known], clean_up_tokenization_spaces=False)
     special = set(tokenizer.all_special_ids)
@@ -218,7 +217,7 @@ def token_gradient(model: Any, rows: Sequence[Slotted], ids: Sequence[int], pad_
     """
     import torch
 
-    embed = causal_lm(model).get_input_embeddings()
+    embed = model.get_input_embeddings()
     shift = torch.zeros(len(ids), embed.weight.shape[1], device=embed.weight.device, dtype=embed.weight.dtype)
     shift.requires_grad_(True)
     with torch.enable_grad(), embeddings_at(model, ids, shift, add=True):
@@ -227,4 +226,4 @@ def token_gradient(model: Any, rows: Sequence[Slotted], ids: Sequence[int], pad_
     with torch.no_grad():
         vocab = torch.arange(embed.weight.shape[0], device=embed.weight.device)
         scores = torch.cat([grad.float() @ embed(part[None])[0].float().T for part in vocab.split(8192)], 1)
-    return float(loss), scores  # (length, vocab)
+    return float(loss.detach()), scores  # (length, vocab)

@@ -19,6 +19,7 @@ from ...registry import Range, Source, attack
 from ..generate import greedy
 from ..measured import Array, Unmeasured
 from ..metrics.generation import value_accuracy, words
+from ..plan import rows_of
 from .case import Case, Outcome, Rows
 
 FORMAT = 1
@@ -101,9 +102,11 @@ class _Shots:
     """Example pairs from the retain set for one row: none holds the row's value, and none is a forget row."""
 
     def __init__(self, case: Case) -> None:
-        forget = {identity(row) for row in case.data.forget}
+        forget = {identity(row) for row in rows_of(case.data, "forget") or []}
         self.pool: Rows = [
-            r for r in case.data.retain or [] if layout_of(r) == "question/answer" and identity(r) not in forget
+            r
+            for r in rows_of(case.data, "retain") or []
+            if layout_of(r) == "question/answer" and identity(r) not in forget
         ]
         self.words = [set(words(r["question"]).split()) for r in self.pool]
         self.said = [words(f"{r['question']} {r['answer']}") for r in self.pool]
@@ -191,9 +194,11 @@ def _reworded(case: Case) -> list[Try]:
                 if layout_of(row) == "question/answer":
                     prompt = to_text({**row, "question": question}, case.tokenizer, case.template)[0]
                     out.append(Try(key, family, i, prompt))
-    where = {identity(row): i for i, row in enumerate(case.data.forget)}
-    for name, rows in case.data.extra.items():
-        if not name.startswith("forget_") or len(rows) != len(case.data.forget):
+    forget = rows_of(case.data, "forget") or []
+    where = {identity(row): i for i, row in enumerate(forget)}
+    further = case.data if isinstance(case.data, Mapping) else case.data.extra
+    for name, rows in further.items():
+        if not name.startswith("forget_") or len(rows) != len(forget):
             continue
         for i, row in enumerate(case.rows):
             other = rows[where[identity(row)]] if identity(row) in where else {}

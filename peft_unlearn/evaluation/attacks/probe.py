@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from ...data.collate import encode
 from ...data.formats import to_text
-from ...head import causal_lm
 from ...registry import Range, Source, attack
 from ..measured import Array, Unmeasured
+from ..plan import rows_of
 from ..teacher import evaluating, pad_id_of, teacher_forced
 from .case import Case, Outcome, chosen
 
@@ -66,7 +66,7 @@ def probe(
         raise Unmeasured(
             "no forget rows were shown to the attacker that ask what the scored rows ask: layer_by is 'shown'"
         )
-    pool = [a for a in _asked(case.data.retain or [], case, None) if a.kind in kinds]
+    pool = [a for a in _asked(rows_of(case.data, "retain") or [], case, None) if a.kind in kinds]
     if missing := kinds - {a.kind for a in pool}:
         raise Unmeasured(
             f"{sum(a.kind in missing for a in scored)} of {len(scored)} rows ask what no retain row asks: there is "
@@ -204,7 +204,7 @@ def _first_token(model: Any, tokenizer: Any, values: set[str]) -> dict[str, Arra
     """Value -> (hidden,) input embedding of its first token after a blank."""
     import torch
 
-    embed = causal_lm(model).get_input_embeddings()
+    embed = model.get_input_embeddings()
     order = sorted(values)
     first = [tokenizer(" " + v, add_special_tokens=False)["input_ids"][0] for v in order]
     with torch.no_grad():
@@ -245,8 +245,9 @@ def _fit_all(
         means = np.zeros(len(RIDGE))
         for k in range(FOLDS):
             held = np.flatnonzero(fold == k)
+            offered = [train_lists[int(i)] for i in held]
             read = ridge_predict(x[fold != k], targets[fold != k], x[held], RIDGE)
-            means += [_choose(r, [train_lists[i] for i in held.tolist()], vectors)["pool_choice"].sum() for r in read]
+            means += [_choose(r, offered, vectors)["pool_choice"].sum() for r in read]
         best = int(np.argmax(means))
         retain.append(float(means[best] / len(train)))
         ridges.append(RIDGE[best])

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from ...head import causal_lm
 from ...registry import Range, Source, attack
 from ..measured import Unmeasured
 from ..teacher import evaluating, pad_id_of
 from .case import Case, Outcome
-from .frame import embeddings_at, frames, mean_nll, placeholder, slotted
+from .frame import embeddings_at, frames, mean_nll, means, placeholder, slotted
 
 Steps = Literal["adam", "sign"]
 
@@ -81,8 +80,8 @@ def suffix(
         "loss": {"first": losses[0], "least": losses[best], "at_step": best},
         "trained_on": {
             "n": len(train),
-            "before": {m: float(v.mean()) for m, v in plain.items()},
-            "after": {m: float(v.mean()) for m, v in trained.items()},
+            "before": means(plain),
+            "after": means(trained),
         },
     }
     return Outcome(before, after, len(case.rows), about)
@@ -105,7 +104,7 @@ def fit(
     """
     import torch
 
-    embed = causal_lm(model).get_input_embeddings()
+    embed = model.get_input_embeddings()
     with torch.no_grad():
         start = embed(torch.tensor([list(run)], device=embed.weight.device))[0].float()
     vectors = start.clone().requires_grad_(True)
@@ -116,7 +115,7 @@ def fit(
             with torch.enable_grad():
                 loss = mean_nll(model, rows, pad_id).mean()
                 (grad,) = torch.autograd.grad(loss, vectors)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             if not losses[-1] < float("inf"):
                 raise Unmeasured(f"the training loss of the suffix is {losses[-1]} at step {step}")
             if losses[-1] <= min(losses):
