@@ -47,7 +47,7 @@ def load(spec: str | Path, template: str = "qa") -> ForgetRetain:
         found = {name: mcq_rows(_read(f), str(f)) for name in SETS if (f := _file(path, name))}
         if "forget" not in found:
             raise UserError(f"data: {text} holds no forget file (forget{', forget'.join(SUFFIXES)})")
-        return ForgetRetain(**found, template=template)
+        return ForgetRetain(found["forget"], found.get("retain"), found.get("holdout"), template=template)
     if path.is_file():
         return ForgetRetain(mcq_rows(_read(path), text), template=template)
     return ForgetRetain(mcq_rows(_from_hub(text), text), refs={"forget": f"{PREFIX}{text}"}, template=template)

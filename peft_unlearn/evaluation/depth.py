@@ -67,6 +67,8 @@ def read_patched(model: Any, tensors: Mapping[str, Any], layer: int | None = Non
 
     def patch(module: Any, args: Any, output: Any) -> Any:
         hidden = output if torch.is_tensor(output) else output[0]  # (batch, seq, hidden)
+        if hidden.shape[:2] != p.input_ids.shape:  # the head is tried on an input of its own before it is trusted
+            return output
         hidden = hidden.clone()
         hidden[:, :-1][p.mask] = put.to(hidden)
         return hidden if torch.is_tensor(output) else (hidden, *output[1:])

@@ -50,11 +50,11 @@ def recovered(base: Array, patched: Array, reference: Array, tau: float = 0.05) 
         return np.where(lacking > tau, (patched - reference).mean(0) / lacking, np.nan)
 
 
-_ABOUT = dict(source=UDS, needs=("depth",), better={"forget": "higher", "retain": "lower"}, reference="retain_only")
 NOTHING = "the base knows no fact here by more than tau nats better than the retain-only model, in any layer"
 
 
-@metric("unlearning_depth", version=1, faithful="reconstructed", **_ABOUT)
+@metric("unlearning_depth", source=UDS, needs=("depth",), better={"forget": "higher", "retain": "lower"},
+        reference="retain_only", version=1, faithful="reconstructed")  # fmt: skip
 def unlearning_depth(
     fact_logp: Array, patched_logp: Array, reference_patched_logp: Array, *, tau: Annotated[float, Range(0)] = 0.05
 ) -> Array | Estimate:
@@ -67,9 +67,9 @@ def unlearning_depth(
     own reading of the question; the retain-only model sees it too, which is why it stands in the denominator.
     """
     values = depth_scores(fact_logp, patched_logp, reference_patched_logp, tau)
-    known = (fact_logp[:, None] - reference_patched_logp > tau).any(1)
-    broken = np.isnan(np.column_stack([fact_logp, patched_logp, reference_patched_logp])).any(1)
-    return mean_of_defined(values, known | broken, NOTHING)
+    known = np.any(fact_logp[:, None] - reference_patched_logp > tau, axis=1)
+    broken = np.any(np.isnan(np.column_stack([fact_logp, patched_logp, reference_patched_logp])), axis=1)
+    return mean_of_defined(values, np.logical_or(known, broken), NOTHING)
 
 
 @metric("fact_recovered", version=1, faithful="reconstructed", source=UDS, needs=("depth",),

@@ -63,7 +63,7 @@ def _asked(leaks: NDArray[np.int64], k: int) -> tuple[NDArray[np.int64], NDArray
     """hits (rows, formats), asked (rows, formats), samples of each; leaks: (rows, formats, 2) of hits and samples taken."""
     n = int(leaks[..., 1].max(initial=0))
     if 0 < n < k:
-        raise Unmeasured(f"takes {k} of the {n} samples; set settings: {{samples: {{n: {k}}}}} or more")
+        raise Unmeasured(f"needs {k} samples and {n} were taken; set settings: {{samples: {{n: {k}}}}} or more")
     return leaks[..., 0], leaks[..., 1] > 0, n
 
 
@@ -72,7 +72,7 @@ def _leak_metric(k: int) -> Callable[[NDArray[np.int64]], Array | Estimate]:
         hits, asked, n = _asked(leaks, k)
         if not asked.any():
             raise Unmeasured(NO_FORMAT)
-        return mean_of_defined(leak_over_formats(hits, n, k, asked), asked.any(1), NO_FORMAT)
+        return mean_of_defined(leak_over_formats(hits, n, k, asked), np.asarray(asked.any(1)), NO_FORMAT)
 
     leak.__doc__ = f"""Probability that the value is named in any of {k} sampled answers to each prompt format.
 
@@ -86,9 +86,9 @@ leak_at = {k: _leak_metric(k) for k in BUDGETS}
 
 def _format_metric(how: str, wording: str) -> Callable[..., Array | Estimate]:
     def leak(leaks: NDArray[np.int64], leak_formats: list[tuple[str, ...]], *, k: Annotated[int, Range(1)] = 8):
-        hits, asked, n = _asked(leaks, k)
         if how not in leak_formats[0]:
             raise Unmeasured(f"the format {how!r} is not among those sampled: {', '.join(leak_formats[0])}")
+        hits, asked, n = _asked(leaks, k)
         column = leak_formats[0].index(how)
         mine = asked[:, column]
         values = np.where(mine, leak_at_k(hits[:, column], n, k) if n else np.nan, np.nan)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...registry import metric
-from ..measured import Array, Ragged
+from ..measured import Array, Ragged, Unmeasured
 from .likelihood import WMDP
 
 ORIENTATION = {"forget": "lower", "retain": "higher"}
@@ -52,4 +52,6 @@ def letter_mass(letter_logp: Ragged) -> Array:
 @metric("letter_chance", source=WMDP, better={}, reference=None, version=1)
 def letter_chance(rows: Sequence[Mapping[str, Any]]) -> Array:
     """1 / number of options, (rows,): what guessing gives. It stands beside `letter_accuracy` so that nobody forgets it."""
+    if bad := sum("choices" not in row for row in rows):
+        raise Unmeasured(f"{bad} of {len(rows)} rows are no multiple-choice questions (no 'choices')")
     return np.array([1.0 / len(row["choices"]) for row in rows], dtype=np.float64)
