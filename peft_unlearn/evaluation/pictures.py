@@ -222,7 +222,7 @@ def plane(points: Sequence[Mapping[str, Any]], utility: str, forget: str) -> byt
                 axes.plot(*span, color=color, lw=1.4, zorder=3, solid_capstyle="butt")
         hollow = p["kind"] == "retain_only"
         axes.scatter(
-            p["x"], p["y"], s=210 if hollow else 105, marker=marker, zorder=4 + hollow, label=p["label"],
+            p["x"], p["y"], s=210 if hollow else 105, marker=marker, zorder=4 + hollow, label=p["label"][:30],
             facecolor="none" if hollow else color, edgecolor=color if hollow else "white", lw=2.2 if hollow else 1,
         )  # fmt: skip
     xs = [v for p in points for v in (p["x"], *(p["x95"] or ()))]

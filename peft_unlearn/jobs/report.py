@@ -90,8 +90,9 @@ def evidence_of(name: str, folder: AdapterFolder) -> Evidence:
     refs = sorted({str(about["ref"]) for about in manifest.data.values() if about.get("ref")})
     method = {k: v for k, v in manifest.method.items() if v is not None}
     versions = manifest.versions
+    shape = {k: folder.config[k] for k in ("peft_type", "r", "lora_alpha", "target_modules") if folder.config.get(k)}
     about = [
-        ("adapter", f"{folder.adapter_id}, {manifest.method.get('peft_type', folder.config['peft_type'])}"),
+        ("adapter", f"{folder.adapter_id}, {', '.join(f'{k} {v}' for k, v in shape.items())}"),
         ("description", manifest.description),
         ("base", f"{manifest.base.ref}, digest {manifest.base.digest}"),
         ("scale", f"{manifest.scale:g}"),
