@@ -69,9 +69,10 @@ body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans
 max-width: 62rem; margin: 2rem auto 4rem; padding: 0 1rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin-bottom: .2rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; padding-top: .4rem; border-top: 1px solid #e4e4e0; }
-img { width: 100%; height: auto; } figure { margin: 1rem 0; }
+img { width: 100%; height: auto; } 
 code, pre { font: .86rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-pre { background: #f5f5f3; padding: .7rem .9rem; overflow-x: auto; }
+pre { background: #f5f5f3; padding: .7rem .9rem; white-space: pre-wrap; }
+td small { display: block; color: #777; font-size: .78em; line-height: 1.25; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; } td, th { padding: .25rem 1rem .25rem 0; text-align: right;
 vertical-align: top; font-variant-numeric: tabular-nums; white-space: nowrap; } td:first-child, th:first-child { text-align: left; }
@@ -79,10 +80,11 @@ th { font-weight: 600; border-bottom: 1px solid #999; } tr.head td { font-weight
 table.said { table-layout: fixed; width: 100%; }
 table.said td, table.said th { text-align: left; white-space: normal; padding-bottom: .6rem; overflow-wrap: break-word; }
 table.said td { border-bottom: 1px solid #eee; } .said td:first-child { color: #666; }
-.lead { color: #555; margin-top: 0; } .note, figcaption { color: #666; font-size: .9rem; }
+.lead { color: #555; margin-top: 0; } .note { color: #666; font-size: .9rem; }
 .verdict { background: #f4f7f4; border-left: 4px solid #3c8d5a; padding: .8rem 1.1rem; }
 .good { color: #2f7d4b; font-weight: 600; } .bad { color: #c8452d; font-weight: 600; }
 @media (max-width: 40rem) { body { font-size: 15px; margin-top: 1rem; } h1 { font-size: 1.4rem; }
+  .picture { overflow-x: auto; } .picture img { min-width: 34rem; }
   table.said thead { display: none; } table.said, table.said tbody, table.said tr, table.said td { display: block; }
   td, th { padding-right: .7rem; } table { font-size: .85rem; }
   table.said tr { border-bottom: 1px solid #ccc; padding: .5rem 0; } table.said td { border: 0; padding: 0 0 .25rem; }
@@ -94,7 +96,7 @@ def image(png: bytes, alt: str, caption: str = "") -> str:
     """A picture inside the page itself."""
     inside = base64.b64encode(png).decode("ascii")
     note = f'\n<p class="note">{escape(caption)}</p>' if caption else ""
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{inside}">{note}'
+    return f'<div class="picture"><img alt="{escape(alt)}" src="data:image/png;base64,{inside}"></div>{note}'
 
 
 def page(title: str, body: Sequence[str], tab: str = "") -> str:
@@ -132,8 +134,14 @@ def html(part: Part) -> str:
             lines.append(f'<tr class="head"><td colspan="{len(part.head)}">{escape(row[0])}</td></tr>')
             continue
         cells = zip(part.head, row, strict=True)
-        lines.append("<tr>" + "".join(f"<td{_label(h, part.words)}>{escape(c)}</td>" for h, c in cells) + "</tr>")
+        lines.append("<tr>" + "".join(f"<td{_label(h, part.words)}>{_cell(c)}</td>" for h, c in cells) + "</tr>")
     return "\n".join([*lines, "</tbody></table></div>"])
+
+
+def _cell(text: str) -> str:
+    """A number's interval goes beneath it, small."""
+    found = re.fullmatch(r"(\S+) (\[[^\[\]]*\])", text)
+    return escape(text) if found is None else f"{escape(found[1])} <small>{escape(found[2])}</small>"
 
 
 _SAID = ' class="said"'

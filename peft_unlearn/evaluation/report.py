@@ -20,6 +20,11 @@ TITLES = {
     "forget_quality_log10_p": "forget quality (log10 p)", "ks_distance": "distance to the retain-only model (KS D)",
 }  # fmt: skip
 
+WORDS = (
+    f"Words: forgets = at least {percent(FORGETS)} of the way from the base to the retain-only model (to 0 where there is none), in "
+    f"part = half of it; keeps = at least {percent(KEEPS)} of the base's value; told apart = p under {TOLD_APART:g}. An adapter "
+    "suppresses: the base's weights still hold what they held."
+)
 RECOVERY = (
     "Recovery = (after - before) / (base - before). The green bars are what the same attack does where nothing was there to come "
     "back; lines are 95 % intervals."
@@ -114,11 +119,7 @@ def parts(
 ) -> list[doc.Part]:
     """The report. samples: answers side by side; spread: as in `verdict`; notes: further conditions, e.g. why there are no samples."""
     out: list[doc.Part] = [doc.Text(verdict(e, spread), "verdict") for e in evidence]
-    out.append(doc.Text(
-        f"Words: forgets = at least {percent(FORGETS)} of the way from the base to the retain-only model (to 0 where "
-f"" f"there is none), in part = half of it; "
-        f"keeps = at least {percent(KEEPS)} of the base's value; told apart = p under {TOLD_APART:g}. An adapter "
-f"" f"suppresses: the base's weights still hold what they held.", "note"))  # fmt: skip
+    out.append(doc.Text(WORDS, "note"))
     lost = [f"{e.name}: {m}" if len(evidence) > 1 else m for e in evidence for m in missing(e)]
     if lost or notes:
         out += [doc.Heading("Not measured, or to be kept in mind"), doc.Items([*lost, *notes])]

@@ -25,6 +25,12 @@ NAMES = {
     "forget/forget_quality": "quality p", "forget/ks_distance": "KS D", "retain/extraction_strength": "retain ES",
     "retain/value_accuracy": "retain right", "model_utility": "utility",
 }  # fmt: skip
+CAPTION = "Each line is one adapter, from the base (scale 0) outward."
+LEGEND = (
+    "In brackets: 95 % bootstrap intervals over rows of the mean. ES: extraction strength. right: answers that name the right value. "
+    "quality p, KS D: the forget set's truth ratios against the retain-only model's, which against itself has 1 and 0. utility: "
+    "harmonic mean of the suite's parts."
+)
 
 
 def compare(
@@ -162,17 +168,14 @@ def parts(found: Mapping[str, Any]) -> list[doc.Part]:
     png = pictures.frontier(
         {name: found["calibration"][name] for name in order(found)}, base, found["floor"], pair, metric=found["metric"]
     )
+    drawn = doc.Picture(png, "Forgetting against retaining, over the scale of each adapter", "frontier", CAPTION)
     out: list[doc.Part] = [
         doc.Text(sentences(found), "verdict"),
-        doc.Picture(png, "Forgetting against retaining, over the scale of each "
-"adapter", "frontier", "Each line is one adapter, from the base (scale 0) outward."),
+        drawn,
         doc.Heading("Numbers"),
         doc.Table(head(found), rows(found)),
-        doc.Text("In brackets: 95 % bootstrap intervals over rows of the mean. ES: extraction strength. right: answers "
-"that name the right value. "
-                 "quality p, KS D: the forget set's truth ratios against the retain-only model's. utility: harmonic mean "
-"of the suite's parts.", "note"),
-    ]  # fmt: skip
+        doc.Text(LEGEND, "note"),
+    ]
     why = [
         f"{name}: the curves do not only fall, so the best of the grid's scales was taken."
         for name in order(found)

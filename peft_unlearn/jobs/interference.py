@@ -20,6 +20,11 @@ from .compare import aligned, named_folders
 from .evaluate import _data_of
 from .run import load_data
 
+LEGEND = (
+    "In brackets: 95 % bootstrap intervals over rows. A forget set that is forgotten is low, the lower the less of an answer "
+    "follows by itself; the retain set should stay as the base has it."
+)
+
 
 def interference(
     folders: Sequence[str | Path],
@@ -104,9 +109,8 @@ def parts(found: Mapping[str, Any]) -> list[doc.Part]:
         doc.Picture(pictures.matrix(found), "What is left of each set under each adapter", "matrix"),
         doc.Heading("Numbers"),
         doc.Table(head, rows),
-        doc.Text("In brackets: 95 % bootstrap intervals over rows. A forget set that is forgotten is near 0; the retain "
-"set should stay as the base has it.", "note"),
-    ]  # fmt: skip
+        doc.Text(LEGEND, "note"),
+    ]
     for metric in METRICS:
         if metric != found["metric"]:
             cells = [
