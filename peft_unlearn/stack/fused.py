@@ -3,7 +3,7 @@
 sum_i s_i B_i A_i x = B A x with A = [A_1; A_2; ..] (sum of ranks, in) and B = [s_1 B_1, s_2 B_2, ..] (out, sum of ranks):
 two products however many adapters there are, where PEFT's own layer makes two per adapter. The adapters stay what they
 are, so they can be dialled, swapped, saved and taken off one by one; the pair is built at the first forward that needs it
-and again whenever something about them has changed. While any of them trains, PEFT's own loop runs.
+and again whenever something about them has changed. Where a gradient could flow into one of them, PEFT's own loop runs.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ class _Pair:
         self.b: Tensor | None = None
         kinds = {(t.dtype, t.device, t.is_inference()) for _, a, b in factors for t in (a, b)}
         plain = not any(n in layer.lora_variant or layer.lora_bias.get(n) for n in names)
-        trains = any(t.requires_grad for _, a, b in factors for t in (a, b))
-        if not plain or trains or len(kinds) != 1 or next(iter(kinds))[2]:
+        if not plain or len(kinds) != 1 or next(iter(kinds))[2]:
             return
         # An adapter dialled to zero is left out, not multiplied by zero: the others are as if it were not there.
         on = [(layer.scaling[n], a, b) for n, a, b in factors if layer.scaling[n] != 0]
@@ -64,26 +63,33 @@ class _Pair:
         if self.active != layer._active_adapter:
             return False
         scaling = layer.scaling
-        for name, scale, a, at_a, version_a, trains_a, b, at_b, version_b, trains_b in self.seen:
+        # Past nn.Module's own attribute look-up, which costs more than all the rest of this.
+        in_a: Any = layer._modules["lora_A"]
+        in_b: Any = layer._modules["lora_B"]
+        of_a, of_b = in_a._modules, in_b._modules
+        for name, scale, a, at_a, version_a, b, at_b, version_b in self.seen:
             if (
                 scaling.get(name) != scale
+                or of_a[name]._parameters["weight"] is not a
+                or of_b[name]._parameters["weight"] is not b
                 or a._version != version_a
                 or b._version != version_b
-                or a.requires_grad != trains_a
-                or b.requires_grad != trains_b
                 or a.data_ptr() != at_a
                 or b.data_ptr() != at_b
             ):
                 return False
         return True
 
+    def trains(self) -> bool:
+        return torch.is_grad_enabled() and any(row[2].requires_grad or row[5].requires_grad for row in self.seen)
 
-def _state(t: Tensor) -> tuple[Tensor, int, int, bool]:
-    return t, t.data_ptr(), 0 if t.is_inference() else t._version, t.requires_grad
+
+def _state(t: Tensor) -> tuple[Tensor, int, int]:
+    return t, t.data_ptr(), 0 if t.is_inference() else t._version
 
 
 class FusedLinear(Linear):
-    """PEFT's LoRA layer, with another forward where two or more adapters are active and none of them trains."""
+    """PEFT's LoRA layer, with another forward where two or more adapters are active and none of them is to get a gradient."""
 
     _pair: _Pair | None = None
 
@@ -91,7 +97,7 @@ class FusedLinear(Linear):
         pair = None
         if not (self._disable_adapters or self.merged_adapters or args or kwargs):
             pair = self._current()
-        if pair is None or pair.a is None or pair.b is None or (self.training and pair.drops):
+        if pair is None or pair.a is None or pair.b is None or (self.training and pair.drops) or pair.trains():
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x)
         if not pair.a.numel():

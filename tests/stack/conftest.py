@@ -9,6 +9,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "folder"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tuners"))
 from tinyfolder import save_base, write
 
 torch.set_num_threads(1)
@@ -26,3 +27,11 @@ def adapter_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("adapter") / "forget"
     write(out, base_dir)
     return out
+
+
+@pytest.fixture(scope="session")
+def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture of experts; read only."""
+    from stacks import save_moe
+
+    return save_moe(tmp_path_factory.mktemp("moe") / "b")

@@ -1,0 +1,98 @@
+"""What a stack of eight adapters costs, against one adapter of the same total rank on the same base, in one run.
+
+    OMP_NUM_THREADS=1 python tests/bench/stack.py [--hidden 1024] [--layers 4] [--adapters 8] [--rank 8] [--rounds 15]
+
+The three variants take turns within every round, and the ratios are medians over the rounds of ratios within a round, so
+that what else the machine does hits all alike. "loop" is PEFT's own forward. Both a batch (as in training and evaluation)
+and single tokens (as in generation) are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import json
+import statistics
+import time
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_unlearn.stack.attach import activate
+from peft_unlearn.stack.fused import fuse, unfuse
+
+
+def model(hidden: int, layers: int, ranks: list[int]):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=hidden, intermediate_size=hidden * 5 // 2, num_hidden_layers=layers, num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64, max_position_embeddings=1024,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).eval()
+    out = None
+    for i, r in enumerate(ranks):
+        lora = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+        if out is None:
+            out = get_peft_model(base, lora, adapter_name="n0")
+        else:
+            out.add_adapter(f"n{i}", lora)
+    with torch.no_grad():
+        for n, p in out.named_parameters():
+            if "lora_B" in n:
+                p.normal_(std=0.02)
+    activate(out, [f"n{i}" for i in range(len(ranks))])
+    return out.eval()
+
+
+@torch.no_grad()
+def seconds(m, ids, times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        m(input_ids=ids, use_cache=False)
+    return (time.perf_counter() - start) / times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, default in (("hidden", 1024), ("layers", 4), ("adapters", 8), ("rank", 8), ("rounds", 15)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    a = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    many = model(a.hidden, a.layers, [a.rank] * a.adapters)
+    one = model(a.hidden, a.layers, [a.rank * a.adapters])
+    found = {}
+    for what, shape, times in (("batch 4 x 64", (4, 64), 1), ("one token", (1, 1), 5)):
+        ids = torch.randint(0, 512, shape)
+        rows = {"one adapter": [], "fused": [], "loop": []}
+        with torch.no_grad():
+            loop = many(input_ids=ids).logits
+            fuse(many)
+            gap = float((many(input_ids=ids).logits - loop).abs().max() / loop.abs().max())
+            unfuse(many)
+        for round_ in range(a.rounds + 1):
+            t = {"one adapter": seconds(one, ids, times)}
+            fuse(many)
+            many(input_ids=ids)  # builds the pairs
+            t["fused"] = seconds(many, ids, times)
+            unfuse(many)
+            t["loop"] = seconds(many, ids, times)
+            if round_:  # the first warms up
+                for k, v in t.items():
+                    rows[k].append(v)
+        ratios = {k: [x / y for x, y in zip(rows[k], rows["one adapter"], strict=True)] for k in ("fused", "loop")}
+        found[what] = {
+            "ms": {k: round(1000 * statistics.median(v), 3) for k, v in rows.items()},
+            "ratio to one adapter of the same total rank": {
+                k: round(statistics.median(v), 3) for k, v in ratios.items()
+            },
+            "quartiles": {k: [round(q, 3) for q in statistics.quantiles(v, n=4)[::2]] for k, v in ratios.items()},
+            "largest relative difference of fused and loop logits": gap,
+        }
+    print(json.dumps({"settings": vars(a), "threads": torch.get_num_threads(), **found}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
