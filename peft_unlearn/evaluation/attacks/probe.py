@@ -201,12 +201,15 @@ def _hidden(model: Any, tokenizer: Any, rows: Sequence[Asked], position: Positio
 
 
 def _first_token(model: Any, tokenizer: Any, values: set[str]) -> dict[str, Array]:
-    """Value -> (hidden,) input embedding of its first token after a blank."""
+    """Value -> (hidden,) input embedding of its first token after a blank that is not itself blank."""
     import torch
 
     embed = model.get_input_embeddings()
     order = sorted(values)
-    first = [tokenizer(" " + v, add_special_tokens=False)["input_ids"][0] for v in order]
+    first = []
+    for v in order:
+        ids = tokenizer(" " + v, add_special_tokens=False)["input_ids"]
+        first.append(next((i for i in ids if tokenizer.decode([i]).strip()), ids[0]))
     with torch.no_grad():
         told = embed(torch.tensor([first], device=embed.weight.device))[0].double().cpu().numpy()
     return dict(zip(order, told, strict=True))
