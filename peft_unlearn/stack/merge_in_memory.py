@@ -13,7 +13,7 @@ from ..folder.base import load_base, load_tokenizer
 from ..folder.digest import digest_checkpoint, digest_live
 from .fits import check_base
 from .merged_files import scrub, write_record
-from .rounding import DTYPES, Overflow, Sums, blocks, generator, merge_block
+from .rounding import DTYPES, Adder, Overflow, Sums, blocks, generator
 from .stream import Overlay, Unit, wide_patterns
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def _add(
     fused = any(d.adapted[weight].fused for d, _ in overlay.parts if weight in d)
     if not experts:
         units[weight, None] = Sums()
+    adder = Adder(dtype)
     for e in experts:
         unit = (weight, e if fused else None)
         product = overlay.product(*unit)
@@ -75,12 +76,13 @@ def _add(
         matrix = (parameter[e] if fused else parameter).flatten(1)
         rng = None if seed is None else generator(seed, f"{weight}[{unit[1]}]")
         for part in blocks(*matrix.shape):
+            out = torch.empty(matrix[part].shape, dtype=dtype)
             try:
-                merged, sums = merge_block(matrix[part], left[part] @ right, dtype, rng)
+                sums = adder(matrix[part], left[part], right, out, rng)
             except Overflow:
                 kind = str(dtype).removeprefix("torch.")
                 raise UserError(f"{weight}: the merged weight does not fit {kind}; use float32.") from None
-            matrix[part] = merged.float()
+            matrix[part] = out.float()
             units.setdefault(unit, Sums()).add(sums)
 
 

@@ -12,12 +12,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDINGS = ("nearest", "stochastic")
-BLOCK = 1 << 19  # elements: a few MB, so that a block's passes stay in the cache
+BLOCK = 1 << 18  # elements: a few MB, so that a block's passes stay in the cache
 
 
 class Overflow(Exception):
@@ -80,28 +81,53 @@ def round_to(x: Tensor, dtype: torch.dtype, rng: torch.Generator | None = None) 
     return out.to(dtype)
 
 
-def merge_block(w: Tensor, d: Tensor, dtype: torch.dtype, rng: torch.Generator | None = None) -> tuple[Tensor, Sums]:
-    """cast(w + d) and its sums. w: of any float dtype; d: float32 of the same shape, overwritten. Raises `Overflow`."""
-    wide = w.float()
-    merged = round_to(wide + d, dtype, rng)
-    start = w if w.dtype == dtype else wide.to(dtype)
-    kept = (merged.float() - start.float()).view(-1)
-    changed = merged.view(torch.int16) != start.view(torch.int16) if dtype.itemsize == 2 else merged != start
-    flat, wanted = wide.view(-1), d.reshape(-1)
-    sums = Sums(
-        float(torch.dot(kept, wanted)), float(torch.dot(kept, kept)), float(torch.dot(wanted, wanted)),
-        float(torch.dot(flat, flat)), int(torch.count_nonzero(changed)), merged.numel(),
-    )  # fmt: skip
-    if not math.isfinite(sums.kept) and not torch.isfinite(merged).all():
-        raise Overflow
-    return merged, sums
+class Adder:
+    """cast(W + L @ R) for blocks of rows, in memory that is used again: fresh pages would cost more than the arithmetic."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._scratch: dict[str, Tensor] = {}
+
+    def _room(self, what: str, shape: torch.Size) -> Tensor:
+        n = shape.numel()
+        if what not in self._scratch or self._scratch[what].numel() < n:
+            self._scratch[what] = torch.empty(n)
+        return self._scratch[what][:n].view(shape)
+
+    def __call__(
+        self, w: Tensor, left: Tensor, right: Tensor | None, out: Tensor, rng: torch.Generator | None = None
+    ) -> Sums:
+        """Fill `out`, of this dtype and w's shape (rows, columns); what was kept. right None: `left` is the delta itself.
+
+        Raises:
+            Overflow: a value does not fit the dtype.
+        """
+        wide, d = self._room("wide", w.shape).copy_(w), left
+        if right is not None:
+            d = torch.mm(left, right, out=self._room("d", w.shape))
+        weight = _dot(wide, wide)
+        if self.dtype == torch.float32:
+            torch.add(wide, d, out=out)
+            kept = torch.sub(out, wide, out=wide)
+        else:
+            kept = torch.add(wide, d, out=self._room("x", w.shape))
+            out.copy_(kept if rng is None else round_to(kept, self.dtype, rng))
+            kept.copy_(out).sub_(wide if w.dtype == self.dtype else wide.to(self.dtype))
+        changed = int(np.count_nonzero(kept.numpy() != 0))
+        sums = Sums(_dot(kept, d), _dot(kept, kept), _dot(d, d), weight, changed, kept.numel())
+        if not math.isfinite(sums.kept) and not torch.isfinite(out).all():
+            raise Overflow
+        return sums
 
 
-def cast_block(w: Tensor, dtype: torch.dtype) -> Tensor:
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
+
+
+def cast_block(w: Tensor, out: Tensor) -> None:
     """`w` in another float dtype, to the nearest. Raises `Overflow`."""
-    out = w.to(dtype)
-    if w.dtype.itemsize > 2 or dtype == torch.float16:
+    out.copy_(w)
+    if w.dtype.itemsize > 2 or out.dtype == torch.float16:
         low, high = torch.aminmax(out.float())
         if not (math.isfinite(float(low)) and math.isfinite(float(high))) and bool(torch.isfinite(w.float()).all()):
             raise Overflow
-    return out

@@ -26,12 +26,13 @@ from ..errors import UserError
 from ..folder.safetensors_io import TORCH_NAMES, TensorEntry
 from .delta import Deltas
 from .layout import Layout, Product, Slab
-from .rounding import Overflow, Sums, blocks, cast_block, generator, merge_block
+from .rounding import BLOCK, Adder, Overflow, Sums, blocks, cast_block, generator
 
 Unit = tuple[str, int | None]
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _SAFE = {v: k for k, v in TORCH_NAMES.items()}
-_COPY = 1 << 22
+_SIZE = BLOCK * 4  # bytes of a buffer
+_COPY = _SIZE
 _AHEAD = 4  # blocks waiting to be written or hashed
 
 
@@ -68,6 +69,8 @@ class Stream:
         self.layout, self.overlay = layout, overlay
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.seed = seed if rounding == "stochastic" else None
+        self._buffers = _Buffers()
+        self._adders: dict[torch.dtype, Adder] = {}
         self.wide = wide_patterns(layout.model, self.dtype)
         self.slabs: dict[str, list[Slab]] = {}
         self.units: dict[Unit, Sums] = {}
@@ -175,8 +178,9 @@ class Stream:
             sha = hashlib.sha256()
             left = entry.end - entry.begin
             while left:
-                piece = _read(f, min(_COPY, left), entry)
-                left -= piece.numel()
+                piece = self._buffers.take(min(_COPY, left))
+                _read(f, piece.bytes, entry)
+                left -= piece.bytes.numel()
                 writer.put(g, sha, piece)
             return sha, sha
         read, written = hashlib.sha256(), hashlib.sha256()
@@ -186,17 +190,18 @@ class Stream:
         def through(shape: Sequence[int], product: Product | None, unit: Unit | None) -> None:
             rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) else (1, 1)
             for part in blocks(rows, columns):
-                raw = _read(f, (part.stop - part.start) * columns * kind.itemsize, entry)
+                n = (part.stop - part.start) * columns
+                raw, done = self._buffers.take(n * kind.itemsize, users=2), self._buffers.take(n * dtype.itemsize)
+                _read(f, raw.bytes, entry)
                 hasher.put(read, raw)
-                w = raw.view(kind).view(-1, columns)
+                w, out = raw.bytes.view(kind).view(-1, columns), done.bytes.view(dtype).view(-1, columns)
                 if product is None or unit is None:
-                    out = w if dtype == kind else cast_block(w, dtype)
+                    cast_block(w, out)
                 else:
-                    left, right = product
-                    d = left[part] if right is None else left[part] @ right
-                    out, found = merge_block(w, d, dtype, rng)
-                    sums.setdefault(unit, Sums()).add(found)
-                writer.put(g, written, out.view(-1).view(torch.uint8))
+                    adder = self._adders.setdefault(dtype, Adder(dtype))
+                    sums.setdefault(unit, Sums()).add(adder(w, product[0][part], product[1], out, rng))
+                raw.release()
+                writer.put(g, written, done)
 
         try:
             if slabs is None:
@@ -268,28 +273,55 @@ class _Worker:
                 self._queue.task_done()
 
 
-def _write_and_hash(g: Any, sha: Any, piece: Tensor) -> None:
-    data = piece.numpy().data
+class _Buffer:
+    """Some bytes that several users hold; the last to release them gives them back."""
+
+    def __init__(self, pool: _Buffers, whole: Tensor, n: int, users: int) -> None:
+        self.bytes = whole[:n]
+        self._pool, self._whole, self._users = pool, whole, users
+
+    def release(self) -> None:
+        with self._pool.lock:
+            self._users -= 1
+            if self._users == 0 and self._whole.numel() == _SIZE:
+                self._pool.free.append(self._whole)
+
+
+class _Buffers:
+    """Memory for blocks, used again and again: fresh pages would cost more than what is done with them."""
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+        self.lock = threading.Lock()
+
+    def take(self, n: int, users: int = 1) -> _Buffer:
+        with self.lock:
+            whole = self.free.pop() if self.free and n <= _SIZE else None
+        return _Buffer(self, torch.empty(max(n, _SIZE), dtype=torch.uint8) if whole is None else whole, n, users)
+
+
+def _write_and_hash(g: Any, sha: Any, piece: _Buffer) -> None:
+    data = piece.bytes.numpy().data
     at = 0
     while at < len(data):
         at += g.write(data[at:])
     sha.update(data)
+    piece.release()
 
 
-def _hash(sha: Any, piece: Tensor) -> None:
-    sha.update(piece.numpy().data)
+def _hash(sha: Any, piece: _Buffer) -> None:
+    sha.update(piece.bytes.numpy().data)
+    piece.release()
 
 
-def _read(f: Any, n: int, entry: TensorEntry) -> Tensor:
-    piece = torch.empty(n, dtype=torch.uint8)
-    view = piece.numpy().data
+def _read(f: Any, into: Tensor, entry: TensorEntry) -> None:
+    view = into.numpy().data
     at = 0
-    while at < n:
+    while at < len(view):
         got = f.readinto(view[at:])
         if not got:
             raise UserError(f"{entry.file.name}: ends inside the tensor {entry.name!r}; the file is truncated.")
         at += got
-    return piece
 
 
 def free_bytes(folder: Path) -> int:
