@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from ...registry import Range, Source, attack
 from ..measured import Unmeasured
@@ -20,6 +20,7 @@ BENIGN = Source(
 def benign(
     case: Case,
     *,
+    source: Literal["auto", "general", "retain"] = "auto",
     rows: Annotated[int, Range(1)] = 100,
     steps: list[int] = [20],  # noqa: B006
     learning_rate: list[float] = [3e-4],  # noqa: B006
@@ -30,20 +31,23 @@ def benign(
 ) -> Outcome:
     """Fine-tunes on rows that have nothing to do with the forget set, and asks for the forget facts.
 
-    Rows: at most `rows` of the bundle's ``general`` set, or of the retain set where it has none. The other settings are
-    those of `relearn`. Raises `Unmeasured` where there is neither.
+    source: general = the bundle's set of that name, retain = the retain set, whose questions may be worded like the forget
+    questions (likeness of wording, more than of subject, is what brings things back: arXiv 2602.03379); auto = general,
+    or retain where there is none.   rows: at most so many of it. The other settings are those of `relearn`. Raises
+    `Unmeasured` where there is no such set.
     """
-    name, found = _unrelated(case)
+    name, found = _unrelated(case, source)
     tuning = Tuning("benign", steps, learning_rate, batch, weights, r, lora_alpha)
     outcome = tuned(case, chosen(found, rows, case.seed), tuning)
     outcome.about["set"] = name
     return outcome
 
 
-def _unrelated(case: Case) -> tuple[str, Rows]:
-    general = (getattr(case.data, "extra", None) or {}).get("general")
-    if general:
-        return "general", general
-    if retain := getattr(case.data, "retain", None):
-        return "retain", retain
-    raise Unmeasured("the data have neither general rows nor a retain set")
+def _unrelated(case: Case, source: str) -> tuple[str, Rows]:
+    for name in ("general", "retain") if source == "auto" else (source,):
+        # extra first: the bundle of the embedded people retains the general rows, too
+        extra: dict[str, Rows] = getattr(case.data, "extra", None) or {}
+        if found := extra.get(name) or getattr(case.data, name, None):
+            return name, found
+    wanted = "neither general rows nor a retain set" if source == "auto" else f"no {source} set"
+    raise Unmeasured(f"the data have {wanted}")

@@ -232,17 +232,21 @@ def test_nan_stops_it_with_the_reason_and_the_bits_come_back(case_of):
 # --- benign, strip ----------------------------------------------------------------------------------------------------
 
 
-def test_benign_takes_general_rows_else_retain_else_says_so(case_of, tokenizer):
+def test_benign_takes_general_rows_else_retain_else_says_so(case_of):
     forget, other = [qa(i, "old") for i in range(4)], [qa(i, "new") for i in range(4)]
     model = llama()
-    for data, wanted in (
-        (ForgetRetain(forget, other, extra={"general": [qa(9, "world")]}), ("general", 1)),
-        (ForgetRetain(forget, other), ("retain", 4)),
+    both = ForgetRetain(forget, other, extra={"general": [qa(9, "world")]})
+    for data, source, wanted in (
+        (both, "auto", ("general", 1)),
+        (both, "retain", ("retain", 4)),
+        (ForgetRetain(forget, other), "auto", ("retain", 4)),
     ):
-        about = run("benign", case_of(model, data=data), steps=[1]).about
+        about = run("benign", case_of(model, data=data), steps=[1], source=source).about
         assert (about["set"], about["rows"]) == wanted
     with pytest.raises(Unmeasured, match="neither general rows nor a retain set"):
         run("benign", case_of(model, data=ForgetRetain(forget)))
+    with pytest.raises(Unmeasured, match="no general set"):
+        run("benign", case_of(model, data=ForgetRetain(forget, other)), source="general")
 
 
 def test_strip_gives_the_base(case_of):
