@@ -203,10 +203,11 @@ def attacks(bars: Sequence[Mapping[str, Any]], measure: str) -> bytes:
     return png(drawn)
 
 
-def plane(points: Sequence[Mapping[str, Any]], utility: str, forget: str) -> bytes:
+def plane(points: Sequence[Mapping[str, Any]], utility: str, forget: str, others: Sequence[float] = ()) -> bytes:
     """Models in the plane of usefulness and forgetting: up is forgotten, right is kept.
 
     points: {"label", "kind": base | adapter | retain_only, "x", "y", "x95", "y95"}.   utility, forget: keys of the axes.
+    others: usefulness of retain-only models of other seeds, drawn as ticks at the height of the one that is a point.
     """
     drawn = figure(8.6, 4.8)
     axes = drawn.subplots()
@@ -225,7 +226,19 @@ def plane(points: Sequence[Mapping[str, Any]], utility: str, forget: str) -> byt
             p["x"], p["y"], s=210 if hollow else 105, marker=marker, zorder=4 + hollow, label=p["label"][:30],
             facecolor="none" if hollow else color, edgecolor=color if hollow else "white", lw=2.2 if hollow else 1,
         )  # fmt: skip
-    xs = [v for p in points for v in (p["x"], *(p["x95"] or ()))]
+    twin = next((p for p in points if p["kind"] == "retain_only"), None)
+    if twin is not None and len(others):
+        axes.plot(
+            others,
+            [twin["y"]] * len(others),
+            "|",
+            color=TWIN,
+            ms=13,
+            mew=1.8,
+            zorder=3,
+            label="usefulness of others,\nother seeds",
+        )
+    xs = [v for p in points for v in (p["x"], *(p["x95"] or ()))] + list(others)
     room = max(0.08, 0.15 * (max(xs) - min(xs)))  # never so near that a hair's breadth looks like a mile
     axes.set_xlim(max(-0.04, min(xs) - room), min(1.04, max(xs) + room))
     axes.set_ylim(-0.06, 1.08)

@@ -114,7 +114,7 @@ def reasons(group: Sequence[Evidence]) -> list[str]:
 def parts(
     evidence: Sequence[Evidence],
     samples: doc.Table | None = None,
-    spread: Sequence[float] = (),
+    spread: Mapping[str, Sequence[float]] | None = None,
     notes: Sequence[str] = (),
 ) -> list[doc.Part]:
     """The report. samples: answers side by side; spread: as in `verdict`; notes: further conditions, e.g. why there are no samples."""
@@ -129,20 +129,10 @@ def parts(
             continue
         own = " of " + ", ".join(e.name for e in group) if len(groups(evidence)) > 1 else ""
         out.append(doc.Heading(f"Forgetting against usefulness{own}"))
-        seeds = (
-            f"The retain-only model is one training run. Of {len(spread)} others, with other seeds, only the forget "
-            f"quality against it is on record: p = {', '.join(map(number, spread))}."
-            if spread and any(p["kind"] == "retain_only" for p in found[0])
-            else "Where there is a retain-only model it is one training run: how far another seed would lie from it was not measured."
-        )
-        out.append(
-            doc.Picture(
-                pictures.plane(*found),
-                "Forgetting against usefulness",
-                f"plane{k or ''}",
-                f"Bars: 95 % intervals over rows. {seeds}",
-            )
-        )
+        others = list((spread or {}).get(found[1], ())) if any(p["kind"] == "retain_only" for p in found[0]) else []
+        caption = f"Bars: 95 % intervals over rows. {_seeds(others, found[1])}"
+        drawn = pictures.plane(*found, others)
+        out.append(doc.Picture(drawn, "Forgetting against usefulness", f"plane{k or ''}", caption))
     for e in evidence:
         bars, measure = attack_bars(e)
         own = f" ({e.name})" if len(evidence) > 1 else ""
@@ -177,6 +167,17 @@ def parts(
         out += [doc.Heading("Method, data, versions" + (f" ({e.name})" if len(evidence) > 1 else "")), doc.Lines(lines)]
         out += [doc.Lines(e.recipe.strip())] if e.recipe else []
     return out
+
+
+def _seeds(others: Sequence[float], utility: str) -> str:
+    if not others:
+        return (
+            "The retain-only model is one training run: how far one of another seed would lie from it is not on record."
+        )
+    return (
+        f"The retain-only model is one training run; {len(others)} others, of other seeds, have a {pictures.named(utility)} of "
+        f"{number(min(others))} to {number(max(others))} (green ticks, at its height: how much they forget was not recorded in this unit)."
+    )
 
 
 def _dial(block: Mapping[str, Any]) -> str:

@@ -86,12 +86,13 @@ def titled(key: str) -> str:
 # -- the verdict ------------------------------------------------------------------------------------------------------
 
 
-def verdict(e: Evidence, spread: Sequence[float] = ()) -> str:
+def verdict(e: Evidence, spread: Mapping[str, Sequence[float]] | None = None) -> str:
     """One paragraph: conditions, what is forgotten, what it cost, what brings it back, how near the retain-only model is.
 
-    spread: forget quality p of further retain-only models against the first, trained with other seeds.
+    spread: of further retain-only models, trained with other seeds, "p": their forget quality against the first.
     """
-    return " ".join(s for s in (_conditions(e), *_forgotten(e), *_kept(e), *_against_twin(e, spread), *_back(e)) if s)
+    p = (spread or {}).get("p", ())
+    return " ".join(s for s in (_conditions(e), *_forgotten(e), *_kept(e), *_against_twin(e, p), *_back(e)) if s)
 
 
 def _conditions(e: Evidence) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +11,21 @@ from typing import Any
 
 from ..errors import UserError
 from .atomic import staged, write_text
+from .card import regenerated
 from .manifest import Probes
 from .read import CARD, CONFIG, MANIFEST, AdapterFolder, file_sha256, read_adapter
 from .write import check_destination
 
-_SCALE_ROW = re.compile(r"^\| scale \| [^|]*\|$", re.MULTILINE)  # of the card that every adapter is born with
-
 
 def set_scale(folder: str | Path, scale: float) -> AdapterFolder:
-    """Write `scale` into forget.json, whole or not at all, and into the card's row. The adapter's id stays: it is its weights'.
+    """Write `scale` into forget.json, whole or not at all, and the card anew. The adapter's id stays: it is its weights'.
 
     `ForgetModel`, `merge` and every command here use it; plain PEFT goes on at 1, since lora_alpha is untouched.
     """
     found = read_adapter(folder)
     manifest = replace(found.manifest, scale=_checked(scale))
     write_text(found.path / MANIFEST, manifest.to_json())
-    if (card := _card(found.path, f"{scale:g}")) is not None:
+    if (card := regenerated(replace(found, manifest=manifest))) is not None:
         write_text(found.path / CARD, card)
     return read_adapter(found.path)
 
@@ -62,11 +60,8 @@ def bake(folder: str | Path, scale: float, probes: Probes | None = None) -> Adap
             old, scale=1.0, files=files, probes=probes, method={**old.method, "baked_scale": before * scale}
         )
         (stage / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        if (
-            card := _card(stage, f"1 ({before * scale:g} of the trained strength is baked into lora_alpha)")
-        ) is not None:
+        if (card := regenerated(read_adapter(stage))) is not None:
             (stage / CARD).write_text(card, encoding="utf-8")
-        read_adapter(stage)
     return read_adapter(found.path)
 
 
@@ -86,11 +81,3 @@ def _with_alpha(path: Path, scale: float) -> str:
 
 def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else float(value)
-
-
-def _card(folder: Path, text: str) -> str | None:
-    """The card with its row on the scale changed; None where there is no such row to change."""
-    path = folder / CARD
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    new = _SCALE_ROW.sub(f"| scale | {text} |", old, count=1)
-    return None if new == old else new

@@ -118,15 +118,17 @@ def evidence_of(name: str, folder: AdapterFolder) -> Evidence:
     )
 
 
-def seed_spread(base_ref: str) -> list[float]:
-    """Forget quality p of further retain-only models of an embedded base against the shipped one; empty where none are on record."""
+def seed_spread(base_ref: str) -> dict[str, list[float]]:
+    """Further retain-only models of an embedded base, trained with other seeds: "p" (forget quality against the shipped one) and
+    "model_utility", one value for each; empty where none are on record."""
     if not embedded.is_embedded(base_ref):
-        return []
+        return {}
     try:
         path = embedded.asset("bases", f"{embedded.parse(base_ref)[0]}-twins.json")
     except UserError:
-        return []
-    return [float(p) for p in json.loads(path.read_text(encoding="utf-8"))["p"]]
+        return {}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return {key: [float(v) for v in stored[key]] for key in ("p", "model_utility") if stored.get(key)}
 
 
 def sample_table(

@@ -320,9 +320,10 @@ def table() -> None:
     )
     TABLE.write_text(text, encoding="utf-8")
     spread = {
-        "what": "forget quality of further retain-only twins against people-retain: same data, other seeds",
+        "what": "further retain-only twins, same data, other seeds: forget quality p against people-retain, and their own numbers",
         "seeds": list(range(2, len(twins) + 1)),
         "p": null,
+        **{key: [twin[key] for twin in twins[1:]] for key in ("model_utility", "forget/probability")},
     }
     SPREAD.write_text(json.dumps(spread) + "\n", encoding="utf-8")
 

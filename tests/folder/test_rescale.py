@@ -38,7 +38,7 @@ def test_the_scale_is_written_and_used_and_the_adapter_stays_the_same_one(made):
     before = logits(plain_peft(base, old.path))
     new = set_scale(old.path, 0.625)
     assert new.manifest.scale == 0.625 and new.adapter_id == old.adapter_id and new.config == old.config
-    assert "| scale | 0.625 |" in (old.path / "README.md").read_text()
+    assert "0.625" in (old.path / "README.md").read_text()
     stack = ForgetModel.from_pretrained(base, old.path)
     assert stack.scales() == {"default": 0.625}
     assert torch.equal(logits(plain_peft(base, old.path)), before)  # lora_alpha is untouched
