@@ -43,13 +43,12 @@ def muse(tmp_path):
         tmp_path / "verbmem/forget.json",
         [{"prompt": "The old tale began", "gt": " in a mill."}, {"prompt": "And", "gt": long}],
     )
-    for name, n in (("forget", 4), ("retain", 4), ("holdout", 5)):
+    for name, n in (("forget", 4), ("retain", 3), ("holdout", 5)):
         write(tmp_path / f"privleak/{name}.json", [f"{name} text number {i} of many words" for i in range(n)])
     return tmp_path
 
 
 def long_context():
-    torch.manual_seed(0)
     model = tiny()
     model.config.max_position_embeddings = 4096
     return model
@@ -257,7 +256,7 @@ def test_tofus_real_authors_are_multiple_choice_questions():
 
 
 def test_the_suites_are_whole():
-    for name in ("muse", "mcq"):
+    for name in ("muse", "mcq", "extraction"):
         suite = suites.load(name)
         assert suite.sets and all(not math.isnan(len(s.metrics)) for s in suite.sets.values())
         suite.quick()

@@ -81,7 +81,7 @@ def test_tokens_come_as_often_as_they_should(model, tokenizer):
     ids = bare_ids(PROMPTS[0], model, tokenizer)
     with torch.no_grad():
         p = model(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(-1).numpy()
-    n = 4000
+    n = 2000
     new = continuations(model, tokenizer, [ids] * n, 1, random=[uniforms(0, ids, k, 1) for k in range(n)])
     seen = np.bincount([row[0] if row else 2 for row in new], minlength=len(p)) / n
     spread = np.sqrt(p * (1 - p) / n)
@@ -165,20 +165,20 @@ def knowing(tokenizer):
 def test_el_of_a_live_model_is_brute_force(knowing, tokenizer):
     model, rows = knowing
     rows = [rows[0], rows[5]]  # one that was trained on, one that was not
-    report = scored(model, tokenizer, ["extraction_likelihood"], rows, continuations={"n": 4})
+    report = scored(model, tokenizer, ["extraction_likelihood"], rows, continuations={"n": 4, "prefixes_per_row": 9})
     from peft_unlearn.data.formats import to_text
 
     expected, shortcut = [], 0
     for row in rows:
         before, answer = answer_ids(*to_text(row, tokenizer), tokenizer)
         parts = []
-        for k in prefixes(len(answer), 4):
+        for k in prefixes(len(answer), 4, 9):
             said = one_by_one(model, before + answer[:k], len(answer) - k)
             shortcut += said == answer[k:]
             parts.append(ngram_overlap(said, answer[k:], 4))
         expected.append(np.mean(parts))
     assert report.per_row["base"]["forget/extraction_likelihood"] == pytest.approx(expected)
-    assert shortcut > 3 and 0 < np.mean(expected) < 1  # both kinds of prefixes were there
+    assert shortcut > 1 and 0 < np.mean(expected) < 1  # both kinds of prefixes were there
 
 
 def test_leaks_of_a_live_model_are_the_samples_that_name_the_value(knowing, tokenizer):

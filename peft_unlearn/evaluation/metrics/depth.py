@@ -62,9 +62,10 @@ def unlearning_depth(
 
     `depth_scores` on hidden states of this model, of the retain-only model, and the base's own reading. Rows of which the
     base knows nothing more than the retain-only model are left out; n counts the others. Adapted from the paper, which has
-    the same score, patches and tau: there the fact's span is annotated by hand, here it is the row's `value` in the answer
-    (the whole answer where the row has none). The prompt's positions are not patched, so blocks above still see the base's
-    own reading of the question; the retain-only model sees it too, which is why it stands in the denominator.
+    the same score, patches and tau as far as the authors' public code shows: there each row comes with an annotated span,
+    here it is the row's `value` in the answer (the whole answer where the row has none). The prompt's positions are not patched, so blocks above still see the base's
+    own reading of the question, with any source. Only meaningful where the base can read the retain-only model's states at all:
+    both from one pretrained model. See it on the retain set, where such a pair is near 0.
     """
     values = depth_scores(fact_logp, patched_logp, reference_patched_logp, tau)
     known = np.any(fact_logp[:, None] - reference_patched_logp > tau, axis=1)
