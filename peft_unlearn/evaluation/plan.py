@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.collate import encode, prompt_ids
+from ..data.collate import encode, prompt_ids, tokens_of
 from ..data.formats import to_text
 from ..errors import UserError
 from ..registry import get
@@ -204,9 +204,10 @@ def _note_missing(plan: SetPlan) -> None:
 
 def _encode(pairs: list[tuple[str, str]], sets: Mapping[str, SetPlan], tokenizer: Any) -> list[Encoded]:
     encoded = []
+    tokens = tokens_of(pairs, tokenizer) if pairs else None
     for i, (prompt, answer) in enumerate(pairs):
         try:
-            encoded.append(encode(prompt, answer, tokenizer)[0])
+            encoded.append(encode(prompt, answer, tokenizer, tokens=tokens and tokens[i])[0])
         except UserError as problem:
             where = next(
                 (f"{name} set: row {s.answer.index(i)}" for name, s in sets.items() if i in s.answer), "a wrong answer"

@@ -54,25 +54,34 @@ def batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
 
 
 def _logp_and_correct(z: Any, y: Any) -> Any:
-    """z: (m, vocab) float32, y: (m,) -> (m, 2): log p(y), and whether y is the arg-max (NaN where z is not finite)."""
+    """z: (m, vocab) float32, y: (m,) -> (m, 2): log p(y), and whether y is the arg-max (NaN where z is not finite).
+
+    Works in z's own memory: with a small model three passes over the logits cost as much as a layer.
+    """
     import torch
 
-    logp = z.gather(1, y[:, None]).squeeze(1) - z.logsumexp(-1)  # (m,)
-    correct = (z.argmax(-1) == y).to(logp.dtype)
-    return torch.stack([logp, torch.where(logp.isnan(), logp, correct)], 1)
+    target = z.gather(1, y[:, None]).squeeze(1)  # (m,)
+    top, best = z.max(-1)
+    logp = target - top - z.sub_(top[:, None]).exp_().sum(-1).log_()
+    return torch.stack([logp, torch.where(logp.isnan(), logp, (best == y).to(logp.dtype))], 1)
 
 
 def _with_moments(z: Any, y: Any) -> Any:
     """The same and the mean and standard deviation of log p over the vocabulary under p: (m, 4)."""
     import torch
 
-    logs = z.log_softmax(-1)
-    p = logs.exp()
-    logs = torch.where(p > 0, logs, 0.0)  # -inf has no weight, and 0 * -inf would be NaN
-    mean = (p * logs).sum(-1)  # (m,)
+    target = z.gather(1, y[:, None]).squeeze(1)  # (m,)
+    top, best = z.max(-1)
+    d = z.sub_(top[:, None]).clamp_(min=-1e4)  # -inf has no weight, and 0 * -inf would be NaN
+    weight = d.exp()
+    total = weight.sum(-1)
+    mean = torch.linalg.vecdot(weight, d) / total  # of z - top
     # from the deviations: the difference of two large second moments would leave nothing in float32
-    std = (p * (logs - mean[:, None]).square()).sum(-1).sqrt()
-    return torch.cat([_logp_and_correct(z, y), mean[:, None], std[:, None]], 1)
+    d.sub_(mean[:, None])
+    std = (torch.linalg.vecdot(weight.mul_(d), d) / total).sqrt_()
+    logp = target - top - total.log()
+    correct = torch.where(logp.isnan(), logp, (best == y).to(logp.dtype))
+    return torch.stack([logp, correct, mean - total.log(), std], 1)
 
 
 def read_encoded(

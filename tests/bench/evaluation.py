@@ -56,10 +56,12 @@ def bare(model: Any, plan: Plan, budget: int) -> float:
     return time.process_time() - start
 
 
-def metrics(model: Any, suite: suites.Suite, data: Any, tokenizer: Any, reference: Any) -> tuple[float, int]:
+def metrics(
+    model: Any, suite: suites.Suite, data: Any, tokenizer: Any, reference: Any, n: int | None = None
+) -> tuple[float, int]:
     """CPU seconds of the metrics, from rows to numbers, and how many numbers there are."""
     start = time.process_time()
-    plan = make_plan(suite, data, tokenizer)
+    plan = make_plan(suite, data, tokenizer, n)
     m = measure(model, plan)
     found = {"base": numbers_of(plan, m, reference, base=m)}
     for name in _reference_first(found, "base"):
@@ -71,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder with TOFU's files")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--n", type=int, help="at most so many rows of each set; the suite's seconds are then not of the goal")
     parser.add_argument("--token-budget", type=int, default=4096)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -79,16 +82,16 @@ def main() -> None:
     data = ForgetRetain.load(given.data)
     whole = suites.load("tofu")
     suite = teacher_forced(whole)
-    plan = make_plan(suite, data, tokenizer)
+    plan = make_plan(suite, data, tokenizer, given.n)
     twin = measure(load_base(embedded.twin_path("people")), plan)
     bare(model, plan, given.token_budget)  # warms the allocator and the head's check
     floor, full, count = [], [], 0
     for _ in range(given.rounds):
         floor.append(bare(model, plan, given.token_budget))
-        seconds, count = metrics(model, suite, data, tokenizer, twin)
+        seconds, count = metrics(model, suite, data, tokenizer, twin, given.n)
         full.append(seconds)
     start = time.process_time()
-    report = score({"base": lambda: nullcontext(model)}, whole, data, tokenizer)
+    report = score({"base": lambda: nullcontext(model)}, whole, data, tokenizer, n=given.n)
     seconds = time.process_time() - start
     out = {
         "pairs": len(plan.pairs),

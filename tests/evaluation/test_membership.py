@@ -161,3 +161,29 @@ def test_aggregates_are_harmonic_and_zero_where_a_part_is() -> None:
         utility_score({"u": 0.1}, {"u": 0.0})
     with pytest.raises(ValueError, match=">= 0"):
         harmonic_mean([-0.1])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_moments_of_the_vocabulary_come_from_the_same_forward(scale: float) -> None:
+    import torch
+
+    from peft_unlearn.evaluation.teacher import _logp_and_correct, _with_moments
+
+    z = scale * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    z[3, 7] = -math.inf  # a token that the model never says
+    z[4] = math.nan
+    y = torch.arange(50)
+    got = _with_moments(z.clone(), y).double().numpy()
+    logs = z.double().log_softmax(-1).numpy()
+    p = np.exp(logs)
+    logs = np.where(p == 0, 0.0, logs)
+    mean = (p * logs).sum(-1)
+    std = np.sqrt((p * (logs - mean[:, None]) ** 2).sum(-1))
+    sound = np.arange(50) != 4
+    np.testing.assert_allclose(got[sound, 2], mean[sound], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[sound, 3], std[sound], rtol=1e-4, atol=1e-5)
+    assert np.isnan(got[4]).all()
+    plain = _logp_and_correct(z.clone(), y).double().numpy()
+    np.testing.assert_allclose(plain[sound], got[sound, :2], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(plain[sound, 0], logs[sound, np.arange(50)[sound]], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(plain[sound, 1], (z.argmax(-1) == y).double().numpy()[sound])
