@@ -330,7 +330,7 @@ def feed(
         if other is None:
             which = "retain-only model" if prefix == "reference_" else "base"
             raise Unmeasured(f"there is no {which} to compare with")
-        return feed(bare, s, other, select, reference, base)
+        return feed(bare, s, _same_rows(other, m), select, reference, base)
     answer = [s.answer[i] for i in select]
     if name in ("right_logp", "wrong_logp", "log_ratio", "reference_log_ratio"):
         if "perturbed" in s.missing:
@@ -338,7 +338,7 @@ def feed(
         if name == "reference_log_ratio":
             if reference is None:
                 raise Unmeasured("there is no retain-only model to compare with")
-            m = reference
+            m = _same_rows(reference, m)
         right = m.mean_logp[s.right]
         wrong = Ragged.of([m.mean_logp[w] for w in s.wrong])
         return {"right_logp": right, "wrong_logp": wrong}.get(name, truth_log_ratio(right, wrong))
@@ -362,6 +362,15 @@ def feed(
     if name == "rows":
         return [s.rows[i] for i in select]
     raise TypeError(f"no metric can be fed {name!r}; known: {', '.join(INPUTS)}")
+
+
+def _same_rows(other: Measured, m: Measured) -> Measured:
+    """Whoever brings a reading from elsewhere must have read the same pairs; else rows would be compared with strangers."""
+    if len(other.mean_logp) != len(m.mean_logp):
+        raise Unmeasured(
+            f"the model to compare with was read on {len(other.mean_logp)} texts and this one on {len(m.mean_logp)}: other rows"
+        )
+    return other
 
 
 def _taken(values: Any, select: NDArray[np.int64]) -> Any:
