@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .stack.commands import register as register_stack
+from .stack.merge_command import register as register_merge
 
 app = typer.Typer(
     help="Forget adapters: train, judge, share, merge and remove small PEFT adapters that make a language model forget.",
@@ -136,21 +137,7 @@ def attack(
     _out(found) if json else print(jobs.describe(found))
 
 
-@app.command()
-def merge(
-    folder: Folder,
-    out: Annotated[str, typer.Option("--out", "--to", help="Folder for the merged model.")],
-    base: Base = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    json: Json = False,
-) -> None:
-    """Write base plus adapter as a plain model."""
-    from .stack.merge import merge as run
-
-    report = run(folder, base, out, dtype=dtype)
-    _out(report.to_dict()) if json else print(report)
-
-
+register_merge(app)
 register_stack(app)
 
 

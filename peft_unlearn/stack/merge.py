@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,75 +22,14 @@ from ..folder.safetensors_io import WEIGHTS, checkpoint_tensors
 from .delta import Deltas
 from .fits import check_base, check_dependencies, check_tokenizer
 from .layout import Layout
+from .merge_report import MIN_COSINE, MergeReport, refuse_lossy, table
+from .merge_report import LayerMerge as LayerMerge
+from .merge_report import MergeRefused as MergeRefused
 from .merged_files import RECORD, read_record, write_index, write_record, write_sidecars
 from .model import Adapters, _scales, names_of
 from .rounding import DTYPES, ROUNDINGS, Sums
 from .stage import MergeStage, check_destination
 from .stream import Overlay, Stream, Unit, free_bytes, shards
-
-MIN_COSINE = 0.9
-MAX_DRIFT = 0.1
-"""Stochastic rounding: how far the gain of a layer may be from 1 before its noise is said to drown the delta."""
-
-
-@dataclass
-class LayerMerge:
-    """One layer, or one expert of it. Of the kept delta with the wanted one: cosine, and gain <kept, D> / <D, D>; None
-    where none was wanted. changed: share of weights; relative: |D| / |W|."""
-
-    name: str
-    cosine: float | None
-    changed: float
-    relative: float
-    gain: float | None = None
-
-
-@dataclass
-class MergeReport:
-    """scale: of the one adapter, or name -> scale of several. digest: of the files written; base_digest: of those read."""
-
-    out: str
-    dtype: str
-    scale: float | dict[str, float]
-    layers: list[LayerMerge] = field(default_factory=list)
-    digest: str | None = None
-    rounding: str = "nearest"
-    base_digest: str | None = None
-    adapters: dict[str, str] = field(default_factory=dict)
-    resumed: int = 0
-
-    @property
-    def worst_cosine(self) -> float | None:
-        return min((row.cosine for row in self.layers if row.cosine is not None), default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "worst_cosine": self.worst_cosine}
-
-    def __str__(self) -> str:
-        width = max((len(row.name) for row in self.layers), default=5)
-        head = f"{'layer':<{width}}  cosine   gain  changed  |D|/|W|"
-        none = "  none"
-        rows = [
-            f"{r.name:<{width}}  {none if r.cosine is None else f'{r.cosine:6.4f}'}  "
-            f"{none[1:] if r.gain is None else f'{r.gain:5.2f}'}  {r.changed:6.1%}  {r.relative:8.2e}"
-            for r in self.layers
-        ]
-        scale = self.scale if isinstance(self.scale, dict) else {"": self.scale}
-        scales = ", ".join(f"{n} {v:g}".strip() for n, v in scales_of(scale))
-        how = "" if self.rounding == "nearest" else f" ({self.rounding} rounding)"
-        return "\n".join([f"merged in float32, stored as {self.dtype}{how}, scale {scales}", head, *rows])
-
-
-def scales_of(scale: Mapping[str, float]) -> list[tuple[str, float]]:
-    return list(scale.items())
-
-
-class MergeRefused(UserError):
-    """The cast would lose too much of the adapter; `report` holds the table."""
-
-    def __init__(self, message: str, report: MergeReport) -> None:
-        super().__init__(message)
-        self.report = report
 
 
 def merge(
@@ -105,6 +44,7 @@ def merge(
     seed: int = 0,
     onto: str | Path | None = None,
     in_memory: bool = False,
+    check: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> MergeReport:
     """Write base + adapters as a plain model to `out`, loadable by AutoModelForCausalLM.
@@ -112,7 +52,8 @@ def merge(
     The folder appears whole or not at all; a run that was cut short is gone on with by the same call.
 
     Args:
-        adapters: one folder (or Hub id), or several in stacking order; their deltas are summed in one pass.
+        adapters: one folder (or Hub id), or several in stacking order; their deltas are summed in one pass. Or a stack file:
+            its active adapters at their scales.
         base_dir: default the first manifest's base.
         dtype: float32, bfloat16 or float16; what the class keeps in float32 stays in it.
         scale: default each manifest's own; one number for one adapter, else a list or name -> number.
@@ -122,6 +63,7 @@ def merge(
         onto: take the weights from this folder instead of the base: same architecture, other numbers (the base quantized
             and dequantized, say). Nothing can say then whether the adapter means anything on them.
         in_memory: build the model; for the rare layouts that cannot be streamed.
+        check: load merged and unmerged model and compare them on the probe prompts (`report.check`).
 
     Raises:
         MergeRefused: rounding would lose a layer's delta. UserError: an adapter that is no plain sum, other weights, a
@@ -131,8 +73,17 @@ def merge(
     if in_memory:
         from .merge_in_memory import merge_in_memory
 
-        return merge_in_memory(job, min_cosine)
-    return _stream(job, min_cosine, progress or (lambda *_: None))
+        report = merge_in_memory(job, min_cosine)
+    else:
+        report = _stream(job, min_cosine, progress or (lambda *_: None))
+    if check:
+        from .merge_check import check_probes
+
+        probes = next(iter(job.folders.values())).manifest.probes
+        report.check = check_probes(
+            job.out, job.base_path, {n: f.path for n, f in job.folders.items()}, job.scales, probes and probes.prompts
+        ).to_dict()
+    return report
 
 
 @dataclass
@@ -192,7 +143,16 @@ def _prepare(
         raise UserError("merge: say where to write the merged model (--out).")
     target = Path(out).expanduser()
     check_destination(target.resolve() if target.is_symlink() else target)
-    folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in names_of(adapters).items()}
+    if isinstance(adapters, str | Path) and Path(adapters).suffix in (".yaml", ".yml"):
+        from .stackfile import load
+
+        stack = load(adapters)
+        folders, written = stack.folders(), stack.scales()
+        if not folders:
+            raise UserError(f"{adapters}: no adapter of this stack is active; the base itself is what it describes.")
+        scale = {**written, **scale} if isinstance(scale, Mapping) else scale or written
+    else:
+        folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in names_of(adapters).items()}
     if isinstance(scale, int | float):
         scale = [scale]
     scales = {n: float(v) for n, v in _scales(folders, scale).items()}
@@ -287,15 +247,6 @@ def _account(job: Job, stream: Stream, records: Mapping[str, dict[str, Any]], re
     report.layers = table(units)
 
 
-def table(units: Mapping[Unit, Sums]) -> list[LayerMerge]:
-    rows = []
-    for (weight, expert), s in units.items():
-        name = weight.removesuffix(".weight") if expert is None else f"{weight}[{expert}]"
-        relative = math.sqrt(s.wanted / s.weight) if s.weight > 0 else 0.0
-        rows.append(LayerMerge(name, s.cosine, s.changed / s.n if s.n else 0.0, relative, s.gain))
-    return rows
-
-
 def _sidecars(job: Job, model: Path, records: Mapping[str, dict[str, Any]], report: MergeReport) -> None:
     weight_map = {n: shard for shard, r in records.items() for n in r["tensors"]}
     if list(records) != [WEIGHTS]:
@@ -317,25 +268,3 @@ def refuse_tied(weight: str, other: str | None) -> None:
             f"The adapted weight {weight} is tied to {other}: merging into one would change both. Serve the adapter unmerged, "
             "or untie the two in a copy of the base and train there."
         )
-
-
-def refuse_lossy(report: MergeReport, min_cosine: float) -> None:
-    """Raise `MergeRefused` where a layer's delta does not survive the cast."""
-    wanted = [r for r in report.layers if r.cosine is not None and r.gain is not None]
-    stochastic = report.rounding == "stochastic"
-    bad = [r for r in wanted if (abs(r.gain - 1) > MAX_DRIFT if stochastic else r.cosine < min_cosine)]  # type: ignore[operator]
-    if not bad:
-        return
-    if stochastic:
-        worst = max(bad, key=lambda r: abs((r.gain or 0) - 1))
-        what = f"what was kept along the wanted change is not all of it, the noise of rounding is too large (worst gain {worst.gain:.2f}"
-    else:
-        worst = min(bad, key=lambda r: r.cosine or 0)
-        what = f"the kept change has a cosine under {min_cosine:g} with the wanted one (worst {worst.cosine:.2f}"
-    other = "" if stochastic else "--rounding stochastic (keeps the change in the mean, adds noise); "
-    raise MergeRefused(
-        f"Merging as {report.dtype} would lose the adapter: in {len(bad)} of {len(report.layers)} layers {what}, "
-        f"{worst.name}); nothing was written.\n{report}\nWays out: --dtype float32; a larger --scale; {other}merging into the "
-        "base as it is after quantization (--onto, see docs/merge.md); or serve the adapter unmerged on the base.",
-        report,
-    )
