@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -337,11 +338,14 @@ def _trained_adapter(model: Any) -> str:
 
 def _groups(model: Any, names: list[str]) -> dict[str, str]:
     """Parameter name -> the adapted module it belongs to (a fresh LoRA's A has no gradient: B speaks for both)."""
-    prefix = getattr(model.base_model, "prefix", "lora_")
+    kinds = {c.peft_type for c in model.peft_config.values()}  # those below may be of another type
+    prefixes = tuple(
+        {getattr(model.base_model, "prefix", "lora_"), *filter(None, map(PEFT_TYPE_TO_PREFIX_MAPPING.get, kinds))}
+    )
     out = {}
     for n in names:
         parts = n.split(".")
-        cut = next((i for i, part in enumerate(parts) if part.startswith(prefix)), len(parts))
+        cut = next((i for i, part in enumerate(parts) if part.startswith(prefixes)), len(parts))
         out[n] = ".".join(parts[:cut]).removeprefix("base_model.model.")
     return out
 

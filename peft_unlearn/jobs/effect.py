@@ -131,6 +131,10 @@ def effect(
     run = replace(run, config=config)
     _check_sets(run)
     check_base(found, run.base_dir, digest_checkpoint(run.base_dir))
+    if found.manifest.depends_on:
+        raise UserError(
+            f"{found.path}: was trained on top of other adapters, and effects over checkpoints are not worked out for those"
+        )
 
     model, sets, pad_id = _model(run)
     points, notes = _points(found)

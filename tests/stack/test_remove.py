@@ -88,3 +88,66 @@ def test_bad_calls(base_dir: Path) -> None:
         remove(load_base(base_dir), base_dir)
     with pytest.raises(UserError, match="base="):
         remove(adapted(base_dir))
+
+
+def test_one_of_several_leaves_the_others_as_they_would_be(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    write(tmp_path / "b", base_dir, seed=2)
+    write(tmp_path / "c", base_dir, seed=3)
+    places = {"first": adapter_dir, "second": tmp_path / "b", "third": tmp_path / "c"}
+    for gone in places:
+        model = ForgetModel.from_pretrained(base_dir, places)
+        report = model.remove(gone)
+        assert report.ok and report.digest == report.base_digest and not report.left, str(report)
+        rest = {n: p for n, p in places.items() if n != gone}
+        assert report.remaining == list(rest) == model.active() and ", ".join(rest) in str(report)
+        assert torch.equal(logits(model.model), logits(ForgetModel.from_pretrained(base_dir, rest).model))
+        assert model.model.active_adapter in rest and gone not in str(model.model)
+        with model.disabled() as inner:
+            assert torch.equal(logits(inner), logits(load_base(base_dir)))
+        with pytest.raises(UserError, match="There is no adapter"):
+            model.remove(gone)
+        for name in rest:
+            assert model.remove(name).ok
+        assert torch.equal(logits(model.model), logits(load_base(base_dir)))
+
+
+def test_layers_of_one_adapter_alone_go_with_it(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    from stacks import lora
+
+    lora(tmp_path / "k", base_dir, 2, ("k_proj",))
+    model = ForgetModel.from_pretrained(base_dir, {"a": adapter_dir, "k": tmp_path / "k"})
+    model.remove("k")
+    layer = model.model.get_submodule("base_model.model.model.layers.0.self_attn")
+    assert type(layer.k_proj) is torch.nn.Linear and type(layer.q_proj) is not torch.nn.Linear
+
+
+def test_one_flipped_base_bit_is_reported_under_others(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    write(tmp_path / "b", base_dir, seed=2)
+    model = ForgetModel.from_pretrained(base_dir, {"a": adapter_dir, "b": tmp_path / "b"})
+    wrapped = model.model.get_parameter("base_model.model." + Q.replace(".weight", ".base_layer.weight"))
+    wrapped.data.view(torch.int32)[3, 1] ^= 1
+    report = model.remove("a")
+    assert report.verdict == "changed" and report.changed == [Q] and report.exit_code == 1
+
+
+def test_one_cannot_be_taken_out_of_merged_weights(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    write(tmp_path / "b", base_dir, seed=2)
+    model = ForgetModel.from_pretrained(base_dir, {"a": adapter_dir, "b": tmp_path / "b"})
+    model.model.merge_adapter()
+    with pytest.raises(UserError, match="Load the base and the other adapters anew"):
+        model.remove("a")
+
+
+def test_a_merged_folder_is_refused_with_what_to_do(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    from peft_unlearn.folder.read import read_adapter
+    from peft_unlearn.stack.merge import merge
+
+    merge(adapter_dir, base_dir, tmp_path / "merged")
+    with pytest.raises(UserError, match="is a merged model") as e:
+        remove(tmp_path / "merged", base_dir)
+    assert read_adapter(adapter_dir).adapter_id[:19] in str(e.value)
+    assert digest_checkpoint(base_dir)[:12] in str(e.value) and "load the base again" in str(e.value)
+    with pytest.raises(UserError, match="is a whole model, not an adapter"):
+        remove(base_dir)
+    with pytest.raises(UserError, match="no stack file"):
+        remove(adapter_dir, base_dir, name="a")
