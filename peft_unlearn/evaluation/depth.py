@@ -16,7 +16,7 @@ import numpy as np
 
 from ..data.collate import _adds_special, encode
 from .measured import Array, Unmeasured
-from .metrics.depth import depth_scores, recovered
+from .metrics.depth import NOTHING, check_readable, depth_scores, recovered
 from .plan import Measured, Plan
 from .provider import Context, provider
 from .teacher import Encoded, batches, evaluating, pad_id_of
@@ -162,13 +162,16 @@ def depth_curves(
     values: Sequence[str | None],
     tokenizer: Any,
     *,
+    known: tuple[Sequence[tuple[str, str]], Sequence[str | None]] = ((), ()),
     reference: str = "retain_only",
     tau: float = 0.05,
+    unreadable: float = 0.25,
     token_budget: int = 4096,
 ) -> dict[str, Any]:
     """The curve per layer of every subject, JSON-ready: what a report draws.
 
-    subjects: as for `score`; "base" must be there. pairs, values: (prompt, answer) and fact of each row.
+    subjects: as for `score`; "base" must be there. pairs, values: (prompt, answer) and fact of each row.   known: the same of
+    rows that base and reference both know (retain rows); without them nothing is said about recovery (`check_readable`).
     Returns {"n", "layers", "base": nats, "subjects": {name: {"logp": [..], "recovered": [..] | null, "depth": x | null,
     "n": rows behind it, "reason"}}}; layers count from block 0; "logp" is the mean log-probability of the fact read out.
     """
@@ -181,18 +184,43 @@ def depth_curves(
         if opened is not None and name != "base":
             with opened() as model:
                 read[name] = read_depth(model, base, encoded, pad_id_of(tokenizer), token_budget)
+    why = _unusable(subjects, base, reference, read, known, tokenizer, token_budget, unreadable)
     out: dict[str, Any] = {"n": len(encoded), "subjects": {}}
     for name, (own, patched) in read.items():
         out["base"], out["layers"] = float(own.mean()), patched.shape[1]
         about: dict[str, Any] = {"logp": patched.mean(0).tolist(), "recovered": None, "depth": None, "n": 0}
-        if reference in read:
+        if why is None:
             curve = recovered(own, patched, read[reference][1], tau)
             scores = depth_scores(own, patched, read[reference][1], tau)
-            known = scores[np.isfinite(scores)]
+            sure = scores[np.isfinite(scores)]
             about["recovered"] = [None if np.isnan(x) else float(x) for x in curve]
-            about["depth"], about["n"] = float(known.mean()) if len(known) else None, len(known)
-            about["reason"] = None if len(known) else "the base knows nothing here that the retain-only model does not"
-        else:
-            about["reason"] = "there is no retain-only model to compare with"
+            about["depth"], about["n"] = float(sure.mean()) if len(sure) else None, len(sure)
+        about["reason"] = why or (None if about["n"] else NOTHING)
         out["subjects"][name] = about
     return out
+
+
+def _unusable(
+    subjects: Mapping[str, Opened | None],
+    base: Opened,
+    reference: str,
+    read: Mapping[str, tuple[Array, Array]],
+    known: tuple[Sequence[tuple[str, str]], Sequence[str | None]],
+    tokenizer: Any,
+    token_budget: int,
+    unreadable: float,
+) -> str | None:
+    """Why nothing can be said about recovery, or None."""
+    opened = subjects.get(reference)
+    if reference not in read or opened is None:
+        return "there is no retain-only model to compare with"
+    if not len(known[0]):
+        return "no rows are given that base and retain-only model both know"
+    encoded = [fact_row(p, a, v, tokenizer) for (p, a), v in zip(*known, strict=True)]
+    with opened() as model:
+        control = read_depth(model, base, encoded, pad_id_of(tokenizer), token_budget)
+    try:
+        check_readable(*read[reference], *control, unreadable)
+    except Unmeasured as problem:
+        return str(problem)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from peft_unlearn.evaluation.depth import depth_curves, fact_row, read_depth, re
 from peft_unlearn.evaluation.measured import Unmeasured
 from peft_unlearn.evaluation.score import on_one_model, score
 from peft_unlearn.forward import Pass
+
+ROWS = [qa(i, "old") for i in range(5)]
+KEPT = [qa(i, "kept") for i in range(5)]
 
 
 def olmoe(seed: int = 0):
@@ -44,21 +48,21 @@ def adapted(base):
     return model.eval()
 
 
-def knowing(tokenizer):
-    """A tiny base that has the facts at least in part."""
+@pytest.fixture(scope="module")
+def family(tokenizer):
+    """(base, retain-only) from one start: both have learned the kept rows, the base then the forget rows too."""
     from peft_unlearn.data.collate import encode
 
-    model = tiny(1)
-    batch = pad([encode(*to_text(r, tokenizer), tokenizer)[0] for r in ROWS], 0)
+    model, twin = tiny(1), None
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(40):
-        model(**batch).loss.backward()
+    kept, both = (pad([encode(*to_text(r, tokenizer), tokenizer)[0] for r in rows], 0) for rows in (KEPT, KEPT + ROWS))
+    for step in range(180):
+        if step == 90:
+            twin = deepcopy(model).eval()
+        model(**(kept if step < 90 else both)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval()
-
-
-ROWS = [qa(i, "old") for i in range(5)]
+    return model.eval(), twin
 
 
 @pytest.fixture
@@ -148,36 +152,52 @@ def test_models_that_do_not_fit_are_refused(encoded, tokenizer):
 
 def suite():
     metrics = ["unlearning_depth", "fact_recovered", "suppression_depth"]
-    return {"format": 1, "name": "t", "sets": {"forget": {"role": "forget", "metrics": metrics}}}
+    sets = {
+        "forget": {"role": "forget", "metrics": metrics, "against": "retain"},
+        "retain": {"role": "retain", "metrics": []},
+    }
+    return {"format": 1, "name": "t", "sets": sets}
 
 
-def test_in_a_suite_with_and_without_a_reference(tokenizer):
-    model = adapted(knowing(tokenizer))
+DATA = {"forget": ROWS, "retain": KEPT}
+
+
+def test_in_a_suite_with_and_without_a_reference(family, tokenizer):
+    base, twin = family
+    model = adapted(deepcopy(base))
     subjects = dict(on_one_model(model, {"base": None, "adapter": "default"}))
-    twin = tiny(5)
-    report = score({**subjects, "retain_only": lambda: nullcontext(twin)}, suite(), {"forget": ROWS}, tokenizer)
+    report = score({**subjects, "retain_only": lambda: nullcontext(twin)}, suite(), DATA, tokenizer)
     found = report["subjects"]
     assert found["base"]["forget/unlearning_depth"] == 0.0 and found["base"]["forget/fact_recovered"] == 1.0
     assert found["retain_only"]["forget/unlearning_depth"] == 1.0
     assert found["retain_only"]["forget/fact_recovered"] == pytest.approx(0.0)
-    assert 0.0 <= found["adapter"]["forget/unlearning_depth"] <= 1.0
-    alone = score(subjects, suite(), {"forget": ROWS}, tokenizer)
+    assert 0.0 < found["adapter"]["forget/unlearning_depth"] <= 1.0
+    alone = score(subjects, suite(), DATA, tokenizer)
     assert alone["subjects"]["adapter"]["forget/unlearning_depth"] is None
     assert "no retain-only model" in alone["details"]["adapter"]["forget/unlearning_depth"]["reason"]
     # the same patches, without a reference
     assert alone["subjects"]["adapter"]["forget/suppression_depth"] == found["adapter"]["forget/suppression_depth"]
-    only = score({"adapter": subjects["adapter"]}, suite(), {"forget": ROWS}, tokenizer)
+    only = score({"adapter": subjects["adapter"]}, suite(), DATA, tokenizer)
     assert "no base" in only["details"]["adapter"]["forget/suppression_depth"]["reason"]
 
 
-def test_curves_are_what_the_metrics_average(tokenizer):
-    model = adapted(knowing(tokenizer))
-    subjects = {**on_one_model(model, {"base": None, "adapter": "default"})}
-    twin = tiny(5)
+def test_a_reference_from_another_start_is_refused(family, tokenizer):
+    base, _ = family
+    foreign = tiny(7)
+    subjects = {"base": lambda: nullcontext(base), "retain_only": lambda: nullcontext(foreign)}
+    report = score(subjects, suite(), DATA, tokenizer)
+    assert report["subjects"]["base"]["forget/unlearning_depth"] is None
+    assert "cannot read the retain-only" in report["details"]["base"]["forget/unlearning_depth"]["reason"]
+
+
+def test_curves_are_what_the_metrics_average(family, tokenizer):
+    base, twin = family
+    subjects = {**on_one_model(adapted(deepcopy(base)), {"base": None, "adapter": "default"})}
     subjects["retain_only"] = lambda: nullcontext(twin)
     pairs, values = [to_text(r, tokenizer) for r in ROWS], [r["value"] for r in ROWS]
-    curves = depth_curves(subjects, pairs, values, tokenizer)
-    report = score(subjects, suite(), {"forget": ROWS}, tokenizer)
+    known = [to_text(r, tokenizer) for r in KEPT], [r["value"] for r in KEPT]
+    curves = depth_curves(subjects, pairs, values, tokenizer, known=known)
+    report = score(subjects, suite(), DATA, tokenizer)
     mine = curves["subjects"]["adapter"]
     assert mine["depth"] == pytest.approx(report["subjects"]["adapter"]["forget/unlearning_depth"])
     assert mine["n"] == report["details"]["adapter"]["forget/unlearning_depth"]["n"]
@@ -185,6 +205,11 @@ def test_curves_are_what_the_metrics_average(tokenizer):
         report["subjects"]["adapter"]["forget/fact_recovered"]
     )
     assert len(mine["logp"]) == curves["layers"] == 2
+    unchecked = depth_curves(subjects, pairs, values, tokenizer)["subjects"]["adapter"]
+    assert unchecked["recovered"] is None and "both know" in unchecked["reason"]
+    subjects["retain_only"] = lambda: nullcontext(tiny(7))
+    foreign = depth_curves(subjects, pairs, values, tokenizer, known=known)["subjects"]["adapter"]
+    assert foreign["depth"] is None and "cannot read" in foreign["reason"]
     del subjects["retain_only"]
     alone = depth_curves(subjects, pairs, values, tokenizer)["subjects"]["adapter"]
     assert alone["recovered"] is None and "no retain-only model" in alone["reason"]

@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_unlearn.evaluation.measured import Estimate, Ragged, Unmeasured
-from peft_unlearn.evaluation.metrics.depth import depth_scores, recovered, suppression_depth, unlearning_depth
+from peft_unlearn.evaluation.metrics.depth import (
+    depth_scores,
+    fact_recovered,
+    recovered,
+    suppression_depth,
+    unlearning_depth,
+)
 from peft_unlearn.evaluation.metrics.extraction import (
     extraction_likelihood,
     looks_unseen,
@@ -200,12 +206,25 @@ def test_depth_ends():
 
 def test_depth_leaves_out_what_was_never_known_but_not_what_is_broken():
     base, reference = np.array([-1.0, -1.0]), np.array([[-1.0], [-3.0]])
-    found = unlearning_depth(base, np.array([[-1.0], [-2.0]]), reference)
+    known = (np.array([-1.0]), np.array([[-1.0]]))
+    found = unlearning_depth(base, np.array([[-1.0], [-2.0]]), reference, *known)
     assert isinstance(found, Estimate) and (found.value, found.n) == (0.5, 1)
-    broken = unlearning_depth(base, np.array([[-1.0], [np.nan]]), reference)
+    broken = unlearning_depth(base, np.array([[-1.0], [np.nan]]), reference, *known)
     assert isinstance(broken, np.ndarray) and np.isnan(broken[1])
     with pytest.raises(Unmeasured, match="knows no fact"):
-        unlearning_depth(base, reference, np.array([[-1.0], [-1.0]]))
+        unlearning_depth(base, reference, np.array([[-1.0], [-1.0]]), *known)
+
+
+def test_a_reference_in_other_coordinates_is_refused():
+    base, reference, patched = np.array([-1.0]), np.array([[-5.0]]), np.array([[-3.0]])
+    fine = (np.array([-1.0]), np.array([[-1.9]]))  # loses 0.9 of 4 nats on what both know
+    foreign = (np.array([-1.0]), np.array([[-2.1]]))  # 1.1 of 4
+    assert unlearning_depth(base, patched, reference, *fine) == pytest.approx(0.5)
+    assert fact_recovered(base, patched, reference, *fine) == pytest.approx(0.5)
+    for metric in (unlearning_depth, fact_recovered):
+        with pytest.raises(Unmeasured, match=r"cannot read .* 28% as much"):
+            metric(base, patched, reference, *foreign)
+        metric(base, patched, reference, *foreign, unreadable=0.5)
 
 
 def test_suppression_depth_says_where():

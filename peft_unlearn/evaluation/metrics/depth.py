@@ -53,36 +53,75 @@ def recovered(base: Array, patched: Array, reference: Array, tau: float = 0.05) 
 NOTHING = "the base knows no fact here by more than tau nats better than the retain-only model, in any layer"
 
 
-@metric("unlearning_depth", source=UDS, needs=("depth",), better={"forget": "higher", "retain": "lower"},
-        reference="retain_only", version=1, faithful="reconstructed")  # fmt: skip
+Tau = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+
+
+def check_readable(
+    fact_logp: Array, reference: Array, known_fact_logp: Array, known_reference: Array, unreadable: float
+) -> None:
+    """Whether the base can read the retain-only model's hidden states at all.
+
+    fact_logp (rows,), reference (rows, layers): of the set in question; known_..: of rows that both models know. What the
+    base loses with the reference's states counts as missing knowledge only as far as it is not lost on those rows too.
+    Raises Unmeasured where more than the share `unreadable` of it is: then the two models differ in coordinates, not in facts.
+    """
+    lost = np.clip((fact_logp[:, None] - reference).mean(0), 0, None).sum()
+    also = np.clip((known_fact_logp[:, None] - known_reference).mean(0), 0, None).sum()
+    if also > unreadable * lost:
+        share = f"{also / lost:.0%} as much" if lost > 0 else "more"
+        raise Unmeasured(
+            f"the base cannot read the retain-only model's hidden states: on rows that both know {share} is lost as here; the two "
+            "must come from one pretrained model"
+        )
+
+
+@metric("unlearning_depth", source=UDS, needs=("depth", "pair"), better={"forget": "higher"}, reference="retain_only",
+        version=1, faithful="reconstructed")  # fmt: skip
 def unlearning_depth(
-    fact_logp: Array, patched_logp: Array, reference_patched_logp: Array, *, tau: Annotated[float, Range(0)] = 0.05
+    fact_logp: Array,
+    patched_logp: Array,
+    reference_patched_logp: Array,
+    against_fact_logp: Array,
+    reference_against_patched_logp: Array,
+    *,
+    tau: Tau = 0.05,
+    unreadable: Share = 0.25,
 ) -> Array | Estimate:
     """Depth score: 1 = in every layer as gone as in the retain-only model, 0 = the base still reads all of it out.
 
     `depth_scores` on hidden states of this model, of the retain-only model, and the base's own reading. Rows of which the
     base knows nothing more than the retain-only model are left out; n counts the others. Adapted from the paper, which has
     the same score, patches and tau as far as the authors' public code shows: there each row comes with an annotated span,
-    here it is the row's `value` in the answer (the whole answer where the row has none). The prompt's positions are not patched, so blocks above still see the base's
-    own reading of the question, with any source. Only meaningful where the base can read the retain-only model's states at all:
-    both from one pretrained model. See it on the retain set, where such a pair is near 0.
+    here it is the row's `value` in the answer (the whole answer where the row has none). The prompt's positions are not
+    patched, so blocks above still see the base's own reading of the question, with any source. Ours: the suite's `against`
+    names rows that both know, and `check_readable` refuses a reference that the base cannot read even there.
     """
+    check_readable(fact_logp, reference_patched_logp, against_fact_logp, reference_against_patched_logp, unreadable)
     values = depth_scores(fact_logp, patched_logp, reference_patched_logp, tau)
     known = np.any(fact_logp[:, None] - reference_patched_logp > tau, axis=1)
     broken = np.any(np.isnan(np.column_stack([fact_logp, patched_logp, reference_patched_logp])), axis=1)
     return mean_of_defined(values, np.logical_or(known, broken), NOTHING)
 
 
-@metric("fact_recovered", version=1, faithful="reconstructed", source=UDS, needs=("depth",),
-        better={"forget": "lower", "retain": "higher"}, reference="retain_only")  # fmt: skip
+@metric("fact_recovered", source=UDS, needs=("depth", "pair"), better={"forget": "lower"}, reference="retain_only",
+        version=1, faithful="reconstructed")  # fmt: skip
 def fact_recovered(
-    fact_logp: Array, patched_logp: Array, reference_patched_logp: Array, *, tau: Annotated[float, Range(0)] = 0.05
+    fact_logp: Array,
+    patched_logp: Array,
+    reference_patched_logp: Array,
+    against_fact_logp: Array,
+    reference_against_patched_logp: Array,
+    *,
+    tau: Tau = 0.05,
+    unreadable: Share = 0.25,
 ) -> float:
     """The most that comes back at any layer, `recovered`: 1 = as much as the base has, 0 = as a model that never learned it.
 
-    The ratio of sums over rows at the layer where it is largest. Early layers come close to 1 for any model that leaves
-    them alone, but only layers count where the retain-only model lacks the fact by more than tau nats on average.
+    The ratio of sums over rows at the layer where it is largest; only layers count where the retain-only model lacks the
+    fact by more than tau nats on average. The same check of the reference as in `unlearning_depth`.
     """
+    check_readable(fact_logp, reference_patched_logp, against_fact_logp, reference_against_patched_logp, unreadable)
     curve = recovered(fact_logp, patched_logp, reference_patched_logp, tau)
     if np.isnan(curve).all():
         raise Unmeasured(NOTHING)
