@@ -119,18 +119,17 @@ def spans(texts: Sequence[tuple[str, str, str]], tokenizer: Any) -> list[tuple[l
     return out
 
 
-def placeholder(all_frames: Sequence[Frame], length: int, tokenizer: Any) -> list[int]:
-    """`length` tokens that keep their shape in every frame's slot: one harmless token, many times over.
+def placeholder(all_frames: Sequence[Frame], length: int, tokenizer: Any) -> tuple[list[int], str]:
+    """(`length` tokens, their text) that keep their shape in every frame's slot: one harmless token, many times over.
 
     Raises:
-        Unmeasured: none of the tokens tried does so with this tokenizer.
+        Unmeasured: none of the fillers tried does so with this tokenizer.
     """
     for filler in (" !", "!", " x", " *", " a", "x", " the"):
-        found = [
-            s and s[1] for s in spans([(f.left, filler * length, f.right + f.answer) for f in all_frames], tokenizer)
-        ]
+        text = filler * length
+        found = [s and s[1] for s in spans([(f.left, text, f.right + f.answer) for f in all_frames], tokenizer)]
         if found and found[0] and len(found[0]) == length and all(ids == found[0] for ids in found):
-            return found[0]
+            return found[0], text
     raise Unmeasured("no filler keeps its tokens after these questions with this tokenizer")
 
 

@@ -138,8 +138,8 @@ def search(
     """The suffix of `settings.length` tokens with the least mean NLL of the slots' answers that was found."""
     import torch
 
-    ids = placeholder(slots, settings.length, tokenizer)
-    rows = [s for f in slots if (s := slotted(f, _text(ids, tokenizer), tokenizer)) is not None]
+    ids, text = placeholder(slots, settings.length, tokenizer)
+    rows = [s for f in slots if (s := slotted(f, text, tokenizer)) is not None]
     allowed = allowed_tokens(model, tokenizer)
     pad_id, rng = pad_id_of(tokenizer), np.random.default_rng(settings.seed)
     refused, losses = 0, []
@@ -161,13 +161,14 @@ def search(
                 least = int(torch.where(average.isnan(), torch.inf, average).argmin())
                 if float(average[least]) < loss:
                     ids = tried[least]
+                    text = _text(ids, tokenizer)
             if progress is not None:
                 progress(step + 1, settings.steps)
         with torch.no_grad():
             losses.append(float(mean_nll(model, [row.filled(ids) for row in rows], pad_id).double().mean()))
     # the same tokens in a batch of another shape differ in the last digits
     losses = np.minimum.accumulate(losses).tolist()
-    return Found(ids, _text(ids, tokenizer), losses, refused)
+    return Found(ids, text, losses, refused)
 
 
 def _draw(ids: list[int], best: list[list[int]], count: int, rng: np.random.Generator) -> list[list[int]]:

@@ -29,7 +29,7 @@ def suffix(
     *,
     length: Annotated[int, Range(1)] = 4,
     steps: Annotated[int, Range(1)] = 60,
-    learning_rate: Annotated[float, Range(0, None, open_low=True)] = 0.01,
+    learning_rate: Annotated[float, Range(0, None, open_low=True)] = 0.1,
     optimizer: Steps = "adam",
     train_rows: Annotated[int, Range(1)] = 20,
 ) -> Outcome:
@@ -56,8 +56,7 @@ def suffix(
     train = chosen(case.shown, train_rows, case.seed)
     slots = frames(train, case.tokenizer, case.template)
     scored = frames(case.rows, case.tokenizer, case.template)
-    run = placeholder([*slots, *scored], length, case.tokenizer)
-    filler = case.tokenizer.decode(run, clean_up_tokenization_spaces=False)
+    run, filler = placeholder([*slots, *scored], length, case.tokenizer)
     rows = [s.filled(run) for f in slots if (s := slotted(f, filler, case.tokenizer)) is not None]
     with case.subject() as model:
         before = case.before(model)

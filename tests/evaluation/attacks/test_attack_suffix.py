@@ -102,10 +102,11 @@ def test_token_gradient_counts_the_embeddings_own_scale(tok, slots):
             return super().forward(input) * 7.0
 
     plain, scaled = tiny.llama(), tiny.llama()
+    weight: Any = scaled.get_input_embeddings().weight
     with torch.no_grad():
-        layer = Scaled(320, 32, _weight=scaled.get_input_embeddings().weight / 7.0)
+        layer = Scaled(320, 32, _weight=weight / 7.0)
     scaled.set_input_embeddings(layer)
-    ids = placeholder(slots, 2, tok)
+    ids, _ = placeholder(slots, 2, tok)
     rows = slotted_rows(slots, ids, tok)
     a, b = token_gradient(plain, rows, ids, 0), token_gradient(scaled, rows, ids, 0)
     assert a[0] == pytest.approx(b[0], rel=1e-5)
@@ -139,7 +140,7 @@ def test_search_with_all_candidates_takes_the_best_single_change(tok):
     """One step over every allowed token of one place: nothing tried could have been better."""
     model = wild()
     slots = frames(tiny.rows(1, "ask"), tok, "qa")
-    ids = placeholder(slots, 1, tok)
+    ids, _ = placeholder(slots, 1, tok)
     found = search(model, slots, tok, Search(length=1, steps=1, candidates=6000, top_k=320))
     row = slotted_rows(slots, ids, tok)[0]
     allowed = allowed_tokens(model, tok).nonzero().squeeze(1).tolist()
@@ -168,7 +169,7 @@ def test_spans_cut_where_the_texts_meet(tok):
 
 def test_vectors_stand_in_for_embeddings(tok, slots):
     model = wild()
-    ids = placeholder(slots, 2, tok)
+    ids, _ = placeholder(slots, 2, tok)
     row = slotted_rows(slots, ids, tok)[0]
     v = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([row.filled(ids)["input_ids"]])
@@ -193,7 +194,7 @@ def test_vectors_stand_in_for_embeddings(tok, slots):
 def test_vectors_lower_the_loss_and_move_no_weight(tok, slots, optimizer, rate, kind):
     model = wild() if kind == "plain" else lora(wild())
     before, count = bits(model), hooks(model)
-    ids = placeholder(slots, 3, tok)
+    ids, _ = placeholder(slots, 3, tok)
     rows = [r.filled(ids) for r in slotted_rows(slots, ids, tok)]
     if kind == "adapter off":
         with model.disable_adapter():
@@ -219,7 +220,7 @@ def test_an_exception_inside_leaves_no_hook_and_no_mode(tok, slots, monkeypatch)
         return mean_nll(*args)
 
     monkeypatch.setattr(suffix_module, "mean_nll", fails)
-    ids = placeholder(slots, 3, tok)
+    ids, _ = placeholder(slots, 3, tok)
     with pytest.raises(RuntimeError, match="stop here"):
         fit(model, [r.filled(ids) for r in slotted_rows(slots, ids, tok)], ids, 0, 9, 0.1)
     assert hooks(model) == 0 and model.training and same(bits(model), before)
