@@ -190,7 +190,8 @@ def plain(text: str) -> str:
     """Text as Markdown shows it, whatever it holds: no markup, no table column, no line break of its own."""
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
-    return re.sub(r"^([-+]|\d+\.)(?=\s)", r"\\\1", text)
+    text = re.sub(r"^([-+])(?=\s)", r"\\\1", text)
+    return re.sub(r"^(\d+)([.)])(?=\s)", r"\1\\\2", text)  # no list either
 
 
 def number(value: float | None) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 METRICS = ("extraction_strength", "value_accuracy", "probability")
 TOGETHER, RETAIN = "together", "retain"
-NOTEWORTHY = 0.05  # a difference of that much is said
+NOTEWORTHY, SAME = 0.05, 0.01  # a difference of that much is said; one of that little is none
 
 
 def common_retain(
@@ -139,7 +139,8 @@ def _notes(
     alone = [v for s, v in cost.items() if s != TOGETHER and v is not None]
     whole = cost[TOGETHER]
     if whole is not None and alone:
-        more = "more than" if whole > sum(alone) + NOTEWORTHY else "no more than"
+        gap = whole - sum(alone)
+        more = "more than" if gap > SAME else "less than" if gap < -SAME else "about"
         out.append(
             f"Together they cost {whole:.3f} on the retain set, {more} their single costs added up ({sum(alone):.3f})."
         )

@@ -305,3 +305,11 @@ def test_a_browser_draws_it(page, tmp_path, width):
     assert not ink[:, -8:].any()  # nothing runs out of the window on the right
     green = (pixels == (0x3C, 0x8D, 0x5A)).all(-1)
     assert green.sum() > 100  # the verdict's edge: the style sheet is there
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("1. gru", r"1\. gru"), ("- x", r"\- x"), ("2) x", r"2\) x"), ("0.5 of 2", "0.5 of 2"), ("a|b\nc", r"a\|b c"), ("&lt;", "&amp;lt;")],
+)  # fmt: skip
+def test_text_stays_text_in_markdown(text, shown):
+    assert doc.plain(text) == shown
