@@ -14,7 +14,7 @@ _JOINERS = "\u200c\u200d"  # invisible, and part of how some scripts are written
 def one_line(text: object) -> str:
     """Printable characters only, white space and every kind of line break as single spaces."""
     flat = " ".join(str(text).split())
-    return "".join(c for c in flat if c.isprintable() or c in _JOINERS).strip()
+    return " ".join("".join(c for c in flat if c.isprintable() or c in _JOINERS).split())
 
 
 def inline(text: object) -> str:

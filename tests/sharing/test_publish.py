@@ -408,7 +408,7 @@ def test_what_is_not_pulled(hub: Hub, clients: Clients, folder: Path, tmp_path: 
     refused(clients("pull", f"me/base@{'1' * 40}", str(out), revision="main"), "two revisions")
     clients("push", str(folder), "me/secret")
     refused(clients("pull", "me/secret", str(out), token="hf_stranger"), "or it is private")
-    files = {n: b for n, b in contents(folder).items()}
+    files = contents(folder)
     for name, change, words in (
         ("flipped", {"adapter_model.safetensors": files["adapter_model.safetensors"][:-1] + b"\x01"}, "sha256 differs"),
         ("short", {"adapter_model.safetensors": files["adapter_model.safetensors"][:-9]}, "truncated"),
