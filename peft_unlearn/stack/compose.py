@@ -127,7 +127,7 @@ def compose(
     ]  # fmt: skip
     recipe = {
         "name": name or " ".join(f"{p['weight']:+g} {p['name']}" for p in described),
-        "description": description,
+        "description": description or _in_words(described, rank, errors),
         "base": given[0][0].manifest.base.ref,
         "compose": {"parts": described, "rank": rank},
     }
@@ -144,6 +144,13 @@ def compose(
 
     folder = write_adapter(out, None, manifest, recipe, tokenizer=tokenizer, save=write)
     return Composition(folder, described, int(config["r"]), len(rows), errors, manifest.probes is not None)
+
+
+def _in_words(parts: list[dict[str, Any]], rank: int | None, errors: dict[str, float]) -> str:
+    terms = "; ".join(f"{p['weight']:g} times {p['name']} ({p['adapter'][:19]})" for p in parts)
+    if rank is None:
+        return f"The exact sum of forget adapters: {terms}."
+    return f"A sum of forget adapters, cut to rank {rank} (relative error at most {max(errors.values()):.2g}): {terms}."
 
 
 def _collected(parts: Sequence[Part]) -> list[tuple[AdapterFolder, float]]:
