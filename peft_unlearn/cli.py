@@ -284,9 +284,7 @@ def calibrate(
     max_scale: Annotated[float, typer.Option(help="Largest scale tried; 1 is as trained.")] = 1.0,
     bake: Annotated[bool, typer.Option("--bake", help="Into lora_alpha, so that plain PEFT runs at it.")] = False,
     out: Annotated[str | None, typer.Option("--out", "--png", help="Picture of the curve.")] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", min=1, help="At most so many rows of each set; then nothing is stored.")
-    ] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="So many rows of each set, nothing stored.")] = None,
     base: Base = None,
     data: Data = None,
     json: Json = False,
@@ -361,9 +359,7 @@ def interference(
 @app.command()
 def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters to report on.")],
-    out: Annotated[
-        str, typer.Option("--out", "--html", help="A .html or .md file, or a folder for both.")
-    ] = "report.html",
+    out: Annotated[str, typer.Option("--out", "--html", help="A .html or .md file, or a folder.")] = "report.html",
     samples: Annotated[bool, typer.Option(help="Ask the models for a few answers to show.")] = True,
     base: Base = None,
     data: Data = None,

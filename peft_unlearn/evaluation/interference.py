@@ -67,7 +67,7 @@ def interference(
     }
     subjects: dict[str, Subject | None] = {
         "base": stack.disabled,
-        **on_one_model(stack.model, {name: _chain(stack, name) for name in names}),
+        **on_one_model(stack.model, {name: stack.chain(name) for name in names}),
         **on_one_model(stack.model, {TOGETHER: names}),
     }
     report = score(subjects, spec, data, stack.tokenizer, progress=progress, n=n, template=template)
@@ -102,12 +102,6 @@ def interference(
         "details": {s: {c: {m: cell(s, c, m) for m in METRICS} for c in data} for s in subjects},
         "versions": report["versions"],
     }
-
-
-def _chain(stack: ForgetModel, name: str) -> list[str]:
-    """`name` with what it was trained on top of; alone where there is nothing below it."""
-    ids = set(stack.adapters[name].manifest.depends_on)
-    return [n for n, found in stack.adapters.items() if n == name or found.adapter_id in ids]
 
 
 def _minus(a: float | None, b: float | None) -> float | None:
