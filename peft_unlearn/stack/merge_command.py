@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as _json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -43,16 +44,19 @@ def merge(
     """Write base plus adapters as a plain model; run again after an interruption, it goes on."""
     if bool(folders) == bool(stack):
         raise UserError("merge: name the adapters' folders, or a stack file with --stack.")
-    from ..progress import bars
     from .merge import merge as run
 
     wanted: Any = stack or folders
-    with bars() as tell:
-        report = run(
-            wanted, base, out, dtype=dtype, scale=parse_scales(scale), rounding=rounding, seed=seed, onto=onto,
-            in_memory=in_memory, check=check, progress=tell,
-        )  # fmt: skip
+    report = run(
+        wanted, base, out, dtype=dtype, scale=parse_scales(scale), rounding=rounding, seed=seed, onto=onto,
+        in_memory=in_memory, check=check, progress=_tell,
+    )  # fmt: skip
     print(_json.dumps(report.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) if json else report)
+
+
+def _tell(what: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{what} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def parse_scales(given: list[str] | None) -> float | dict[str, float] | None:
