@@ -27,7 +27,12 @@ from peft_unlearn.evaluation.metrics.extraction import (
 from peft_unlearn.evaluation.metrics.fluency import answer_nll_under_base, distinct_words, empty_answer, repetition
 from peft_unlearn.evaluation.metrics.generation import rouge_l_f1
 from peft_unlearn.evaluation.metrics.leak import leak_at, leak_at_k, leak_in, leak_over_formats
-from peft_unlearn.evaluation.metrics.letters import letter_accuracy, letter_chance, letter_mass, letter_probability
+from peft_unlearn.evaluation.metrics.letters import (
+    letter_above_chance,
+    letter_accuracy,
+    letter_mass,
+    letter_probability,
+)
 
 tokens = st.lists(st.integers(0, 3), max_size=9)
 
@@ -243,5 +248,7 @@ def test_letters_by_hand():
     assert letter_accuracy(logp, rows).tolist() == [1.0, 0.0, 0.0]  # a tie is wrong
     assert letter_probability(logp, rows) == pytest.approx([0.5, 0.25, 0.5])
     assert letter_mass(logp) == pytest.approx([0.6, 0.4, 0.4])
-    assert letter_chance(rows) == pytest.approx([1 / 3, 1 / 2, 1 / 2])
+    assert letter_above_chance(logp, rows) == pytest.approx([1.0, -1.0, -1.0])
+    guess = [{"gold": i, "choices": list("abc")} for i in range(3)]  # always the first letter
+    assert letter_above_chance(Ragged.of([[0.0, -1.0, -1.0]] * 3), guess).mean() == pytest.approx(0.0)
     assert np.isnan(letter_accuracy(Ragged.of([[np.nan, 0.0]]), [{"gold": 0, "choices": ["a", "b"]}])[0])

@@ -179,16 +179,16 @@ def test_mcq_from_files_to_numbers(tmp_path, tokenizer):
     model = tiny()
     report = score({"base": lambda: nullcontext(model)}, "mcq", data, tokenizer)
     json.dumps(report, allow_nan=False)
-    right, chance = [], []
+    right, above = [], []
     for row in data.forget:
         with torch.no_grad():  # the blank before the letter is a token of its own here
             ids = tokenizer(row["prompt"] + " ")["input_ids"]
             z = model(input_ids=torch.tensor([ids])).logits[0, -1]
         letters = [float(z[tokenizer.convert_tokens_to_ids(letter)]) for letter in "ABCD"[: len(row["choices"])]]
         right.append(float(int(np.argmax(letters)) == row["gold"]))
-        chance.append(1 / len(letters))
+        above.append((right[-1] - 1 / len(letters)) / (1 - 1 / len(letters)))
     assert report.per_row["base"]["forget/letter_accuracy"].tolist() == right
-    assert report["subjects"]["base"]["forget/letter_chance"] == pytest.approx(np.mean(chance))
+    assert report["subjects"]["base"]["forget/letter_above_chance"] == pytest.approx(np.mean(above))
     assert "no set 'holdout'" in report["details"]["base"]["holdout/letter_accuracy"]["reason"]
 
 
