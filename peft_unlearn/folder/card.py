@@ -90,7 +90,8 @@ def render(card: ForgetCard, existing: str | None = None) -> str:
         new = f"{body.rstrip()}\n\n{BEGIN}\n{generated(card)}\n{END}\n"
     front = front_matter(card)
     kept = {k: v for k, v in old.items() if k not in _OWN and k not in front}
-    theirs = old.get("tags") if isinstance(old.get("tags"), list) else []
+    tags = old.get("tags")
+    theirs = tags if isinstance(tags, list) else []
     front["tags"] += [
         t for t in theirs if isinstance(t, str) and t not in front["tags"] and not t.startswith("base_model:")
     ]
