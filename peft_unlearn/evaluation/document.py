@@ -207,5 +207,6 @@ def interval(ci95: Sequence[float] | None) -> str:
 
 
 def percent(value: float) -> str:
-    """A share for a sentence: 97 %, 0.4 %."""
-    return f"{100 * value:.0f} %" if value == 0 or abs(value) >= 0.0995 or value == 1 else f"{100 * value:.1f} %"
+    """A share for a sentence: 97 %, 1.5 %, 0 %."""
+    text = f"{100 * value:.0f}" if abs(value) >= 0.0995 else f"{100 * value:.1f}".removesuffix(".0")
+    return f"{'0' if text == '-0' else text} %"

@@ -196,7 +196,7 @@ def attacks(bars: Sequence[Mapping[str, Any]], measure: str) -> bytes:
     left, right = axes.get_xlim()
     axes.set_xlim(min(left, -0.02), max(right * 1.04, 1.12))
     axes.set_xlabel(f"recovery of {named(measure)}: 0 nothing comes back, 1 all that the base knew")
-    axes.set_title("What brings it back", loc="left", fontsize=11.5)
+    axes.set_title("Right is back", loc="left", fontsize=11.5)
     plain_axes(axes)
     axes.grid(visible=False, axis="y")
     drawn.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)

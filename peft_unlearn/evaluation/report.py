@@ -142,7 +142,7 @@ def parts(
             out.append(_attack_table(e))
         if block := e.blocks("calibration"):
             out += [
-                doc.Heading(f"How far it may be dialed{own}"),
+                doc.Heading(f"Calibration{own}"),
                 doc.Picture(pictures.calibration(block), "Calibration curve", f"calibration-{e.name}", _dial(block)),
             ]
     if samples is not None:

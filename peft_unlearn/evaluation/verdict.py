@@ -92,7 +92,7 @@ def verdict(e: Evidence, spread: Mapping[str, Sequence[float]] | None = None) ->
     spread: of further retain-only models, trained with other seeds, "p": their forget quality against the first.
     """
     p = (spread or {}).get("p", ())
-    return " ".join(s for s in (_conditions(e), *_forgotten(e), *_kept(e), *_against_twin(e, p), *_back(e)) if s)
+    return " ".join((_conditions(e), *_forgotten(e), *_kept(e), *_against_twin(e, p), *_back(e)))
 
 
 def _conditions(e: Evidence) -> str:
@@ -133,8 +133,8 @@ def _forgotten(e: Evidence) -> list[str]:
         for k in answers:
             n, value = int(e.detail("adapter", k).get("n") or 0), e.value("adapter", k) or 0.0
             bound = f" (0 of {n}, so at most {percent(3 / n)})" if value == 0 and n else ""
-            parts.append(f"{percent(value)}{bound} of the {titled(k.partition('/')[0])} set")
-        out.append(f"Asked freely, it still names the right value in {', '.join(parts)}.")
+            parts.append(f"{percent(value)}{bound} in the {titled(k.partition('/')[0])} set")
+        out.append(f"Asked freely, it still names the right value this often: {', '.join(parts)}.")
     return out
 
 
@@ -184,21 +184,22 @@ def _against_twin(e: Evidence, spread: Sequence[float]) -> list[str]:
 def _back(e: Evidence) -> list[str]:
     bars, measure = attack_bars(e)
     tried = [b for b in bars if b["adapter"] is not None and b["attack"] != "strip"]
+    off = ["Whoever holds the base can take the adapter off, and has all of it back."] if e.key("forget") else []
     if not tried:
-        return []
+        return off
     worst = max(tried, key=lambda b: b["adapter"][0])
     value, low, high = worst["adapter"]
     control = worst["retain_only"]
     text = (
         f"Of {len(tried)} attacks {worst['name']} brings back most: "
-        f"{percent(value)}{interval(None if low is None else (low, high))} of the lost {named(measure)}"
+        f"{percent(value)}{'' if low is None or high is None else f' [{percent(low)}, {percent(high)}]'} of the lost {named(measure)}"
     )
     text += (
         f" (the same attack on the retain-only model: {percent(control[0])})."
         if control
         else " (no control: the retain-only model was not attacked)."
     )
-    return [text]
+    return [text, *off]
 
 
 def missing(e: Evidence) -> list[str]:

@@ -109,6 +109,28 @@ def test_bake_needs_all_rows(made):
         calibrating.calibrate(made.root / "strong", n=3, bake=True)
 
 
+def test_the_command_answers_no_with_the_curve(monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from peft_unlearn.cli import app
+
+    def level(v):
+        return {s: {"value": v, "n": 5, "ci95": None, "reason": None} for s in ("forget", "retain")}
+
+    block = {
+        "scale": None, "reason": "no scale above 0 keeps it", "metric": "extraction_strength", "floor": 0.95, "wanted": 0.95,
+        "monotone": False,
+        "rises": {"forget": 0.0, "retain": 0.2}, "baked": False, "n": {"forget": 5, "retain": 5}, "scale_before": 1.0, "chosen": None,
+        "curve": [{"scale": s, **level(1 - s)} for s in (0.0, 0.5, 1.0)],
+    }  # fmt: skip
+    monkeypatch.setattr(calibrating, "calibrate", lambda *_, **__: block)
+    out = CliRunner().invoke(app, ["calibrate", "x", "--out", str(tmp_path / "c.png")])
+    assert out.exit_code == 1 and "no: no scale above 0" in out.stdout and "0.500" in out.stdout
+    assert "do not only fall" in out.stderr and (tmp_path / "c.png").stat().st_size > 10_000
+    out = CliRunner().invoke(app, ["calibrate", "x", "--json"])
+    assert out.exit_code == 1 and json.loads(out.stdout)["curve"]
+
+
 # -- compare ----------------------------------------------------------------------------------------------------------
 
 

@@ -85,7 +85,7 @@ def test_the_verdict_says_conditions_first_and_then_what_the_numbers_say():
     order = [
         "suite people: 100 forget and 100 retain rows", "scale 1", "it forgets.", "1.000 to 0.310 [0.290, 0.330]",
         "never saw that set has 0.300", "keeps the retain set", "97 % of the base's", "0.690 to 0.660",
-        "cannot be told from", "0.500 to 0.700", "relearn brings back most: 62 %", "11 %",
+        "cannot be told from", "0.500 to 0.700", "relearn brings back most: 62 % [50 %, 70 %]", "11 %", "take the adapter off",
     ]  # fmt: skip
     places = [text.index(x) for x in order]
     assert places == sorted(places)
@@ -123,7 +123,7 @@ def test_nothing_is_claimed_of_what_was_not_measured():
 def test_zero_of_n_is_no_proof_of_never():
     e = evidence()
     e.evaluation["subjects"]["adapter"]["forget/value_accuracy"] = 0.0
-    assert "0 % (0 of 100, so at most 3.0 %)" in verdict(e)
+    assert "0 % (0 of 100, so at most 3 %)" in verdict(e)
 
 
 def test_numbers_of_another_scale_are_no_numbers_of_this_one():
@@ -241,7 +241,7 @@ def test_a_report_of_a_folder_has_everything(page, folder):
     for word in (
         "it forgets",
         "relearn",
-        "How far it may be dialed",
+        "Calibration",
         "What they say",
         "retain-only says",
         "to be forgotten",
