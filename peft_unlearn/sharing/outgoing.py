@@ -15,7 +15,7 @@ from ..data.embedded import is_embedded
 from ..errors import Errors, UserError
 from ..folder.card import card_of, current, portable_front, split
 from ..folder.manifest import path_like
-from ..folder.read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, AdapterFolder
+from ..folder.read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder
 from ..folder.recipe import parse_yaml
 from ..folder.safetensors_io import plain_name
 
@@ -60,6 +60,9 @@ def pack(found: AdapterFolder, data: Any = None) -> Parcel:
             errors.add(f"{name}: not a kind of file that an adapter holds ({', '.join(SUFFIXES)})")
         elif not (root / name).resolve().is_relative_to(root):
             errors.add(f"{name}: is a link that leads out of the folder")
+    for name in (CONFIG, WEIGHTS, RECIPE):
+        if found.manifest.files.get(name) is None:
+            errors.add(f"{MANIFEST} gives no hash of {name}, so nobody could tell that it is the right one")
     errors.raise_if_any(f"{found.path}")
     notes = _check_card(found, errors)
     texts = {n: (root / n).read_text(encoding="utf-8") for n in names if n in _TEXTS}

@@ -72,11 +72,13 @@ def push(folder: str, repo: str, **options: Any) -> Any:
     return push(folder, repo, **options).to_dict()
 
 
-def pull(repo: str, out: str, cache: str | None = None, **options: Any) -> Any:
+def pull(repo: str, out: str, cache: str | None = None, offline: bool = False, **options: Any) -> Any:
     import huggingface_hub.constants as constants
 
     from peft_unlearn.sharing.publish import pull
 
+    constants.HF_HUB_OFFLINE = offline
+    os.environ["HF_HUB_OFFLINE"] = str(int(offline))
     if cache is not None:
         constants.HF_HUB_CACHE = cache
     found = pull(repo, out, **options)
@@ -98,11 +100,13 @@ def load(repo: str) -> Any:
 
 
 def main() -> None:
-    import huggingface_hub  # noqa: F401
+    import huggingface_hub.hf_api  # loaded once, before the forks
     import safetensors.torch  # noqa: F401
     import torch
 
     torch.set_num_threads(1)
+    for name in ("HfApi", "CommitOperationAdd", "CommitOperationDelete", "snapshot_download", "get_token", "errors"):
+        getattr(huggingface_hub, name)
     real = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
     for line in sys.stdin:
