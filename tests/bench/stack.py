@@ -1,6 +1,6 @@
 """What a stack of eight adapters costs, against one adapter of the same total rank on the same base, in one run.
 
-    OMP_NUM_THREADS=1 python tests/bench/stack.py [--hidden 1024] [--layers 4] [--adapters 8] [--rank 8] [--rounds 15]
+    OMP_NUM_THREADS=1 python tests/bench/stack.py [--hidden 1024] [--layers 4] [--adapters 8] [--rank 8] [--rounds 15] [--experts]
 
 The three variants take turns within every round, and the ratios are medians over the rounds of ratios within a round, so
 that what else the machine does hits all alike. "loop" is PEFT's own forward. Both a batch (as in training and evaluation)
@@ -47,6 +47,30 @@ def model(hidden: int, layers: int, ranks: list[int]):
     return out.eval()
 
 
+def experts(hidden: int, layers: int, ranks: list[int]):
+    """The same for adapters on one and the same expert of every layer, which are never fused."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    from peft_unlearn.tuners.expert_lora import ExpertLoraConfig
+
+    torch.manual_seed(0)
+    base = OlmoeForCausalLM(OlmoeConfig(
+        vocab_size=512, hidden_size=hidden, intermediate_size=hidden // 2, num_hidden_layers=layers, num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64, num_experts=8, num_experts_per_tok=2, max_position_embeddings=1024,
+    )).eval()  # fmt: skip
+    out = None
+    for i, r in enumerate(ranks):
+        config = ExpertLoraConfig(
+            experts={k: [0, 1] for k in range(layers)}, r=r, lora_alpha=2 * r, init_weights=False, task_type="CAUSAL_LM"
+        )
+        if out is None:
+            out = get_peft_model(base, config, adapter_name="n0")
+        else:
+            out.add_adapter(f"n{i}", config)
+    activate(out, [f"n{i}" for i in range(len(ranks))])
+    return out.eval()
+
+
 @torch.no_grad()
 def seconds(m, ids, times: int) -> float:
     start = time.perf_counter()
@@ -57,12 +81,14 @@ def seconds(m, ids, times: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--experts", action="store_true", help="adapters on experts instead")
     for name, default in (("hidden", 1024), ("layers", 4), ("adapters", 8), ("rank", 8), ("rounds", 15)):
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    many = model(a.hidden, a.layers, [a.rank] * a.adapters)
-    one = model(a.hidden, a.layers, [a.rank * a.adapters])
+    make = experts if a.experts else model
+    many = make(a.hidden, a.layers, [a.rank] * a.adapters)
+    one = make(a.hidden, a.layers, [a.rank * a.adapters])
     found = {}
     for what, shape, times in (("batch 4 x 64", (4, 64), 1), ("one token", (1, 1), 5)):
         ids = torch.randint(0, 512, shape)
