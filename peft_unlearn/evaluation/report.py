@@ -20,6 +20,7 @@ TITLES = {
     "forget_quality_log10_p": "forget quality (log10 p)", "ks_distance": "distance to the retain-only model (KS D)",
 }  # fmt: skip
 
+SAME = 0.005  # numbers of one base, read by other versions or in other batches
 WORDS = (
     f"Words: forgets = at least {percent(FORGETS)} of the way from the base to the retain-only model (to 0 where there is none), in "
     f"part = half of it; keeps = at least {percent(KEEPS)} of the base's value; told apart = p under {TOLD_APART:g}. An adapter "
@@ -33,11 +34,21 @@ RECOVERY = (
 
 def groups(evidence: Sequence[Evidence]) -> list[list[Evidence]]:
     """Adapters whose numbers stand beside each other: one suite, base and forget set, and the same numbers for that base."""
-    out: dict[str, list[Evidence]] = {}
+    out: list[list[Evidence]] = []
     for e in evidence:
-        base = (e.evaluation.get("subjects") or {}).get("base")
-        out.setdefault(repr((e.evaluation.get("suite"), e.base, e.forget_sha256, base)), []).append(e)
-    return list(out.values())
+        beside = next((g for g in out if _alike(g[0], e)), None)
+        out.append([e]) if beside is None else beside.append(e)
+    return out
+
+
+def _alike(a: Evidence, b: Evidence) -> bool:
+    if (a.evaluation.get("suite"), a.base, a.forget_sha256) != (b.evaluation.get("suite"), b.base, b.forget_sha256):
+        return False
+    bases = [(e.evaluation.get("subjects") or {}).get("base") or {} for e in (a, b)]
+    pairs = [(bases[0][k], bases[1][k]) for k in bases[0].keys() & bases[1].keys()]
+    return bool(bases[0]) == bool(bases[1]) and all(
+        x is y or (None not in (x, y) and abs(x - y) < SAME * max(1, abs(x))) for x, y in pairs
+    )
 
 
 def points(group: Sequence[Evidence]) -> tuple[list[dict[str, Any]], str, str] | None:

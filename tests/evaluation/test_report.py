@@ -207,7 +207,9 @@ def test_nulls_are_dashes_with_their_reason():
 def test_adapters_judged_on_other_rows_do_not_share_a_table():
     other = copy.deepcopy(evaluation())
     other["suite"] = "tofu"
-    found = parts([evidence(), evidence(name="other"), evidence(name="third", evaluation=other)])
+    rounded = evaluation()
+    rounded["subjects"]["base"] = {**rounded["subjects"]["base"], "model_utility": 0.690001, "retain/new_metric": 0.5}
+    found = parts([evidence(), evidence(name="other", evaluation=rounded), evidence(name="third", evaluation=other)])
     tables = [p for p in found if isinstance(p, doc.Table) and p.head[0] == "set (rows)"]
     assert [list(t.head) for t in tables] == [
         ["set (rows)", "base", "mine", "other", "retain-only"],
