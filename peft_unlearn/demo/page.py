@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from ..evaluation import document
-from ..evaluation.document import image
-from ..evaluation.pictures import BASE, FORGET, RETAIN, TWIN, plain_axes, png
 from . import table
 
 
@@ -29,6 +26,8 @@ def picture(
     """
     from matplotlib.figure import Figure  # the object, not pyplot: no backend is chosen and none is changed
     from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    from ..evaluation.pictures import BASE, FORGET, RETAIN, TWIN, plain_axes, png
 
     steps = [0, *(c["step"] for c in curve)]
     forget = [base["forget"], *(c["forget"] for c in curve)]
@@ -80,6 +79,8 @@ def picture(
 
 def numbers(report: table.Report) -> str:
     """The table of `table.show` as HTML."""
+    from ..evaluation import document
+
     n, rows = table.counts(report), []
     for k, (title, values) in enumerate(table.blocks(report)):
         rows.append([title])
@@ -91,6 +92,8 @@ def numbers(report: table.Report) -> str:
 
 def samples_table(samples: Sequence[Mapping[str, str]]) -> str:
     """Questions with answers before and after, as HTML; every text is escaped."""
+    from ..evaluation import document
+
     rows = [[s[k] for k in ("kind", "question", "before", "after")] for s in samples]
     return document.html(document.Table(["", "question", "base", "with adapter"], rows, words=True))
 
@@ -116,6 +119,8 @@ class Section:
     lines: str = ""
 
     def html(self) -> list[str]:
+        from ..evaluation.document import image
+
         return [
             f"<h2>{escape(self.heading)}</h2>",
             f"<p>{escape(self.text)}</p>" if self.text else "",
@@ -143,10 +148,12 @@ def page(
     checks: (held, what was checked). removal: the proof's own words. recipe: YAML. conditions: sentences on what the
     numbers mean and what they do not. more: sections between the picture and what the model says.
     """
+    from ..evaluation import document
+
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(lead)}</p>',
-        image(png, "Right answers on the forget and on the retain set over the steps", caption),
+        document.image(png, "Right answers on the forget and on the retain set over the steps", caption),
         *(line for section in more for line in section.html()),
         "<h2>What it says now</h2>",
         samples_table(samples),

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.document import DASH, number
-
 if TYPE_CHECKING:
     from ..jobs import Plan
 
@@ -28,6 +26,7 @@ WHOLE = {
     "forget/forget_quality": "forget quality (KS p)",
     "model_utility": "model utility",
 }
+DASH = "–"  # as in evaluation.document, which stays unloaded until a table is made
 _SUBJECTS: dict[str, str] = {"base": "base", "adapter": "with adapter", "retain_only": "retain-only twin"}
 
 
@@ -44,6 +43,13 @@ def sets(report: Report, metric: str) -> list[str]:
     for values in report["subjects"].values():
         names |= {k.rpartition("/")[0]: None for k in values or {} if k.endswith(f"/{metric}")}
     return list(names)
+
+
+def number(value: float | None) -> str:
+    """`evaluation.document.number`: a share with three digits, a small p with its exponent, a dash for what has no number."""
+    from ..evaluation import document
+
+    return document.number(value)
 
 
 def blocks(report: Report) -> list[tuple[str, list[tuple[str, list[float | None]]]]]:
