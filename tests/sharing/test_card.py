@@ -36,7 +36,7 @@ from peft_unlearn.folder.card import (
     split,
 )
 from peft_unlearn.folder.manifest import BaseRef, Manifest
-from peft_unlearn.folder.markdown import block, code, inline
+from peft_unlearn.folder.markdown import block, code, inline, one_line
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.write import update_eval
 from peft_unlearn.sharing.card import card
@@ -241,7 +241,7 @@ def test_marks_and_front_matter_that_cannot_be_read(folder: Path) -> None:
     assert not path.exists()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SIGNS, SIGNS, SIGNS, SIGNS)
 def test_no_field_is_anything_but_text(name: str, description: str, method: str, reason: str) -> None:
     """Whatever stands in the fields: the same page, row by row and tag by tag; the words in it; no key of its own above."""
@@ -261,6 +261,10 @@ def test_no_field_is_anything_but_text(name: str, description: str, method: str,
     assert page.comments == plain.comments
     assert [len(r) for r in page.rows] == [len(r) for r in plain.rows]
     assert [t for t in page.tags if t != "p"] == [t for t in plain.tags if t != "p"]
+    # cell by cell the words as they were given: a bar or a backtick neither ends a cell nor eats the rest of it
+    assert page.row("relearned")[1] == one_line(f"not measured: y{reason}")
+    assert page.row("reference")[1] == one_line(f"r{method}") and page.row("training")[1].startswith(one_line(method))
+    assert one_line(f"d{description}").replace(" ", "") in page.seen.replace(" ", "").replace("\n", "")
     front, body = split(text)
     assert set(front) == set(front_matter(made)) and front == yaml.safe_load(yaml.safe_dump(front))
     assert front["model-index"][0]["name"] == ForgetCard(m).title
@@ -268,7 +272,7 @@ def test_no_field_is_anything_but_text(name: str, description: str, method: str,
     assert ModelCard(text).data.to_dict()["tags"] == front["tags"]  # as the Hub's own client reads it
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SIGNS)
 def test_text_comes_out_as_it_went_in(text: str) -> None:
     letters = ["A", *(c for c in text if c.isalnum()), "B"]
