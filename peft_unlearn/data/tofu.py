@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
-from .bundle import ForgetRetain
+from .bundle import SETS, ForgetRetain
 from .formats import SUFFIXES, identity, load_rows
 
 SPLITS = {
@@ -65,7 +65,7 @@ def load(spec: str | Path, template: str = "qa") -> ForgetRetain:
     holdout = get(holdout_name)
     if holdout is None and (larger := get("holdout10")) is not None:
         holdout = larger[: len(forget)]  # any authors that nobody saw will do
-    refs = {} if local else dict.fromkeys(("forget", "retain", "holdout"), f"{where}?split={split}")
+    refs: dict[str, str] = {} if local else dict.fromkeys(SETS, f"{where}?split={split}")
     return ForgetRetain(forget, retain, holdout, extra=extra, refs=refs, template=template)
 
 

@@ -208,7 +208,7 @@ def _encode(pairs: list[tuple[str, str]], sets: Mapping[str, SetPlan], tokenizer
     tokens = tokens_of(pairs, tokenizer) if pairs else None
     for i, (prompt, answer) in enumerate(pairs):
         try:
-            encoded.append(encode(prompt, answer, tokenizer, tokens=tokens and tokens[i])[0])
+            encoded.append(encode(prompt, answer, tokenizer, tokens=None if tokens is None else tokens[i])[0])
         except UserError as problem:
             where = next(
                 (f"{name} set: row {s.answer.index(i)}" for name, s in sets.items() if i in s.answer), "a wrong answer"

@@ -130,7 +130,7 @@ def asked_of(sets: Mapping[str, SetPlan], get: Callable[[str], Method]) -> dict[
                 found = provider_of(bare)
                 if found is None:
                     continue
-                where = s.spec.against if against else name
+                where = (s.spec.against or "") if against else name
                 if where in sets and sets[where].rows and where not in asked.setdefault(found.name, []):
                     asked[found.name].append(where)
     return asked

@@ -110,9 +110,9 @@ def read_encoded(
     done = 0
     with torch.no_grad(), evaluating(model):
         for wanted in (True, False):
-            mine = np.flatnonzero(more == wanted)
+            mine = np.flatnonzero(more == wanted).tolist()
             for batch in batches([len(encoded[i]["input_ids"]) for i in mine], token_budget):
-                rows = [int(mine[k]) for k in batch]
+                rows = [mine[k] for k in batch]
                 tensors = {k: v.to(device) for k, v in pad([encoded[i] for i in rows], pad_id).items()}
                 p = Pass(model, tensors)
                 # (n, 2 or 4), row after row
