@@ -275,3 +275,17 @@ def test_damaged_folders_are_refused_in_a_stack(base_dir: Path, adapter_dir: Pat
         with pytest.raises(UserError, match=message):
             ForgetModel.from_pretrained(base_dir, [adapter_dir, broken(name, change)])
     assert read_adapter(adapter_dir).manifest.format == json.loads((adapter_dir / "forget.json").read_text())["format"]
+
+
+@pytest.mark.parametrize("order", [("e1", "l1", "l2"), ("l1", "e1", "l2")])
+def test_in_half_precision_the_factors_stay_float32(
+    moe_dir: Path, parts: dict[str, Path], order: tuple[str, ...]
+) -> None:
+    stack = ForgetModel.from_pretrained(moe_dir, {n: parts[n] for n in order}, dtype="bfloat16")
+    kinds = {p.dtype for n, p in stack.model.named_parameters() if "lora_" in n and ".base_layer." not in n}
+    assert kinds == {torch.float32}
+    full = logits(ForgetModel.from_pretrained(moe_dir, {n: parts[n] for n in order}).model)
+    assert torch.allclose(logits(stack.model).float(), full, atol=0.05 * float(full.abs().max()))
+    with stack.disabled():
+        assert torch.equal(logits(stack.model), logits(load_base(moe_dir, "bfloat16")))
+    assert stack.remove("l1").verdict == "cannot tell"  # loading rounded the base: its files are float32

@@ -1,6 +1,7 @@
 """A new adapter on top of frozen active ones: they do not move, it says what it stands on, and never stands elsewhere."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,33 @@ def test_saving_asks_what_lies_below(base: Path, tmp_path: Path) -> None:
         save_adapter(trainer, base=base)
     made = save_adapter(trainer, base=base, depends_on=[first.adapter_id])
     assert made.manifest.depends_on == [read_adapter(tmp_path / "first").adapter_id]
+
+
+def test_resumed_over_another_kind_and_not_over_another_stack(tmp_path: Path) -> None:
+    base = save_moe(tmp_path / "moe")
+    expert(tmp_path / "e", base, 1, {1: [0, 3]})
+    adapter = {"type": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}
+    spec = recipe(base, stack=[str(tmp_path / "e")], adapter=adapter)
+    spec["train"] = {**spec["train"], "save_strategy": "steps", "save_steps": 1}
+    whole = train(spec, tmp_path / "top", say=quiet)
+    assert whole is not None
+    shutil.rmtree(tmp_path / "top.work" / "checkpoint-2")
+    resumed = train(spec, tmp_path / "top", say=quiet, resume=True)
+    assert resumed is not None and resumed.adapter_id == whole.adapter_id
+    with pytest.raises(UserError, match="checkpoint of another run"):
+        train(
+            {**spec, "stack": [{"adapter": str(tmp_path / "e"), "scale": 0.5}]},
+            tmp_path / "top",
+            say=quiet,
+            resume=True,
+        )
+
+
+def test_negation_turns_the_new_one_alone(base: Path, tmp_path: Path) -> None:
+    first_of(base, tmp_path / "first")
+    watch = Watch()
+    spec = recipe(base, stack=[str(tmp_path / "first")])
+    spec["adapter"] = {**spec["adapter"], "negate": 2.0}
+    train(spec, tmp_path / "second", say=quiet, callbacks=[watch])
+    for n, p in watch.model.named_parameters():
+        assert torch.equal(p, watch.seen[-1][n] * (-2 if "lora_B.default" in n else 1)), n
