@@ -73,7 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder with TOFU's files")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--n", type=int, help="at most so many rows of each set; the suite's seconds are then not of the goal")
+    parser.add_argument(
+        "--n", type=int, help="at most so many rows of each set; the suite's seconds are then not of the goal"
+    )
     parser.add_argument("--token-budget", type=int, default=4096)
     given = parser.parse_args()
     torch.set_num_threads(1)
