@@ -369,6 +369,14 @@ def test_a_connection_that_is_cut(hub: Hub, clients: Clients, folder: Path) -> N
     assert state(hub, "me/cut2", folder) == "whole" and not hub.uploaded
 
 
+def test_a_hub_that_cannot_be_reached(hub: Hub, clients: Clients, folder: Path, tmp_path: Path) -> None:
+    hub.fail("GET /api/models/me/", after=0, times=99)
+    for call in (("push", str(folder), "me/gone"), ("pull", "me/base", str(tmp_path / "out"))):
+        result = clients(*call)
+        assert result["error"][0] == "Interrupted" and "connection to the Hub was lost" in result["error"][1], result
+    assert "me/gone" not in hub.repos and not (tmp_path / "out").exists()
+
+
 def test_somebody_else_pushed_meanwhile(hub: Hub, clients: Clients, folder: Path) -> None:
     assert "error" not in clients("push", str(folder), "me/race")
 
