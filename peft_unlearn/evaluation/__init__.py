@@ -1,7 +1,7 @@
 """Evaluation: metrics, suites, the scores of several subjects on one loaded model, and what evaluates while training.
 
-Importing the room registers the metrics and the attacks. It is light: torch, transformers, scipy and rouge-score are imported where
-they are used.
+Importing the room registers the metrics, what feeds them, and the attacks. torch comes with it; transformers, scipy and rouge-score are
+imported where they are used.
 """
 
 from . import attacks as attacks

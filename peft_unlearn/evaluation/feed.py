@@ -24,6 +24,8 @@ def feed(
     base: Measured | None = None,
 ) -> Any:
     """What a metric's parameter of that name is given; Unmeasured where the rows or the subjects do not have it."""
+    if s.spec.name in m.too_long:
+        raise Unmeasured(m.too_long[s.spec.name])
     if provider_of(name) is not None:
         values = m.extra.get(name, {}).get(s.spec.name, Unmeasured(f"{name} was not measured for this subject"))
         if isinstance(values, Unmeasured):

@@ -80,6 +80,7 @@ class Measured:
     mean_logp: Array  # (pairs,)
     said: dict[Ask, str]
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # provider's input -> set -> values or Unmeasured
+    too_long: dict[str, str] = field(default_factory=dict)  # set -> why this model cannot read it
 
 
 def rows_of(data: Any, source: str) -> list[dict[str, Any]] | None:
@@ -266,6 +267,38 @@ def _known_answers(model: Any, plan: Plan, forced: TeacherForced, wanted: Mappin
     return said
 
 
+def context_length(model: Any) -> int | None:
+    """How many positions a model has a learned table for; None where positions are computed (rotary and their kin read on, if
+    badly, beyond what they were made for)."""
+    import torch
+
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words]
+    return limit if any(t.num_embeddings in (limit, limit + 2) for t in tables) else None  # OPT's begins at 2
+
+
+def _too_long(plan: Plan, limit: int) -> dict[str, str]:
+    """Sets of which a row, or a prompt with its longest answer, does not fit into `limit` tokens, each with the reason."""
+    sizes, out = [len(e["input_ids"]) for e in plan.encoded], {}
+    for name, s in plan.sets.items():
+        rows = [
+            max(sizes[pair], len(prompt_ids(ask.prompt, plan.tokenizer)) + ask.max_new_tokens if s.generates else 0)
+            for pair, ask in zip(s.answer, s.asks, strict=True)
+        ]
+        rows += [sizes[pair] for pair in [*s.right, *(w for ws in s.wrong for w in ws)]]
+        over = [n for n in rows if n > limit]
+        if over:
+            what = "texts are longer than the model's context"
+            out[name] = (
+                f"{len(over)} of {len(rows)} {what} ({max(over)} tokens of {limit}); shorter rows, or fewer shots"
+            )
+    return out
+
+
 def cut_at(text: str, stop: Sequence[str]) -> str:
     """The text before the first of the stop strings, without blanks around it; blanks before a stop string count."""
     ends = [k for mark in stop if (k := text.find(mark)) >= 0]
@@ -288,10 +321,15 @@ def measure(
 
     tokenizer = plan.tokenizer
     pad_id, eos = pad_id_of(tokenizer), tokenizer.eos_token_id
-    forced = read_encoded(model, plan.encoded, pad_id, eos, token_budget, tell("reading answers"), plan.moments)
+    limit = context_length(model)
+    too_long = {} if limit is None else _too_long(plan, limit)
+    readable = None if limit is None else np.array([len(e["input_ids"]) <= limit for e in plan.encoded], dtype=np.bool_)
+    forced = read_encoded(
+        model, plan.encoded, pad_id, eos, token_budget, tell("reading answers"), plan.moments, readable
+    )
     wanted: dict[Ask, list[int]] = {}
-    for s in plan.sets.values():
-        if s.generates and "generation" not in s.missing:
+    for name, s in plan.sets.items():
+        if s.generates and "generation" not in s.missing and name not in too_long:
             for ask, i in zip(s.asks, s.answer, strict=True):
                 wanted.setdefault(ask, []).append(i)
     said = _known_answers(model, plan, forced, wanted)
@@ -302,7 +340,7 @@ def measure(
         answers = greedy(model, tokenizer, prompts, max_new_tokens=length, progress=tell("generating answers"))
         by_prompt = dict(zip(prompts, answers, strict=True))
         said.update({ask: cut_at(by_prompt[ask.prompt], ask.stop) for ask in left})
-    measured = Measured(forced, forced.logp.mean(), said)
+    measured = Measured(forced, forced.logp.mean(), said, too_long=too_long)
     if plan.providers:
         about = context or Context(settings=plan.suite.settings, progress=progress, token_budget=token_budget)
         measured.extra = provide(model, plan, measured, about)

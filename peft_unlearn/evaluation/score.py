@@ -134,7 +134,11 @@ def score(
     )
     report.per_row = {s: {k: v.rows for k, v in found.items() if v.rows is not None} for s, found in numbers.items()}
     report.log_ratio = {
-        subject: {name: feed("log_ratio", s, m, s.chosen, None) for name, s in plan.sets.items() if s.right}
+        subject: {
+            name: feed("log_ratio", s, m, s.chosen, None)
+            for name, s in plan.sets.items()
+            if s.right and name not in m.too_long
+        }
         for subject, m in measured.items()
     }
     report.rows = {name: s.rows for name, s in plan.sets.items()}
@@ -142,7 +146,7 @@ def score(
         subject: {
             name: [m.said[ask] for ask in s.asks]
             for name, s in plan.sets.items()
-            if s.generates and "generation" not in s.missing
+            if s.generates and "generation" not in s.missing and name not in m.too_long
         }
         for subject, m in measured.items()
     }

@@ -92,8 +92,11 @@ def read_encoded(
     token_budget: int = 4096,
     progress: Callable[[int, int], None] | None = None,
     moments: NDArray[np.bool_] | None = None,
+    readable: NDArray[np.bool_] | None = None,
 ) -> TeacherForced:
     """`teacher_forced` for rows that are tokens already (`data.collate.encode`).
+
+    readable: (rows,) False where the model cannot read a row; it stays empty. Default all.
 
     moments: (rows,) where `logp_mean` and `logp_std` are wanted too; they cost two more passes over the logits.
     """
@@ -110,7 +113,7 @@ def read_encoded(
     done = 0
     with torch.no_grad(), evaluating(model):
         for wanted in (True, False):
-            mine = np.flatnonzero(more == wanted).tolist()
+            mine = np.flatnonzero((more == wanted) & (True if readable is None else readable)).tolist()
             for batch in batches([len(encoded[i]["input_ids"]) for i in mine], token_budget):
                 rows = [mine[k] for k in batch]
                 tensors = {k: v.to(device) for k, v in pad([encoded[i] for i in rows], pad_id).items()}

@@ -260,3 +260,16 @@ def test_the_suites_are_whole():
         suite = suites.load(name)
         assert suite.sets and all(not math.isnan(len(s.metrics)) for s in suite.sets.values())
         suite.quick()
+
+
+def test_a_prefix_longer_than_the_context_is_a_reason(muse, tokenizer):
+    """A learned position table ends: that set loses its numbers, the others keep theirs."""
+    write(muse / "knowmem/forget_qa_icl.json", qas("shown", 40))
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=256, bos_token_id=1, eos_token_id=2)
+    model = GPT2LMHeadModel(config).eval()
+    report = score({"base": lambda: nullcontext(model)}, "muse", ForgetRetain.load(muse), tokenizer)
+    assert "longer than the model's context" in report["details"]["base"]["knowmem_forget/rouge_l_f1"]["reason"]
+    assert report["subjects"]["base"]["knowmem_retain/rouge_l_f1"] is not None
