@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -195,8 +196,9 @@ def _stream(job: Job, min_cosine: float, tell: Callable[[str, int, int], None]) 
         "seed": job.seed, "adapters": [[f.adapter_id, job.scales[n]] for n, f in job.folders.items()],
         "files": {Path(s).name: sum(e.end - e.begin for e in es) for s, es in by_shard.items()},
     }  # fmt: skip
-    with MergeStage(job.out, about) as stage:
+    with MergeStage(job.out, about) as stage, ThreadPoolExecutor(1) as later:
         try:
+            flushed = []  # the next shard is under way while the last one reaches the disk
             records: dict[str, dict[str, Any]] = {}
             for i, (source, members) in enumerate(by_shard.items()):
                 name = Path(source).relative_to(job.base_path).as_posix()
@@ -204,11 +206,13 @@ def _stream(job: Job, min_cosine: float, tell: Callable[[str, int, int], None]) 
                 if record is None:
                     _room(stage.root, stream.shard_bytes(members), name)
                     record = stream.write(members, stage.model / name)
-                    stage.record(name, record)
+                    flushed.append(later.submit(stage.record, name, record))
                 else:
                     report.resumed += 1
                 records[name] = record
                 tell("shards", i + 1, len(by_shard))
+            for record in flushed:
+                record.result()
             _account(job, stream, records, report)
             refuse_lossy(report, min_cosine)
             _sidecars(job, stage.model, records, report)

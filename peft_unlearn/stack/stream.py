@@ -12,28 +12,23 @@ import hashlib
 import json
 import math
 import os
-import queue
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import UserError
 from ..folder.safetensors_io import TORCH_NAMES, TensorEntry
 from .delta import Deltas
 from .layout import Layout, Product, Slab
-from .rounding import BLOCK, Adder, Overflow, Sums, blocks, cast_block, generator
+from .pipeline import SIZE, Buffers, Pipeline
+from .rounding import Adder, Overflow, Sums, blocks, cast_block, generator
 
 Unit = tuple[str, int | None]
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _SAFE = {v: k for k, v in TORCH_NAMES.items()}
-_SIZE = BLOCK * 4  # bytes of a buffer
-_COPY = _SIZE
-_AHEAD = 4  # blocks waiting to be written or hashed
 
 
 class Overlay:
@@ -69,7 +64,7 @@ class Stream:
         self.layout, self.overlay = layout, overlay
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.seed = seed if rounding == "stochastic" else None
-        self._buffers = _Buffers()
+        self._buffers = Buffers()
         self._adders: dict[torch.dtype, Adder] = {}
         self.wide = wide_patterns(layout.model, self.dtype)
         self.slabs: dict[str, list[Slab]] = {}
@@ -149,14 +144,10 @@ class Stream:
         with ExitStack() as stack:
             f = stack.enter_context(open(source, "rb", buffering=0))
             g = stack.enter_context(open(out, "wb", buffering=0))
-            writer = stack.enter_context(_Worker(_write_and_hash))
-            hasher = stack.enter_context(_Worker(_hash))
+            pipe = stack.enter_context(Pipeline(f, g, self._buffers))
             g.write(len(text).to_bytes(8, "little") + text)
-            shas = {}
-            for e in order:
-                shas[e.name] = self._tensor(e, f, g, writer, hasher, sums)
-            writer.finish()
-            hasher.finish()
+            shas = {e.name: self._tensor(e, f, pipe, sums) for e in order}
+            pipe.finish()
         for e in order:
             a, b = shas[e.name]
             rows[e.name] = {
@@ -167,41 +158,36 @@ class Stream:
             }
         return {"tensors": rows, "sums": [[w, x, *vars(s).values()] for (w, x), s in sums.items()]}
 
-    def _tensor(
-        self, entry: TensorEntry, f: Any, g: Any, writer: _Worker, hasher: _Worker, sums: dict[Unit, Sums]
-    ) -> tuple[Any, Any]:
+    def _tensor(self, entry: TensorEntry, f: Any, pipe: Pipeline, sums: dict[Unit, Sums]) -> tuple[Any, Any]:
         """Send one tensor on its way; (hash of what was read, hash of what is written)."""
         target = self.out_dtype(entry)
         slabs = self.slabs.get(entry.name)
         f.seek(entry.begin)
         if slabs is None and target == entry.dtype:
-            sha = hashlib.sha256()
-            left = entry.end - entry.begin
-            while left:
-                piece = self._buffers.take(min(_COPY, left))
-                _read(f, piece.bytes, entry)
-                left -= piece.bytes.numel()
-                writer.put(g, sha, piece)
+            sha = pipe.copy(entry)
             return sha, sha
         read, written = hashlib.sha256(), hashlib.sha256()
         kind, dtype = getattr(torch, TORCH_NAMES[entry.dtype]), getattr(torch, TORCH_NAMES[target])
+        adder = self._adders.setdefault(dtype, Adder(dtype))
         rng = None if self.seed is None or slabs is None else generator(self.seed, entry.name)
 
         def through(shape: Sequence[int], product: Product | None, unit: Unit | None) -> None:
             rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) else (1, 1)
-            for part in blocks(rows, columns):
-                n = (part.stop - part.start) * columns
-                raw, done = self._buffers.take(n * kind.itemsize, users=2), self._buffers.take(n * dtype.itemsize)
-                _read(f, raw.bytes, entry)
-                hasher.put(read, raw)
+            step = max(1, SIZE // max(1, columns * max(kind.itemsize, dtype.itemsize)))
+            for top in range(0, rows, step):
+                n = min(step, rows - top) * columns
+                raw, done = pipe.take(n * kind.itemsize, users=2), pipe.take(n * dtype.itemsize, users=2)
+                pipe.read(entry, raw.bytes)
+                pipe.hash_read(read, raw)
                 w, out = raw.bytes.view(kind).view(-1, columns), done.bytes.view(dtype).view(-1, columns)
-                if product is None or unit is None:
-                    cast_block(w, out)
-                else:
-                    adder = self._adders.setdefault(dtype, Adder(dtype))
-                    sums.setdefault(unit, Sums()).add(adder(w, product[0][part], product[1], out, rng))
+                for part in blocks(w.shape[0], columns):
+                    if product is None or unit is None:
+                        cast_block(w[part], out[part])
+                    else:
+                        left = product[0][top + part.start : top + part.stop]
+                        sums.setdefault(unit, Sums()).add(adder(w[part], left, product[1], out[part], rng))
                 raw.release()
-                writer.put(g, written, done)
+                pipe.write(written, done)
 
         try:
             if slabs is None:
@@ -230,98 +216,6 @@ def wide_patterns(model: Any, dtype: torch.dtype) -> list[Any]:
 
     plan = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
     return [re.compile(name.replace("*", ".*")) for name, kind in plan.items() if kind == torch.float32]
-
-
-class _Worker:
-    """A thread that calls `work` on what is put, in order, a few ahead; its error comes back at the next `put`."""
-
-    def __init__(self, work: Callable[..., None]) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(_AHEAD)
-        self._error: BaseException | None = None
-        self._work = work
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> _Worker:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
-
-    def put(self, *item: Any) -> None:
-        if self._error is not None:
-            raise self._error
-        self._queue.put(item)
-
-    def finish(self) -> None:
-        self._queue.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while True:
-            item = self._queue.get()
-            try:
-                if item is None:
-                    return
-                if self._error is None:
-                    self._work(*item)
-            except BaseException as e:
-                self._error = e
-            finally:
-                self._queue.task_done()
-
-
-class _Buffer:
-    """Some bytes that several users hold; the last to release them gives them back."""
-
-    def __init__(self, pool: _Buffers, whole: Tensor, n: int, users: int) -> None:
-        self.bytes = whole[:n]
-        self._pool, self._whole, self._users = pool, whole, users
-
-    def release(self) -> None:
-        with self._pool.lock:
-            self._users -= 1
-            if self._users == 0 and self._whole.numel() == _SIZE:
-                self._pool.free.append(self._whole)
-
-
-class _Buffers:
-    """Memory for blocks, used again and again: fresh pages would cost more than what is done with them."""
-
-    def __init__(self) -> None:
-        self.free: list[Tensor] = []
-        self.lock = threading.Lock()
-
-    def take(self, n: int, users: int = 1) -> _Buffer:
-        with self.lock:
-            whole = self.free.pop() if self.free and n <= _SIZE else None
-        return _Buffer(self, torch.empty(max(n, _SIZE), dtype=torch.uint8) if whole is None else whole, n, users)
-
-
-def _write_and_hash(g: Any, sha: Any, piece: _Buffer) -> None:
-    data = piece.bytes.numpy().data
-    at = 0
-    while at < len(data):
-        at += g.write(data[at:])
-    sha.update(data)
-    piece.release()
-
-
-def _hash(sha: Any, piece: _Buffer) -> None:
-    sha.update(piece.bytes.numpy().data)
-    piece.release()
-
-
-def _read(f: Any, into: Tensor, entry: TensorEntry) -> None:
-    view = into.numpy().data
-    at = 0
-    while at < len(view):
-        got = f.readinto(view[at:])
-        if not got:
-            raise UserError(f"{entry.file.name}: ends inside the tensor {entry.name!r}; the file is truncated.")
-        at += got
 
 
 def free_bytes(folder: Path) -> int:

@@ -130,6 +130,8 @@ def copy(base: str, out: str) -> dict[str, Any]:
 def merge(base: str, adapter: str, out: str, dtype: str) -> dict[str, Any]:
     """Seconds and peak memory over what the process held once the libraries were imported."""
     import torch
+    import transformers.conversion_mapping
+    import transformers.models.auto.modeling_auto
     import transformers.models.llama.modeling_llama  # noqa: F401  (an import is no part of the merge)
 
     from peft_unlearn.stack.merge import merge as run
