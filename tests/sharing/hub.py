@@ -298,7 +298,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             if name in self.hub.repos:
                 return self.json({"error": "You already created this model repo", **answer}, 409)
-            repo = self.hub.repos[name] = Repo(private=asked.get("visibility") == "private")
+            repo = self.hub.repos[name] = Repo(
+                private=asked.get("visibility") == "private" or asked.get("private") is True
+            )
             repo.add("main", {".gitattributes": Blob(ATTRIBUTES.encode())}, "initial commit")
         self.json(answer)
 
