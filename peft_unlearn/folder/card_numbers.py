@@ -152,16 +152,16 @@ def _explained(evaluation: dict[str, Any], attacks: list[dict[str, Any]], notes:
              + "; in parentheses 95 % intervals by bootstrap over rows."]  # fmt: skip
     if (scale := evaluation.get("scale")) is not None:
         lines.append(f"Measured at scale {inline(scale)}.")
+    alike: dict[str, list[str]] = {}  # attacks on the same rows from the same start share a sentence
     for record in attacks:
-        settings = ", ".join(f"{k} {v}" for k, v in (record.get("settings") or {}).items())
+        settings = ", ".join(f"{k} {v}" for k, v in (record.get("settings") or {}).items() if v is not None)
         now = ((record.get("subjects") or {}).get("adapter") or {}).get("before") or {}
         before = next((f"{m.replace('_', ' ')} {_value(now[m])}" for m in _FORGET if m in now), None)
-        lines.append(
-            f"{code(record['label'], cell=False)} ({inline(settings)}): {inline(record.get('n', '?'))} rows that the "
-            "attacker did not see"
-            + (f", where the adapter stands at {before} before the attack" if before else "")
-            + "."
-        )
+        where = f"{inline(record.get('n', '?'))} rows that the attacker did not see"
+        where += f", where the adapter stands at {before} before the attack" if before else ""
+        name = code(record["label"], cell=False)
+        alike.setdefault(where, []).append(f"{name} ({inline(settings)})" if settings else name)
+    lines += [f"On {where}: {', '.join(names)}." for where, names in alike.items()]
     if attacks:
         lines.append("Recovered: (after − before) / (base − before); 1 is as if nothing had been forgotten.")
     found = evaluation.get("calibration")

@@ -68,6 +68,7 @@ def make(name: str, trained: Path | None) -> None:
         asked = attacks.requests_of(relearn=20, quantize="bf16,int8,int4", jailbreak="templates", plain=["strip"])
         attacks.attack([work], asked)
         words = f"Forgets {'one invented field of knowledge' if recipe.startswith('domains') else 'ten invented people'}: {shows}."
+        (work / "README.md").unlink()  # the one that training wrote would be kept as somebody's own words
         card(work, write=True, description=words, license="apache-2.0")
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(work, out)
