@@ -106,14 +106,14 @@ class FusedLinear(Linear):
         return (result + F.linear(F.linear(x, pair.a), pair.b)).to(result.dtype)
 
     def _current(self) -> _Pair | None:
-        active = self._active_adapter
+        pair, active = self._pair, self._active_adapter
+        if pair is not None and pair.holds(self):
+            return pair
         # One adapter runs as PEFT runs it, bit for bit.
         if isinstance(active, str) or len(active) < 2 or sum(n in self.scaling for n in active) < 2:
             return None
-        pair = self._pair
-        if pair is None or not pair.holds(self):
-            pair = self._pair = _Pair(self, active)
-        return pair
+        self._pair = _Pair(self, active)
+        return self._pair
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:  # every move to another dtype or device comes by here
         self._pair = None
