@@ -13,7 +13,7 @@ from ..registry import Range
 from .measured import Ragged, Unmeasured
 from .metrics.extraction import ngram_overlap, prefixes
 from .metrics.generation import words
-from .plan import Measured, Plan, SetPlan, _arg_max_is_greedy, cut_at
+from .plan import Measured, Plan, SetPlan, arg_max_is_greedy, cut_at
 from .provider import Context, provider
 from .sampling import FORMATS, answer_ids, bare_ids, sample, worded
 from .sampling import continuations as continue_ids
@@ -49,7 +49,7 @@ def continuations(
     all. Where teacher forcing shows that greedy decoding gives exactly the rest, nothing is generated.
     """
     out: dict[str, Any] = {}
-    told = _arg_max_is_greedy(model)
+    told = arg_max_is_greedy(model)
     for name, s in context.sets.items():
         if wrong := _healthy(s, measured):
             out[name] = wrong

@@ -77,7 +77,7 @@ def _answers(
     """Generated continuations, length-sorted batches, in the order of `prompts`."""
     import torch
 
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     ids = [row[:-1] if row and row[-1] in ends else row for row in ids]  # some tokenizers close every text with EOS
@@ -116,7 +116,7 @@ def _answers(
     return answers
 
 
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
     """Every token that ends an answer: the tokenizer's EOS and the model's own (chat models have several)."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)

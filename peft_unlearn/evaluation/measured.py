@@ -75,7 +75,7 @@ class Ragged:
 
 
 @lru_cache(maxsize=4)
-def _resamples(n: int, resamples: int, seed: int) -> NDArray[np.uint16]:
+def resampled(n: int, resamples: int, seed: int) -> NDArray[np.uint16]:
     """(resamples, n): how often each row is drawn. Shared by all metrics with the same n, so intervals are
     comparable."""
     rng = np.random.default_rng(seed)
@@ -97,7 +97,7 @@ def bootstrap_ci(
     if np.all(values == values[0]):  # without a matmul's rounding
         return float(values[0]), float(values[0])
     # in slices of 256, so that 10,000 rows do not need a (1000, 10000) matrix of floats
-    counts = _resamples(n, resamples, seed)
+    counts = resampled(n, resamples, seed)
     means = np.concatenate([counts[i : i + 256].astype(np.float64) @ values for i in range(0, resamples, 256)]) / n
     tail = 50.0 * (1.0 - level)
     low, high = np.percentile(means, [tail, 100.0 - tail])

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..registry import get
 from .feed import INPUTS as INPUTS
 from .feed import feed as feed
-from .generate import _end_ids, greedy
+from .generate import end_ids, greedy
 from .measured import Array
 from .provider import Context, Progress, asked_of, inputs_of, provide, stripped
 from .suites import EvalSet, Suite
@@ -238,7 +238,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _arg_max_is_greedy(model: Any) -> bool:
+def arg_max_is_greedy(model: Any) -> bool:
     config = getattr(model, "generation_config", None)
     return config is not None and all(getattr(config, k, None) in allowed for k, allowed in _NEUTRAL.items())
 
@@ -246,9 +246,9 @@ def _arg_max_is_greedy(model: Any) -> bool:
 def _known_answers(model: Any, plan: Plan, forced: TeacherForced, wanted: Mapping[Ask, list[int]]) -> dict[Ask, str]:
     """Greedy answers that need no generation: where every token of an answer is the arg-max, greedy says that
     answer."""
-    if not _arg_max_is_greedy(model):
+    if not arg_max_is_greedy(model):
         return {}
-    ends, tokenizer, said = _end_ids(model, plan.tokenizer), plan.tokenizer, {}
+    ends, tokenizer, said = end_ids(model, plan.tokenizer), plan.tokenizer, {}
     for ask, pairs in wanted.items():
         i = next((i for i in pairs if forced.complete[i]), None)
         if i is None:

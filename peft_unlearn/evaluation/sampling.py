@@ -17,7 +17,7 @@ import numpy as np
 from ..data.collate import encode, prompt_ids
 from ..data.formats import to_text
 from ..errors import UserError, nearest
-from .generate import _end_ids
+from .generate import end_ids
 from .metrics.generation import words
 
 FORMATS = {
@@ -57,7 +57,7 @@ def worded(
 def bare_ids(prompt: str, model: Any, tokenizer: Any) -> list[int]:
     """Tokens of a prompt as generation starts from it, without the EOS that some tokenizers close every text with."""
     ids = prompt_ids(prompt, tokenizer)
-    return ids[:-1] if ids and ids[-1] in _end_ids(model, tokenizer) else ids
+    return ids[:-1] if ids and ids[-1] in end_ids(model, tokenizer) else ids
 
 
 def answer_ids(prompt: str, answer: str, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -119,7 +119,7 @@ def continuations(
             token = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True).clamp_(max=total.shape[-1] - 1)
             return torch.full_like(scores, -float("inf")).scatter_(1, token, 0.0)
 
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     device = model.get_input_embeddings().weight.device
     out: list[list[int]] = [[]] * len(prompts)

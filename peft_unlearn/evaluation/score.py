@@ -130,7 +130,7 @@ def score(
         metrics={m: _describe(get("metric", m)) for m in used},
         adapter_id=adapter_id,
         base=base,
-        versions=_versions(),
+        versions=installed_versions(),
     )
     report.per_row = {s: {k: v.rows for k, v in found.items() if v.rows is not None} for s, found in numbers.items()}
     report.log_ratio = {
@@ -275,7 +275,7 @@ def _describe(method: Method) -> dict[str, Any]:
     return {key: method.extra[key] for key in ("better", "reference", "version")}
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     found = {}
     for package in ("peft-unlearn", "torch", "transformers", "peft", "numpy", "scipy", "rouge-score"):
         try:

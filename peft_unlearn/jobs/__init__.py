@@ -1,9 +1,10 @@
 """What the commands do, without a terminal. Everything a user can get wrong is checked before a model is loaded."""
 
-from .evaluate import check_data, check_out, evaluate, save_report
+from .evaluate import check_out, evaluate, save_report
 from .plan import Plan, plan
 from .run import Run, load_data, prepare
 from .save import save_adapter
+from .subjects import check_data
 from .train import generate_alternates, quiet, train
 
 __all__ = [

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..data import embedded
-from ..data.bundle import ForgetRetain
 from ..errors import Errors, UserError, nearest
 from ..evaluation.attacks.run import SHOWN, run_attacks, wanted
 from ..evaluation.score import on_one_model
-from ..folder.read import AdapterFolder, read_adapter
 from ..folder.recipe import parse_yaml
 from ..folder.write import update_block
 from ..registry import methods
 from ..stack.model import ForgetModel
-from .evaluate import _as_subjects, _data_of, _subject_names, _twin, check_data
-from .run import load_data
+from .subjects import bundle_for, judged_folders, subject_of, twin
 
 BLOCK = "attacks"  # of eval.json
 Requests = list[tuple[str, dict[str, Any]]]
@@ -41,13 +38,13 @@ def attack(
     earlier attacks on the same adapter and rows stay in it.
     """
     chosen = wanted(requests)
-    found = [read_adapter(f) for f in folders]
-    names = _subject_names(found)
-    bundle = _bundle(found, data)
-    stack = ForgetModel.from_pretrained(base, dict(zip(names, [f.path for f in found], strict=True)))
-    subjects: dict[str, Any] = on_one_model(stack.model, {"base": None, **_as_subjects(names)})
+    adapters = judged_folders(folders)
+    found = list(adapters.values())
+    bundle = bundle_for(found, data)
+    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in adapters.items()})
+    subjects: dict[str, Any] = on_one_model(stack.model, {"base": None, **subject_of(list(adapters))})
     ref = found[0].manifest.base.ref
-    subjects["retain_only"] = _twin(ref, bundle.refs.get("forget"))
+    subjects["retain_only"] = twin(ref, bundle.refs.get("forget"))
     checkpoints: dict[str, Any] = dict.fromkeys(subjects, stack.base_dir)
     checkpoints["retain_only"] = embedded.twin_for(ref, bundle.refs.get("forget"))
     block = run_attacks(
@@ -63,19 +60,10 @@ def attack(
         base=ref,
         progress=progress,
     )
-    block["scale"] = dict(zip(_as_subjects(names), stack.scales().values(), strict=True))
+    block["scale"] = dict(zip(subject_of(list(adapters)), stack.scales().values(), strict=True))
     if write and len(found) == 1 and n is None:
         update_block(found[0].path, BLOCK, _with_earlier(block, (found[0].eval or {}).get(BLOCK)))
     return block
-
-
-def _bundle(found: Sequence[AdapterFolder], data: str | None) -> ForgetRetain:
-    """The data given, or those of the first adapter; every adapter must have been trained to forget its forget set."""
-    own = _data_of(found[0].manifest)
-    bundle = load_data(found[0].recipe.get("data"), data) if data or not own else ForgetRetain.load(own)
-    for folder in found:
-        check_data(bundle, folder.manifest)
-    return bundle
 
 
 def _with_earlier(block: dict[str, Any], earlier: Any) -> dict[str, Any]:

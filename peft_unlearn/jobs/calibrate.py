@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ..data.bundle import ForgetRetain
 from ..errors import UserError
 from ..evaluation.calibrate import FLOOR, METRIC, Levels, check_exact, dialed, make_read, search
 from ..evaluation.plan import Progress
@@ -16,8 +15,7 @@ from ..folder.rescale import bake as bake_in
 from ..folder.rescale import set_scale
 from ..folder.write import update_eval
 from ..stack.model import ForgetModel
-from .evaluate import _data_of, _twin, check_data
-from .run import load_data
+from .subjects import bundle_for, twin
 
 FORMAT = 1
 BLOCK = "calibration"  # of eval.json
@@ -45,7 +43,7 @@ def calibrate(
     check_exact(found)
     if bake and (n is not None or not write):
         raise UserError("bake writes into the adapter; it takes a search on all rows (no --n)")
-    bundle = bundle_for(found, data)
+    bundle = bundle_for([found], data)
     stack = ForgetModel.from_pretrained(base, {"adapter": found.path})
     read = make_read(bundle, stack.tokenizer, metric, n)
     at = dialed(stack, "adapter")
@@ -57,7 +55,7 @@ def calibrate(
         **result.as_json(),
         "max_scale": max_scale,
         "as_trained": next((p.as_json() for p in result.curve if p.scale == 1.0), None),
-        "retain_only": _levels_of(_twin(found.manifest.base.ref, bundle.refs.get("forget")), read),
+        "retain_only": _levels_of(twin(found.manifest.base.ref, bundle.refs.get("forget")), read),
         "scale_before": found.manifest.scale,
         "baked": False,
         "n": {"forget": levels.forget.n, "retain": levels.retain.n},
@@ -76,23 +74,15 @@ def calibrate(
     return block
 
 
-def bundle_for(found: AdapterFolder, data: str | None) -> ForgetRetain:
-    """The data that an adapter was trained on, or those given, which must have its forget set."""
-    own = _data_of(found.manifest)
-    bundle = load_data(found.recipe.get("data"), data) if data or not own else ForgetRetain.load(own)
-    check_data(bundle, found.manifest)
-    return bundle
-
-
 def base_levels(stack: ForgetModel, read: Any) -> Levels:
     with stack.disabled() as model:
         return read(model)
 
 
-def _levels_of(twin: Any, read: Any) -> dict[str, Any] | None:
-    if twin is None:
+def _levels_of(subject: Any, read: Any) -> dict[str, Any] | None:
+    if subject is None:
         return None
-    with twin() as model:
+    with subject() as model:
         return read(model).as_json()
 
 

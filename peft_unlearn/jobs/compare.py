@@ -15,10 +15,9 @@ from ..evaluation.compare import LEVEL, check_same_sets
 from ..evaluation.compare import compare as run
 from ..evaluation.document import interval, number, percent
 from ..evaluation.plan import Progress
-from ..folder.read import AdapterFolder, read_adapter
 from ..stack.model import ForgetModel
-from .calibrate import bundle_for, write_file
-from .evaluate import _twin
+from .calibrate import write_file
+from .subjects import bundle_for, named_folders, twin
 
 NAMES = {
     "forget/extraction_strength": "forget ES", "forget/value_accuracy": "forget right", "forget/probability": "forget prob.",
@@ -61,13 +60,13 @@ def compare(
         {name: str(f.manifest.data.get("forget", {}).get("sha256", "not stated")) for name, f in found.items()}
     )
     first = next(iter(found.values()))
-    bundle = bundle_for(first, data)
+    bundle = bundle_for([first], data)
     stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()})
     result, _ = run(
         stack,
         bundle,
         suite or str((first.recipe.get("eval") or {}).get("suite") or "people"),
-        twin=_twin(first.manifest.base.ref, bundle.refs.get("forget")),
+        twin=twin(first.manifest.base.ref, bundle.refs.get("forget")),
         floor=retain_floor,
         max_scale=max_scale,
         metric=metric,
@@ -80,20 +79,6 @@ def compare(
         "base": first.manifest.base.ref,
         "data": {"forget": bundle.sha256["forget"], "ref": bundle.refs.get("forget")},
     }
-
-
-def named_folders(folders: Sequence[str | Path]) -> dict[str, AdapterFolder]:
-    """Folders by their own name, as PEFT allows it; `UserError` where two are called the same."""
-    import re
-
-    out: dict[str, AdapterFolder] = {}
-    for folder in folders:
-        found = read_adapter(folder)
-        name = re.sub(r"[^A-Za-z0-9_-]", "_", found.path.resolve().name)
-        if name in out:
-            raise UserError(f"two adapter folders are called {name}; adapters are told apart by folder name")
-        out[name] = found
-    return out
 
 
 def order(found: Mapping[str, Any]) -> list[str]:
@@ -150,10 +135,10 @@ def sentences(found: Mapping[str, Any]) -> str:
             out.append(f"Not clearly apart from it, row by row: {', '.join(near)}.")
         if apart:
             out.append(f"Behind it: {', '.join(apart)}.")
-    twin = found.get("retain_only")
-    if twin:
+    never = found.get("retain_only")
+    if never:
         out.append(
-            f"A model that never saw the forget set has {number(twin['forget']['value'])}: less than that is no better."
+            f"A model that never saw the forget set has {number(never['forget']['value'])}: less than that is no better."
         )
     for name, why in found["cannot"].items():
         out.append(f"{name}: {why}.")
@@ -162,8 +147,8 @@ def sentences(found: Mapping[str, Any]) -> str:
 
 def parts(found: Mapping[str, Any]) -> list[doc.Part]:
     """The comparison as a document."""
-    twin = found.get("retain_only")
-    pair = (twin["forget"]["value"], twin["retain"]["value"]) if twin else None
+    never = found.get("retain_only")
+    pair = (never["forget"]["value"], never["retain"]["value"]) if never else None
     base = found["base_levels"]["retain"]["value"]
     png = pictures.frontier(
         {name: found["calibration"][name] for name in order(found)}, base, found["floor"], pair, metric=found["metric"]

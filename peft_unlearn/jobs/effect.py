@@ -27,8 +27,8 @@ from ..gradients.vector import Space
 from ..gradients.window import Window
 from ..stack.model import check_base
 from ..trainer import STATE
-from .evaluate import check_data
 from .run import Run, prepare
+from .subjects import check_data
 from .train import generate_alternates
 
 ADAPTER = "default"

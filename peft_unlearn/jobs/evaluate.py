@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data import embedded
 from ..data.bundle import ForgetRetain
 from ..errors import UserError, nearest
 from ..evaluation import open_unlearning
 from ..evaluation.score import Report, on_one_model, score
 from ..folder.atomic import write_text
-from ..folder.base import load_base, load_tokenizer, resolve_base
-from ..folder.manifest import Manifest
-from ..folder.read import MANIFEST, AdapterFolder, read_adapter
+from ..folder.read import AdapterFolder
 from ..folder.write import update_eval
 from ..stack.model import ForgetModel
-from .run import load_data
+from .subjects import TWIN, bundle_of, check_data, control, judged_folders, loaded_control, matches, subject_of, twin
 
 Progress = Callable[[str, int, int], None]
 LAYOUTS = ("eval", "open-unlearning")
@@ -34,6 +30,7 @@ def evaluate(
     suite: str | None = None,
     n: int | None = None,
     retain_only: str | None = None,
+    tasks: Sequence[str] | None = None,
     progress: Progress | None = None,
     write: bool = True,
 ) -> Report:
@@ -43,11 +40,12 @@ def evaluate(
     ``"data_matches_manifest": false``, and an embedded base's own twin is no reference.
     retain_only: a model trained without the forget set (a folder, a Hub id, ``embedded:NAME`` for the twin of that base), or a
     folder of a forget adapter on the same base. Default the embedded base's twin.
+    tasks: lm-eval tasks (names, or YAML files) to run on the same subjects; their numbers become block "lm_eval".
     With one folder the result on its own forget set is also written into it as eval.json.
     """
-    found = [read_adapter(f) for f in folders]
+    adapters = judged_folders(folders)
+    names, found = list(adapters), list(adapters.values())
     manifest = found[0].manifest
-    names = _subject_names(found)
     bundle = _bundle(found[0], data, foreign=suite is not None)
     foreign = [f.path.resolve().name for f in found if matches(bundle, f.manifest) is False]
     if foreign:
@@ -58,18 +56,17 @@ def evaluate(
             "no eval.json is written",
             stacklevel=2,
         )
-    twin = _check_retain_only(retain_only)
-    adapters = dict(zip(names, [f.path for f in found], strict=True))
-    if isinstance(twin, AdapterFolder):
-        adapters[_TWIN] = twin.path
-    stack = ForgetModel.from_pretrained(base, adapters)
-    subjects: dict[str, Any] = on_one_model(stack.model, {"base": None, **_as_subjects(names)})
-    if isinstance(twin, AdapterFolder):
-        subjects |= on_one_model(stack.model, {"retain_only": _TWIN})
-    elif twin is not None:
-        subjects["retain_only"] = _loaded(twin, stack.tokenizer)
+    given = control(retain_only)
+    if isinstance(given, AdapterFolder):
+        adapters[TWIN] = given
+    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in adapters.items()})
+    subjects: dict[str, Any] = on_one_model(stack.model, {"base": None, **subject_of(names)})
+    if isinstance(given, AdapterFolder):
+        subjects |= on_one_model(stack.model, {"retain_only": TWIN})
+    elif given is not None:
+        subjects["retain_only"] = loaded_control(given, stack.tokenizer)
     else:
-        subjects["retain_only"] = None if foreign else _twin(manifest.base.ref, bundle.refs.get("forget"))
+        subjects["retain_only"] = None if foreign else twin(manifest.base.ref, bundle.refs.get("forget"))
     report = score(
         subjects,
         suite or str((found[0].recipe.get("eval") or {}).get("suite") or "people"),
@@ -82,6 +79,12 @@ def evaluate(
     )
     if any(matches(bundle, f.manifest) is not None for f in found):
         report["data_matches_manifest"] = not foreign
+    if len(found) == 1:
+        report["scale"] = stack.scales()[names[0]]
+    if tasks:
+        from ..evaluation.lm_eval import run_tasks
+
+        report["lm_eval"] = run_tasks(subjects, stack.tokenizer, tasks, limit=n, progress=progress)
     if write and len(found) == 1 and n is None and not foreign:
         update_eval(found[0].path, dict(report))
     return report
@@ -108,98 +111,10 @@ def check_out(out: str | Path | None, layout: str) -> None:
         raise UserError("--layout open-unlearning: two files for each model are written; name a folder with --out")
 
 
-_TWIN = "retain-only"  # an adapter's name on the stack
-
-
 def _bundle(first: AdapterFolder, data: str | None, foreign: bool) -> ForgetRetain:
     """The data to judge on. foreign: the hashes that the recipe knows need not hold for what is given."""
-    own = _data_of(first.manifest)
-    if data is None:
-        return ForgetRetain.load(own) if own else load_data(first.recipe.get("data"), None)
-    if not foreign:
-        return load_data(first.recipe.get("data"), data)
+    if data is None or not foreign:
+        return bundle_of(first, data)
     spec = first.recipe.get("data")
     template = spec.get("template") if isinstance(spec, Mapping) else None
     return ForgetRetain.load(data, template=str(template or "qa"))
-
-
-def matches(bundle: ForgetRetain, manifest: Manifest) -> bool | None:
-    """Whether the bundle's forget set is the adapter's own; None where the manifest does not say."""
-    wanted = manifest.data.get("forget", {}).get("sha256")
-    return None if not wanted else bundle.sha256["forget"] == wanted
-
-
-def _check_retain_only(given: str | None) -> AdapterFolder | Path | None:
-    """What --retain-only names: an adapter, or the folder of a model."""
-    if given is None:
-        return None
-    if embedded.is_embedded(given):
-        return embedded.twin_path(embedded.parse(given)[0])
-    if (Path(given).expanduser() / MANIFEST).is_file():
-        return read_adapter(given)
-    try:
-        return resolve_base(given)
-    except UserError as e:
-        raise UserError(f"--retain-only: {e}") from None
-
-
-def _loaded(path: Path, tokenizer: Any) -> Callable[[], Any]:
-    """A model of its own as a subject; it must read the same tokens."""
-    try:
-        own = load_tokenizer(path)
-    except UserError:  # a folder of weights alone
-        own = None
-    if own is not None and own.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"--retain-only {path.name}: its tokenizer is not the base's, so its probabilities are not of the same tokens; it must "
-            "be trained from the same base"
-        )
-
-    @contextmanager
-    def subject() -> Iterator[Any]:
-        yield load_base(path)
-
-    return subject
-
-
-def _subject_names(found: Sequence[AdapterFolder]) -> list[str]:
-    if len(found) == 1:
-        return ["adapter"]
-    names = [f.path.resolve().name for f in found]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise UserError(
-            f"several adapter folders are called {', '.join(twice)}; subjects are told apart by folder name"
-        )
-    return names
-
-
-def _as_subjects(names: Sequence[str]) -> dict[str, str]:
-    return {"adapter": "adapter"} if list(names) == ["adapter"] else {f"adapter:{n}": n for n in names}
-
-
-def _data_of(manifest: Manifest) -> str | None:
-    """The embedded bundle that all of a manifest's sets came from."""
-    refs = {str(about.get("ref")) for about in manifest.data.values()}
-    return next(iter(refs)) if len(refs) == 1 and embedded.is_embedded(next(iter(refs))) else None
-
-
-def check_data(bundle: ForgetRetain, manifest: Manifest) -> None:
-    """Refuse a bundle whose forget set is not the one the adapter was trained to forget."""
-    if matches(bundle, manifest) is False:
-        raise UserError(
-            "data: this forget set is not the one the adapter was trained on (sha256 "
-            f"{bundle.sha256['forget'][:12]}, the manifest says {manifest.data['forget']['sha256'][:12]}); give the right one with --data"
-        )
-
-
-def _twin(base_ref: str, data_ref: str | None) -> Callable[[], Any] | None:
-    """The retain-only model of an embedded base; other bases have none unless someone trained it."""
-    path = embedded.twin_for(base_ref, data_ref)
-    if path is None:
-        return None
-
-    @contextmanager
-    def twin() -> Iterator[Any]:
-        yield load_base(path)
-
-    return twin

@@ -16,9 +16,8 @@ from ..evaluation.interference import interference as run
 from ..evaluation.plan import Progress
 from ..folder.read import AdapterFolder
 from ..stack.model import ForgetModel
-from .compare import aligned, named_folders
-from .evaluate import _data_of
-from .run import load_data
+from .compare import aligned
+from .subjects import bundle_of, matches, named_folders
 
 LEGEND = (
     "In brackets: 95 % bootstrap intervals over rows. A forget set that is forgotten is low, the lower the less of an answer "
@@ -70,21 +69,17 @@ def _bundle(folder: AdapterFolder, given: Sequence[ForgetRetain]) -> ForgetRetai
     for bundle in given:
         if bundle.sha256["forget"] == wanted:
             return bundle
-    if own := _data_of(folder.manifest):
-        return ForgetRetain.load(own)
+    own, why = None, ""
     try:
-        bundle = load_data(folder.recipe.get("data"))
+        own = bundle_of(folder)
     except UserError as e:
-        bundle = None
         why = f" ({e})"
-    else:
-        why = ""
-    if bundle is None or bundle.sha256["forget"] != wanted:
+    if own is None or matches(own, folder.manifest) is False:
         raise UserError(
             f"{folder.path}: none of the data given is its forget set (sha256 {str(wanted)[:12]}); "
             f"name its bundle with --data, once for each set{why}"
         )
-    return bundle
+    return own
 
 
 def table(found: Mapping[str, Any], intervals: bool = True) -> tuple[list[str], list[list[str]]]:

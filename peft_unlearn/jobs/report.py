@@ -19,9 +19,8 @@ from ..evaluation.verdict import Evidence
 from ..folder.read import AdapterFolder
 from ..folder.recipe import dump_recipe
 from ..stack.model import ForgetModel
-from .calibrate import bundle_for
-from .compare import named_folders, save
-from .evaluate import _twin
+from .compare import save
+from .subjects import bundle_for, named_folders, twin
 
 SHOWN = {"forget": 4, "forget_other": 2, "forget_unseen": 2, "retain": 3}  # set -> rows whose answers are shown
 KINDS = {
@@ -138,7 +137,7 @@ def sample_table(
     if len(found) > MAX_ADAPTERS:
         raise UserError(f"answers of more than {MAX_ADAPTERS} adapters do not fit beside each other; report on fewer")
     first = next(iter(found.values()))
-    bundle = bundle_for(first, data)
+    bundle = bundle_for([first], data)
     for folder in found.values():
         if folder.manifest.data.get("forget") != first.manifest.data.get("forget"):
             raise UserError("these adapters forget different sets; report on one set's adapters")
@@ -152,8 +151,8 @@ def sample_table(
         raise UserError("the forget set is plain text without questions")
     stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()})
     subjects: dict[str, Subject | None] = {"base": stack.disabled, **on_one_model(stack.model, {n: n for n in found})}
-    if twin := _twin(first.manifest.base.ref, bundle.refs.get("forget")):
-        subjects["retain-only"] = twin
+    if never := twin(first.manifest.base.ref, bundle.refs.get("forget")):
+        subjects["retain-only"] = never
     spec = {
         "format": 1,
         "name": "samples",
@@ -171,6 +170,6 @@ def sample_table(
     heads = (
         [f"{n} says" for n in subjects]
         if len(found) > 1
-        else ["base says", "with adapter", *(["retain-only says"] if twin else [])]
+        else ["base says", "with adapter", *(["retain-only says"] if never else [])]
     )
     return doc.Table(["", "question", "right answer", *heads], lines, words=True)

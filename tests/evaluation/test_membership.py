@@ -44,12 +44,12 @@ def test_auc_is_the_share_of_pairs(members: Any, others: Any) -> None:
 @settings(deadline=None, max_examples=25)
 @given(scores, scores)
 def test_each_resample_is_the_auc_of_the_rows_drawn(members: Any, others: Any) -> None:
-    from peft_unlearn.evaluation.measured import _resamples
+    from peft_unlearn.evaluation.measured import resampled
 
     got = mia._resampled(members, others, 20, 3)
     for k in range(20):
-        drawn = np.repeat(members, _resamples(len(members), 20, 3)[k])
-        also = np.repeat(others, _resamples(len(others), 20, 4)[k])
+        drawn = np.repeat(members, resampled(len(members), 20, 3)[k])
+        also = np.repeat(others, resampled(len(others), 20, 4)[k])
         assert got[k] == pytest.approx(pairs(drawn, also), abs=1e-12)
 
 

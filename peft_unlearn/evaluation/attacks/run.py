@@ -14,7 +14,7 @@ from ...errors import Errors, UserError, nearest
 from ...folder.manifest import path_like
 from ...registry import Method, get, methods
 from ..measured import Array, Unmeasured
-from ..score import Subject, _versions
+from ..score import Subject, installed_versions
 from .case import Case, Outcome, Rows, split
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def run_attacks(
         "rows": {"scored": len(rows), "shown": len(seen), "seed": seed},
         "adapter_id": adapter_id,
         "base": base,
-        "versions": _versions(),
+        "versions": installed_versions(),
     }
 
 

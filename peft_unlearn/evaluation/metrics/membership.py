@@ -15,7 +15,7 @@ from typing import Annotated
 import numpy as np
 
 from ...registry import Range, Source, metric
-from ..measured import Array, Estimate, Ragged, Unmeasured, _resamples
+from ..measured import Array, Estimate, Ragged, Unmeasured, resampled
 from .likelihood import OPEN_UNLEARNING
 
 LOSS = Source(
@@ -72,7 +72,7 @@ def _resampled(members: Array, others: Array, resamples: int, seed: int) -> Arra
     starts = np.flatnonzero(np.diff(pooled[order], prepend=-np.inf) > 0)  # of groups of equal scores
     which = order >= n
     out = np.empty(resamples)
-    drawn, also = _resamples(n, resamples, seed), _resamples(len(others), resamples, seed + 1)
+    drawn, also = resampled(n, resamples, seed), resampled(len(others), resamples, seed + 1)
     for k in range(0, resamples, 256):
         counts = np.concatenate([drawn[k : k + 256], also[k : k + 256]], 1)[:, order].astype(np.float64)
         in_group = np.add.reduceat(np.where(which, 0.0, counts), starts, axis=1)  # members
