@@ -167,7 +167,7 @@ def main() -> None:
         )
         for label, where in adapters.items():
             for dtype in ("bfloat16", "float32"):
-                copies, merges, peaks = [], [], []
+                copies, merges, peaks, work = [], [], [], []
                 for _ in range(chosen.repeat):
                     copies.append(child("copy", str(base), str(folder / "copy"))["seconds"])
                     shutil.rmtree(folder / "copy")
@@ -175,10 +175,12 @@ def main() -> None:
                     shutil.rmtree(folder / "merged")
                     merges.append(found["seconds"])
                     peaks.append(found["peak"])
+                    work.append(found["cpu"])
                 ratio = [a / b for a, b in zip(copies, merges, strict=True)]
                 print(
                     f"{label}, {dtype}: copy {min(copies):.2f} s, merge {min(merges):.2f} s, throughput of the copy's "
-                    f"{sorted(ratio)[len(ratio) // 2]:.2f} (each run: {', '.join(f'{r:.2f}' for r in ratio)}), peak "
+                    f"{sorted(ratio)[len(ratio) // 2]:.2f} (each run: {', '.join(f'{r:.2f}' for r in ratio)}), "
+                    f"processor {min(work) / size * 1e9:.2f} s per GB read, peak "
                     f"{max(peaks) / 1e6:.0f} MB of {(2 * largest + 3e8) / 1e6:.0f} MB allowed, cosine {found['worst']:.4f}",
                     flush=True,
                 )
