@@ -1,4 +1,5 @@
-"""Loading, stacking, merging and removing forget adapters. Nothing here trains or evaluates.
+"""Loading, stacking, composing, merging and removing forget adapters. Nothing here trains or evaluates.
 
-``from peft_unlearn.stack.model import ForgetModel``; `merge` and `remove` lie in the modules of those names.
+``from peft_unlearn.stack.model import ForgetModel``; `compose`, `merge` and `remove` lie in the modules of those names, the
+stack file in `stackfile`.
 """

@@ -9,15 +9,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from safetensors.torch import load_file
-from stacks import dense, edit, expert, lora
+from safetensors.torch import load_file, save_file
+from stacks import dense, edit, expert, lora, save_moe
 from tinyfolder import logits, save_base, write
 
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.base import load_base
 from peft_unlearn.folder.manifest import probe_difference
-from peft_unlearn.folder.read import read_adapter
-from peft_unlearn.stack.compose import compose, parse_part
+from peft_unlearn.folder.read import AdapterFolder, read_adapter
+from peft_unlearn.stack.compose import _stock, _sums, compose, parse_part
+from peft_unlearn.stack.delta import Deltas
 from peft_unlearn.stack.model import ForgetModel
 
 ALL = ("q_proj", "v_proj", "down_proj", "lm_head", "embed_tokens")
@@ -247,3 +248,78 @@ def test_command(base_dir: Path, dense_parts: list[Path], tmp_path: Path, monkey
     said = json.loads(capsys.readouterr().out)
     assert said["rank"] == 2 and said["worst_error"] == max(said["errors"].values()) and said["probes"]
     assert str(tmp_path) not in (tmp_path / "c" / "README.md").read_text()
+
+
+SHAPES = {"model.a": (5, 7), "model.b": (6, 4), "model.deep.c": (3, 9)}  # (out, in)
+ONE = st.tuples(
+    st.integers(1, 8),  # rank
+    st.sampled_from([0.5, 1, 3, 16]),  # alpha
+    st.booleans(),  # rank-stabilised
+    st.sets(st.sampled_from(sorted(SHAPES)), min_size=1),
+    st.integers(0, 2),  # extra rank of model.a
+    st.sampled_from([-3.0, -1.0, -0.1, 0.7, 1.0, 2.0]),  # weight
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(given_=st.lists(ONE, min_size=1, max_size=5), cut=st.integers(1, 12), seed=st.integers(0, 99))
+def test_sums_of_anything(adapter_dir: Path, tmp_path_factory, given_, cut: int, seed: int) -> None:
+    """Random ranks, scalings, targets and signs, without a base: what would be written has the dense sum as its delta."""
+    where = tmp_path_factory.mktemp("any")
+    g = torch.Generator().manual_seed(seed)
+    like = read_adapter(adapter_dir)
+    folders, want = [], {}
+    for i, (r, alpha, rs, targets, extra, weight) in enumerate(given_):
+        tensors = {}
+        for at in sorted(targets):
+            rank = r + (extra if at == "model.a" else 0)
+            out, inside = SHAPES[at]
+            a, b = torch.randn(rank, inside, generator=g), torch.randn(out, rank, generator=g)
+            tensors |= {f"base_model.model.{at}.lora_A.weight": a, f"base_model.model.{at}.lora_B.weight": b}
+            scaling = alpha / (rank**0.5 if rs else rank)
+            want[at] = want.get(at, 0) + weight * scaling * (b.double() @ a.double())
+        (where / str(i)).mkdir()
+        save_file(tensors, where / str(i) / "adapter_model.safetensors")
+        config = {
+            "peft_type": "LORA",
+            "r": r,
+            "lora_alpha": alpha,
+            "use_rslora": rs,
+            "rank_pattern": {"model.a": r + extra},
+        }
+        folders.append((AdapterFolder(where / str(i), like.manifest, {}, config, None), weight))
+    deltas = [Deltas(f) for f, _ in folders]
+    sizes = {at: sum(abs(w) for (f, w), d in zip(folders, deltas, strict=True) if f"{at}.weight" in d) for at in want}
+    for rank in (None, cut):
+        rows = _sums(deltas, [w for _, w in folders])
+        errors = {} if rank is None else {n: row.cut(rank) for n, row in rows.items()}
+        tensors, config = _stock(rows, folders)
+        (where / f"sum{rank}").mkdir()
+        save_file(tensors, where / f"sum{rank}" / "adapter_model.safetensors")
+        got = Deltas(AdapterFolder(where / f"sum{rank}", like.manifest, {}, config, None))
+        assert set(got) == {f"{at}.weight" for at in want}
+        for at, d in want.items():
+            found = got.delta(f"{at}.weight").double()
+            if rank is None:
+                assert float((found - d).norm()) <= 1e-6 * max(float(d.norm()), sizes[at])
+            else:
+                s = torch.linalg.svdvals(d)
+                best = float(s[rank:].square().sum().sqrt())
+                assert float((found - d).norm()) == pytest.approx(best, abs=1e-5 * max(float(d.norm()), sizes[at]))
+                if float(d.norm()) > 1e-3:
+                    assert errors[f"{at}.weight"] == pytest.approx(best / float(d.norm()), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "llama4_text"])
+def test_other_families_of_experts(tmp_path: Path, family: str) -> None:
+    """Transposed weights, biases, experts that lie one by one on disk, and those that say nothing of lying transposed."""
+    base = save_moe(tmp_path / "base", family)
+    expert(tmp_path / "x", base, 1, {1: [0, 3], 2: [2]})
+    expert(tmp_path / "y", base, 2, {0: [1], 1: [3, 5]}, r=3)
+    compose([(tmp_path / "x", 1.0), (tmp_path / "y", -2.0)], tmp_path / "c", base=base)
+    want = ForgetModel.from_pretrained(base, [tmp_path / "x", tmp_path / "y"], scales=[1, -2])
+    assert torch.allclose(plain(tmp_path / "c", base), logits(want.model), atol=1e-5)
+    assert torch.allclose(
+        logits(ForgetModel.from_pretrained(base, tmp_path / "c").model), logits(want.model), atol=1e-5
+    )
+    assert float((logits(want.model) - logits(load_base(base))).abs().max()) > 1e-2
