@@ -243,7 +243,11 @@ class Deltas:
 
     def _setting(self, pattern: str, key: str, default: str) -> Any:
         for name, value in (self.folder.config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({name})$", key):
+            try:
+                found = re.match(rf"(.*\.)?({name})$", key)
+            except re.error as e:
+                raise self._wrong(f"its {pattern} holds {name!r}, which is no pattern ({e})") from None
+            if found:
                 return value
         return self.folder.config.get(default)
 

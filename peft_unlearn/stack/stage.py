@@ -34,7 +34,7 @@ class MergeStage:
         self._lock: int | None = None
 
     def __enter__(self) -> MergeStage:
-        check_destination(self.out)
+        _check_free(self.out, lambda _: _KEEP)
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -81,7 +81,7 @@ class MergeStage:
     def finish(self) -> None:
         _readable(self.model)
         fsync_tree(self.model)
-        check_destination(self.out)  # again: minutes may have passed
+        _check_free(self.out, lambda _: _KEEP)  # again: minutes may have passed
         swap_in(self.model, self.out)
         self.discard()
 
@@ -94,14 +94,26 @@ class MergeStage:
     def _sweep(self) -> None:
         """Remove what killed runs with other settings left for this destination; not what a living run writes."""
         for left in self.out.parent.glob(f".{self.out.name}.merge-*"):
-            if left != self.root and left.is_dir() and (lock := _locked(left)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
+            if left != self.root:
+                _remove_dead(left)
 
 
 def check_destination(out: Path) -> None:
-    """Raise `UserError` for a destination that holds anything."""
+    """Raise `UserError` for a destination that holds anything. Sweeps up after runs killed right after their last rename."""
+    for left in out.absolute().parent.glob(f".{out.name}.merge-*"):
+        if not (left / "model").exists():
+            _remove_dead(left)
     _check_free(out, lambda _: _KEEP)
+
+
+def _remove_dead(stage: Path) -> None:
+    try:
+        lock = _locked(stage) if stage.is_dir() else None
+    except OSError:
+        return
+    if lock is not None:
+        shutil.rmtree(stage, ignore_errors=True)
+        os.close(lock)
 
 
 def _locked(folder: Path) -> int | None:

@@ -146,6 +146,26 @@ def test_stochastic_rounding_keeps_small_changes_in_the_mean(tmp_path: Path, mon
     assert same.digest == digest_checkpoint(tmp_path / "m3") != digest_checkpoint(tmp_path / "m4")
 
 
+def test_a_layer_that_was_not_moved_and_what_a_killed_run_left(
+    adapter_dir: Path, base_dir: Path, tmp_path: Path
+) -> None:
+    weights = "adapter_model.safetensors"
+    still = copied(adapter_dir, tmp_path / "still", weights)
+    name = "layers.1.mlp.down_proj"
+    save_file(
+        {n: torch.zeros_like(t) if name in n and "lora_B" in n else t for n, t in load_file(still / weights).items()},
+        still / weights,
+    )
+    report = merge(still, base_dir, tmp_path / "m", dtype="bfloat16")
+    (row,) = [r for r in report.layers if name in r.name]
+    assert (row.cosine, row.gain, row.changed, row.relative) == (None, None, 0.0, 0.0) and "none" in str(report)
+    left = tmp_path / ".m.merge-0123456789abcdef"  # killed after the rename: its journal is all there is
+    (left / "journal").mkdir(parents=True)
+    with pytest.raises(UserError, match="never replaces"):
+        merge(still, base_dir, tmp_path / "m")
+    assert not left.exists()
+
+
 def test_onto_other_weights(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
     """A quantized base, written back as floats: the sum is made on its numbers, and the record says so."""
     onto = tmp_path / "quantized"
@@ -214,6 +234,7 @@ def test_an_adapter_that_is_damaged_or_no_sum(adapter_dir: Path, base_dir: Path,
         (flipped, "is not the file that was written"),
         (narrow, "the adapter's delta for it is"),
         (configured(adapter_dir, tmp_path / "rank", r=3), "do not fit the rank 3"),
+        (configured(adapter_dir, tmp_path / "regex", rank_pattern={"(": 2}), "no pattern"),
         (configured(adapter_dir, tmp_path / "m2s", modules_to_save=["lm_head"]), "fully trained modules"),
         (configured(adapter_dir, tmp_path / "tok", trainable_token_indices=[1]), "trained token embeddings"),
         (configured(adapter_dir, tmp_path / "lb", lora_bias=True), "a LoRA bias"),
