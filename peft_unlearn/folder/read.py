@@ -103,7 +103,8 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({e}).") from None
+        mend = " Delete it, and `peft-unlearn eval` makes it anew." if path.name == EVAL else ""
+        raise UserError(f"{path}: not JSON ({e}).{mend}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object.")
     return value

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import Errors, UserError
 from ..evaluation import document as doc
-from ..evaluation import pictures
+from ..evaluation import pictures, suites
 from ..evaluation.calibrate import FLOOR, METRIC, check_exact
 from ..evaluation.compare import LEVEL, check_same_sets
 from ..evaluation.compare import compare as run
@@ -49,6 +49,8 @@ def compare(
     Writes nothing. Raises `UserError` for adapters of different forget sets or bases, and for those whose scale is not exact.
     """
     found = named_folders(folders)
+    first = next(iter(found.values()))
+    judged = suites.load(suite or str((first.recipe.get("eval") or {}).get("suite") or "people"))
     errors = Errors()
     for folder in found.values():
         try:
@@ -59,13 +61,12 @@ def compare(
     check_same_sets(
         {name: str(f.manifest.data.get("forget", {}).get("sha256", "not stated")) for name, f in found.items()}
     )
-    first = next(iter(found.values()))
     bundle = bundle_for([first], data)
     stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()})
     result, _ = run(
         stack,
         bundle,
-        suite or str((first.recipe.get("eval") or {}).get("suite") or "people"),
+        judged,
         twin=twin(first.manifest.base.ref, bundle.refs.get("forget")),
         floor=retain_floor,
         max_scale=max_scale,
@@ -196,8 +197,22 @@ def reasons(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+KINDS = (".html", ".md", ".json", ".png")
+
+
+def check_out(out: str | Path | None, kinds: Sequence[str] = KINDS) -> None:
+    """Refuse a file that `save` could not write; before any work."""
+    path = Path(out or "").expanduser()
+    if path.suffix and path.suffix.lower() not in kinds:
+        known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+        raise UserError(f"{path}: give a name that ends in {known}, or a folder for all of them")
+    if path.suffix and path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file.")
+
+
 def save(title: str, found: Mapping[str, Any], made: Sequence[doc.Part], out: str | Path) -> list[Path]:
     """Write a result as .html, .md, .json or .png (its first picture), or all of them into a folder."""
+    check_out(out)
     path = Path(out).expanduser()
     kind = path.suffix.lower()
     if kind == ".html":
@@ -212,8 +227,6 @@ def save(title: str, found: Mapping[str, Any], made: Sequence[doc.Part], out: st
         if png is None:
             raise UserError(f"{path}: there is nothing to draw here")
         return [write_file(path, png)]
-    if kind:
-        raise UserError(f"{path}: give a name that ends in .html, .md, .json or .png, or a folder for all of them")
     stem = path.name
     return [p for suffix in (".html", ".md", ".json") for p in save(title, found, made, path / f"{stem}{suffix}")]
 

@@ -14,19 +14,22 @@ from ..evaluation import report as pages
 from ..evaluation import verdict as words
 from ..evaluation.document import DASH
 from ..evaluation.plan import Progress
-from ..evaluation.score import Subject, on_one_model, score
+from ..evaluation.score import FORMAT, Subject, on_one_model, score
 from ..evaluation.verdict import Evidence
 from ..folder.read import AdapterFolder
 from ..folder.recipe import dump_recipe
 from ..stack.model import ForgetModel
-from .compare import save
+from .compare import check_out, save
 from .subjects import bundle_for, named_folders, twin
 
 SHOWN = {"forget": 4, "forget_other": 2, "forget_unseen": 2, "retain": 3}  # set -> rows whose answers are shown
-KINDS = {
+ASKED = {
     "forget": "to be forgotten", "forget_other": "the same, in other words", "forget_unseen": "to be forgotten, never shown",
     "retain": "to be kept",
 }  # fmt: skip
+BLOCKS = {"attacks": "attack", "calibration": "calibrate"}  # of eval.json -> the command that makes it
+MAPPINGS = ("subjects", "details", "versions", "attacks", "base_levels", "chosen", "as_trained", "retention")
+KINDS = (".html", ".md", ".json")
 MAX_ADAPTERS = 3  # whose answers still fit side by side
 
 
@@ -48,8 +51,9 @@ def report(
     if not found:
         raise UserError("No adapter was given.")
     evidence = [evidence_of(name, folder) for name, folder in found.items()]
+    notes = [f"{name}: {why}" for name, folder in found.items() for why in usable(folder)[1]]
     spread = seed_spread(next(iter(found.values())).manifest.base.ref)
-    notes, said = [], None
+    said = None
     if samples:
         try:
             said = sample_table(found, base, data, progress)
@@ -69,8 +73,7 @@ def report(
 
 def write(found: Mapping[str, Any], out: str | Path) -> list[Path]:
     """Write it as .html or .md (pictures beside it), or both into a folder."""
-    if Path(out).suffix.lower() not in ("", ".html", ".md", ".json"):
-        raise UserError(f"{out}: a report is written as .html or .md, or both into a folder")
+    check_out(out, KINDS)
     shown = {k: found[k] for k in ("title", "verdicts", "missing", "notes")}
     return save(str(found["title"]), shown, found["parts"], out)
 
@@ -78,13 +81,7 @@ def write(found: Mapping[str, Any], out: str | Path) -> list[Path]:
 def evidence_of(name: str, folder: AdapterFolder) -> Evidence:
     """What a folder says of itself. Numbers of other weights than its own are left out."""
     manifest = folder.manifest
-    evaluation = dict(folder.eval or {})
-    if evaluation.get("adapter_id") not in (None, folder.adapter_id):
-        evaluation = {}
-    for block in ("attacks", "calibration"):
-        own = (evaluation.get(block) or {}).get("adapter_id")
-        if own not in (None, folder.adapter_id):
-            evaluation.pop(block)
+    evaluation = usable(folder)[0]
     sets = [f"{k} {about['n']} rows, sha256 {about['sha256']}" for k, about in manifest.data.items()]
     refs = sorted({str(about["ref"]) for about in manifest.data.values() if about.get("ref")})
     method = {k: v for k, v in manifest.method.items() if v is not None}
@@ -115,6 +112,29 @@ def evidence_of(name: str, folder: AdapterFolder) -> Evidence:
         about=[(label, text) for label, text in about if text],
         recipe=dump_recipe(folder.recipe),
     )
+
+
+def usable(folder: AdapterFolder) -> tuple[dict[str, Any], list[str]]:
+    """What of eval.json can be reported, and what is wrong with the rest: its file may be of other weights, of another version of
+    this package, or edited by hand."""
+    stored = folder.eval or {}
+    blocks = {k: stored[k] for k in BLOCKS if stored.get(k)}
+    suite = {k: v for k, v in stored.items() if k not in blocks}
+    kept: dict[str, Any] = {}
+    notes = []
+    for name, block in [("suite", suite), *blocks.items()]:
+        again = f"run peft-unlearn {BLOCKS.get(name, 'eval')} {folder.path.name} again"
+        if not isinstance(block, Mapping) or any(not isinstance(block.get(k) or {}, Mapping) for k in MAPPINGS):
+            notes.append(f"the {name} numbers of eval.json are not in a shape that can be read; {again}.")
+        elif block.get("format", FORMAT) != FORMAT:
+            notes.append(
+                f"the {name} numbers of eval.json are of format {block['format']}, this version reads {FORMAT}; {again}."
+            )
+        elif (block.get("adapter_id") or stored.get("adapter_id")) not in (None, folder.adapter_id):
+            notes.append(f"the {name} numbers of eval.json were measured on other weights; {again}.")
+        else:
+            kept |= suite if name == "suite" else {name: block}
+    return kept, notes
 
 
 def seed_spread(base_ref: str) -> dict[str, list[float]]:
@@ -165,7 +185,7 @@ def sample_table(
         for k, row in enumerate(rows):
             answers = [said[s][name][k] if said[s].get(name) else DASH for s in subjects]
             lines.append(
-                [KINDS[name], row["question"], str(row.get("answer", "")), *(a or "(nothing)" for a in answers)]
+                [ASKED[name], row["question"], str(row.get("answer", "")), *(a or "(nothing)" for a in answers)]
             )
     heads = (
         [f"{n} says" for n in subjects]

@@ -182,6 +182,21 @@ def test_adapters_of_different_forget_sets_are_refused_with_a_way_out(made):
         comparing.compare([made.root / "strong", made.root / "strong"])
 
 
+def test_a_misspelt_suite_and_a_file_that_cannot_be_written_are_refused_before_any_model_is_read(
+    made, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(comparing.ForgetModel, "from_pretrained", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=r"suite 'poeple'.*people"):
+        comparing.compare([made.root / "weak"], suite="poeple")
+    with pytest.raises(UserError, match=r"\.html, \.md, \.json or \.png, or a folder"):
+        comparing.check_out(tmp_path / "x.pdf")
+    (tmp_path / "x.html").mkdir()
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        comparing.check_out(tmp_path / "x.html")
+    for good in (None, tmp_path, tmp_path / "new", tmp_path / "y.HTML"):
+        comparing.check_out(good)
+
+
 def test_only_the_sets_that_the_headline_needs_are_read():
     cut, keys = headline(load("people"))
     assert "model_utility" in keys and "forget/forget_quality" in keys

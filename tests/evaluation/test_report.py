@@ -19,6 +19,7 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation import document as doc
 from peft_unlearn.evaluation.report import parts
 from peft_unlearn.evaluation.verdict import Evidence, attack_bars, missing, verdict
+from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.jobs import report as reporting
 
 EVIL = "<script>alert(1)</script><img src=http://evil.example/x.png> | *bold* `code` [a](http://evil.example)"
@@ -265,16 +266,41 @@ def test_without_models_it_holds_the_rest(folder, tmp_path):
     assert sorted(p.name for p in paths) == ["r-attacks-mine.png", "r-calibration-mine.png", "r-plane.png", "r.md"]
     found = reporting.report([folder], data=str(tmp_path / "nowhere"))
     assert any("No sample answers" in n and "nowhere" in n for n in found["notes"])
-    with pytest.raises(UserError, match=r"\.html or \.md"):
+    with pytest.raises(UserError, match=r"\.html, \.md or \.json"):
         reporting.write(found, tmp_path / "r.pdf")
 
 
 def test_numbers_of_other_weights_are_left_out(folder, tmp_path):
-    from peft_unlearn.folder.read import read_adapter
-
     copied = shutil.copytree(folder, tmp_path / "mine")
     (copied / "eval.json").write_text(json.dumps({**evaluation(), "adapter_id": "sha256:another"}))
     assert reporting.evidence_of("mine", read_adapter(copied)).evaluation == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "left", "said"),
+    [
+        ({"adapter_id": "sha256:another"}, [], "other weights; run peft-unlearn eval mine again"),
+        ({"format": 0}, ["attacks", "calibration"], "suite numbers of eval.json are of format 0, this version reads 1"),
+        ({"subjects": [1]}, ["attacks", "calibration"], "suite numbers of eval.json are not in a shape"),
+        ({"attacks": "none"}, ["calibration", "subjects"], "run peft-unlearn attack mine again"),
+        ({"calibration": {"format": 2}}, ["attacks", "subjects"], "calibration numbers of eval.json are of format 2"),
+    ],
+)
+def test_numbers_that_cannot_be_used_are_named_with_the_command_that_renews_them(folder, tmp_path, change, left, said):
+    copied = shutil.copytree(folder, tmp_path / "mine")
+    own = read_adapter(copied).adapter_id
+    (copied / "eval.json").write_text(json.dumps({**evaluation(), "adapter_id": own, **change}))
+    found = reporting.report([copied], samples=False)
+    assert any(said in note for note in found["notes"]), found["notes"]
+    kept = reporting.evidence_of("mine", read_adapter(copied)).evaluation
+    assert [k for k in ("attacks", "calibration", "subjects") if k in kept] == left
+
+
+def test_an_eval_json_that_was_cut_short_says_what_to_do(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "mine")
+    (copied / "eval.json").write_text('{"format": 1, "subj')
+    with pytest.raises(UserError, match=r"not JSON.*Delete it, and `peft-unlearn eval`"):
+        reporting.report([copied], samples=False)
 
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
