@@ -1,0 +1,46 @@
+"""The command line: thin. Results go to standard output, everything else to standard error.
+
+Exit codes: 0 done; 1 a check answered no; 2 the user's input; 3 interrupted or a resource lost.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# The order in which --help lists them
+from . import training as training
+
+from . import judging as judging  # isort: skip
+from . import stacking as stacking  # isort: skip
+from . import sharing as sharing  # isort: skip
+from . import embedded as embedded  # isort: skip
+from .options import app as app
+
+
+def main() -> None:
+    """Entry point: a user's mistake is a message, a defect of ours a traceback."""
+    import warnings
+
+    from ..errors import Interrupted, UserError
+
+    def note(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
+        print(f"note: {message}", file=sys.stderr)  # where in the program it was said is nothing to the user
+
+    warnings.showwarning = note
+    # Deprecations between the libraries underneath are nothing a user of this command can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
+    try:
+        app()
+    except SystemExit as e:
+        # Typer's own codes: 130 for Ctrl-C, 1 when the reader of our output went away.
+        lost = e.code == 130 or isinstance(e.__context__, BrokenPipeError)
+        sys.exit(3 if lost else e.code)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, Interrupted) as e:
+        print(f"interrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
+        sys.exit(3)
+    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+        sys.stderr.close()
+        sys.exit(3)

@@ -1,0 +1,64 @@
+"""The story on the embedded models, and those models."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .options import Json, app, emit
+
+base_app = typer.Typer(help="The embedded base models.", no_args_is_help=True)
+app.add_typer(base_app, name="base")
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        str, typer.Option("--out", help="Folder for the adapter, the merged model and report.html.")
+    ] = "demo-out",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    moe: Annotated[
+        bool, typer.Option("--moe", help="On the embedded mixture of experts: forget inside four experts.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """The whole story on the embedded model, in under two minutes (three with --moe)."""
+    if moe:
+        from ..demo.moe_story import tell
+    else:
+        from ..demo.story import tell
+
+    result = tell(out, seed=seed, show=not json)
+    if json:
+        emit(result)
+    raise typer.Exit(0 if result["ok"] else 1)
+
+
+@base_app.command("build")
+def base_build(
+    name: Annotated[str, typer.Argument(help="people, or domains: a mixture of experts, and its control.")] = "people",
+    out: Annotated[str, typer.Option("--out", help="Folder that receives the models.")] = "adapters/bases",
+    twins: Annotated[int, typer.Option(min=0, help="How many retain-only twins.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data and initialization.")] = 0,
+    json: Json = False,
+) -> None:
+    """Train an embedded base and its twins again, verify them, and only then write them."""
+    from ..demo.builders import builder
+    from ..progress import bars
+
+    build = builder(name)
+    with bars() as tell:
+        found = build(out, seed=seed, twins=twins, progress=tell)
+    emit(found) if json else print("\n".join(f"{out}/{folder}" for folder in found))
+
+
+@base_app.command("path")
+def base_path(
+    name: Annotated[str, typer.Argument(help="Name of an embedded base.")] = "people",
+    twin: Annotated[bool, typer.Option("--twin", help="Its retain-only twin instead.")] = False,
+) -> None:
+    """Print where an embedded base lies."""
+    from ..data import embedded
+
+    print(embedded.twin_path(name) if twin else embedded.base_path(name))

@@ -1,0 +1,99 @@
+"""Commands that publish, fetch, check and export."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .options import Base, Data, Folder, Json, app, emit
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or its Hub id.")],
+    base: Base = None,
+    server: Annotated[str | None, typer.Option(help="Ask this OpenAI-compatible server instead.")] = None,
+    served_as: Annotated[str | None, typer.Option(help="The adapter's name on that server.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Strength it is served at; default the manifest's.")] = None,
+    json: Json = False,
+) -> None:
+    """Check files, hashes, base and probes of an adapter; with --server, whether it is really being served."""
+    from ..errors import UserError
+    from ..progress import bars
+
+    if (server is None) != (served_as is None):
+        raise UserError("--server and --served-as belong together: the address, and the adapter's name there")
+    with bars() as tell:
+        if server is not None and served_as is not None:
+            from ..sharing.server import verify_server
+
+            report: Any = verify_server(folder, server, served_as, base=base, scale=scale, progress=tell)
+        else:
+            from ..sharing.verify import verify as run
+
+            report = run(folder, base=base)
+    emit(report.to_dict()) if json else print(report)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def card(
+    folder: Folder,
+    write: Annotated[bool, typer.Option("--write", help="Replace README.md; your own words in it stay.")] = False,
+    description: Annotated[str, typer.Option(help="What it forgets, in your words.")] = "",
+    license: Annotated[str | None, typer.Option(help="License id as the Hub knows it, e.g. apache-2.0.")] = None,
+) -> None:
+    """The adapter's card, made anew from what its folder says now."""
+    from ..sharing.card import card as run
+
+    text = run(folder, write=write, description=description, license=license)
+    print(f"{folder}/README.md") if write else print(text, end="")
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a public repository; private otherwise.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list everything; ask no network.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """Publish an adapter: exactly its files, in one commit, private unless you say otherwise."""
+    from ..sharing.publish import push as run
+
+    done = run(folder, repo_id, private=not public, dry_run=dry_run, revision=revision, message=message, data=data)
+    emit(done.to_dict()) if json else print(done)
+
+
+@app.command()
+def pull(
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME[@COMMIT]", help="Repository on the Hub.")],
+    out: Annotated[str, typer.Option("--out", help="Folder that receives the adapter.")],
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag.")] = None,
+    json: Json = False,
+) -> None:
+    """Fetch an adapter from the Hub, pinned to a commit, checked, whole or not at all."""
+    from ..sharing.publish import pull as run
+
+    got = run(repo_id, out, revision)
+    emit(got.to_dict()) if json else print(f"{got.folder.path}  {got.repo_id}@{got.commit}")
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or its Hub id.")],
+    out: Annotated[str, typer.Option("--out", help="Folder for the exported adapter.")],
+    target: Annotated[str, typer.Option("--for", help="vllm, sglang or mergekit.")],
+    scale: Annotated[float | None, typer.Option(help="Strength to multiply in; default the manifest's.")] = None,
+    base: Base = None,
+    json: Json = False,
+) -> None:
+    """Write the adapter as a server or mergekit reads it: one rank, its strength inside the tensors."""
+    from ..sharing.export import export as run
+
+    report = run(folder, out, target, scale=scale, base=base)
+    emit(report.to_dict()) if json else print(report)

@@ -1,0 +1,122 @@
+"""Commands that train, and those that say beforehand or afterwards what training does."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .options import Base, Data, Folder, Json, Sets, app, emit, recipe_of
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
+    out: Annotated[
+        str, typer.Option("--out", "--output-dir", help="Folder for the finished adapter.")
+    ] = "forget-adapter",
+    base: Base = None,
+    data: Data = None,
+    sets: Sets = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in OUT.work.")
+    ] = False,
+    stack: Annotated[
+        str | None, typer.Option("--stack", help="Stack file whose adapters lie frozen below the new one.")
+    ] = None,
+) -> None:
+    """Train a recipe into a forget adapter."""
+    from .. import jobs
+
+    folder = jobs.train(recipe_of(recipe, sets), out, base=base, data=data, resume=resume, stack=stack)
+    if folder is not None:
+        print(folder.path)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
+    base: Base = None,
+    data: Data = None,
+    sets: Sets = None,
+    json: Json = False,
+) -> None:
+    """Say what a recipe would cost: parameters, memory, steps. No weights are read."""
+    from .. import jobs
+
+    found = jobs.plan(recipe_of(recipe, sets), base=base, data=data)
+    if json:
+        emit(found.to_dict())
+        return
+    from ..demo.table import show_plan
+
+    show_plan(found)
+
+
+@app.command()
+def methods(
+    kind: Annotated[str | None, typer.Argument(help="Only this kind, e.g. objective.")] = None, json: Json = False
+) -> None:
+    """List every method with its source and hyper-parameters."""
+    from .. import registry
+    from ..errors import UserError, nearest
+
+    if kind is not None and kind not in registry.KINDS:
+        raise UserError(f"there is no kind {kind!r}.{nearest(kind, registry.KINDS)}")
+    found = [m.as_json() for m in registry.methods(kind)]
+    if json:
+        emit(found)
+        return
+    from ..demo.table import show_methods
+
+    show_methods(found)
+
+
+@app.command()
+def experts(
+    base: Annotated[str, typer.Option("--base", help="A mixture-of-experts base.")],
+    data: Annotated[
+        str, typer.Option("--data", help="Bundle: a folder with forget and retain files, or embedded:NAME.")
+    ],
+    out: Annotated[str | None, typer.Option("--out", "--png", help="Picture of the affinity matrix.")] = None,
+    ranking: Annotated[str, typer.Option(help="affinity, or contrast: its difference to the retain set.")] = "affinity",
+    json: Json = False,
+) -> None:
+    """Which experts answer for the forget set: affinity, its lift over the retain set, stability."""
+    from ..jobs import experts as jobs
+
+    found = jobs.experts(base, data)
+    chosen = jobs.choose(found, {"ranking": ranking})
+    if out is not None:
+        jobs.picture(found, chosen, out)
+    if json:
+        emit({**found.to_json(), "chosen": chosen})
+    else:
+        print(jobs.describe(found, chosen))
+
+
+@app.command()
+def effect(
+    folder: Folder,
+    out: Annotated[str, typer.Option("--out", help="Folder for effect.json and the pictures.")] = "effect",
+    objectives: Annotated[
+        str | None, typer.Option(help="Beside the run's own: ga,npo,.. or YAML, e.g. '{rmu: {layer: 2}}'.")
+    ] = None,
+    space: Annotated[str, typer.Option(help="Gradients by the adapter, or by the base weights under it.")] = "adapter",
+    batches: Annotated[int, typer.Option(min=1, help="How many batches; standard errors need two.")] = 4,
+    base: Base = None,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """What each step of a run did to the forget and the retain risk, over its checkpoints (G-effect)."""
+    from ..jobs.effect import effect as run
+    from ..jobs.effect import write
+    from ..progress import bars
+
+    with bars() as tell:
+        found = run(folder, objectives=objectives, space=space, batches=batches, base=base, data=data, progress=tell)
+    paths = write(found, out)
+    for note in found["notes"]:
+        print(note, file=sys.stderr)
+    emit(found) if json else print("\n".join(map(str, paths)))
