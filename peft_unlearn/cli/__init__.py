@@ -23,10 +23,8 @@ def main() -> None:
 
     from ..errors import Interrupted, UserError
 
-    def note(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
-        print(f"note: {message}", file=sys.stderr)  # where in the program it was said is nothing to the user
-
-    warnings.showwarning = note
+    # Where in the program a warning was given is nothing to the user
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     # Deprecations between the libraries underneath are nothing a user of this command can mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
     try:
