@@ -43,6 +43,9 @@ types: $(VENV)/.dev
 bench: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/run.py
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/experts.py
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/stack.py
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/merge.py --gb 1
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/attacks.py adapters/published/simnpo
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
