@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data import embedded
 from ..errors import Errors, UserError, nearest
 from ..evaluation.attacks.run import SHOWN, run_attacks, wanted
 from ..evaluation.score import on_one_model
@@ -14,7 +13,7 @@ from ..folder.recipe import parse_yaml
 from ..folder.write import update_block
 from ..registry import methods
 from ..stack.model import ForgetModel
-from .subjects import bundle_for, judged_folders, subject_of, twin
+from .subjects import bundle_for, judged_folders, subject_of, twin, twin_folder
 
 BLOCK = "attacks"  # of eval.json
 Requests = list[tuple[str, dict[str, Any]]]
@@ -44,9 +43,9 @@ def attack(
     stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in adapters.items()})
     subjects: dict[str, Any] = on_one_model(stack.model, {"base": None, **subject_of(list(adapters))})
     ref = found[0].manifest.base.ref
-    subjects["retain_only"] = twin(ref, bundle.refs.get("forget"))
+    subjects["retain_only"] = twin(ref, bundle)
     checkpoints: dict[str, Any] = dict.fromkeys(subjects, stack.base_dir)
-    checkpoints["retain_only"] = embedded.twin_for(ref, bundle.refs.get("forget"))
+    checkpoints["retain_only"] = twin_folder(ref, bundle)
     block = run_attacks(
         subjects,
         chosen,

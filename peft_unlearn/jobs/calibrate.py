@@ -55,7 +55,7 @@ def calibrate(
         **result.as_json(),
         "max_scale": max_scale,
         "as_trained": next((p.as_json() for p in result.curve if p.scale == 1.0), None),
-        "retain_only": _levels_of(twin(found.manifest.base.ref, bundle.refs.get("forget")), read),
+        "retain_only": _levels_of(twin(found.manifest.base.ref, bundle), read),
         "scale_before": found.manifest.scale,
         "baked": False,
         "n": {"forget": levels.forget.n, "retain": levels.retain.n},

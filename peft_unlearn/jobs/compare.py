@@ -67,7 +67,7 @@ def compare(
         stack,
         bundle,
         judged,
-        twin=twin(first.manifest.base.ref, bundle.refs.get("forget")),
+        twin=twin(first.manifest.base.ref, bundle),
         floor=retain_floor,
         max_scale=max_scale,
         metric=metric,

@@ -66,7 +66,7 @@ def evaluate(
     elif given is not None:
         subjects["retain_only"] = loaded_control(given, stack.tokenizer)
     else:
-        subjects["retain_only"] = None if foreign else twin(manifest.base.ref, bundle.refs.get("forget"))
+        subjects["retain_only"] = None if foreign else twin(manifest.base.ref, bundle)
     report = score(
         subjects,
         suite or str((found[0].recipe.get("eval") or {}).get("suite") or "people"),

@@ -16,11 +16,12 @@ from ..evaluation.document import DASH
 from ..evaluation.plan import Progress
 from ..evaluation.score import FORMAT, Subject, on_one_model, score
 from ..evaluation.verdict import Evidence
+from ..folder.manifest import Manifest
 from ..folder.read import AdapterFolder
 from ..folder.recipe import dump_recipe
 from ..stack.model import ForgetModel
 from .compare import check_out, save
-from .subjects import bundle_for, named_folders, twin
+from .subjects import bundle_for, embedded_ref, named_folders, twin
 
 SHOWN = {"forget": 4, "forget_other": 2, "forget_unseen": 2, "retain": 3}  # set -> rows whose answers are shown
 ASKED = {
@@ -52,7 +53,7 @@ def report(
         raise UserError("No adapter was given.")
     evidence = [evidence_of(name, folder) for name, folder in found.items()]
     notes = [f"{name}: {why}" for name, folder in found.items() for why in usable(folder)[1]]
-    spread = seed_spread(next(iter(found.values())).manifest.base.ref)
+    spread = seed_spread(next(iter(found.values())).manifest)
     said = None
     if samples:
         try:
@@ -137,13 +138,16 @@ def usable(folder: AdapterFolder) -> tuple[dict[str, Any], list[str]]:
     return kept, notes
 
 
-def seed_spread(base_ref: str) -> dict[str, list[float]]:
+def seed_spread(manifest: Manifest) -> dict[str, list[float]]:
     """Further retain-only models of an embedded base, trained with other seeds: "p" (forget quality against the shipped one) and
-    "model_utility", one value for each; empty where none are on record."""
-    if not embedded.is_embedded(base_ref):
+    "model_utility", one value for each; empty where none are on record, or for another forget set than theirs."""
+    base, data = manifest.base.ref, embedded_ref(manifest)
+    if not embedded.is_embedded(base) or data is None:
         return {}
     try:
-        path = embedded.asset("bases", f"{embedded.parse(base_ref)[0]}-twins.json")
+        if embedded.resolve(data.partition("#")[0]) != embedded.resolve(base):
+            return {}
+        path = embedded.asset("bases", f"{embedded.parse(base)[0]}-twins.json")
     except UserError:
         return {}
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -171,7 +175,7 @@ def sample_table(
         raise UserError("the forget set is plain text without questions")
     stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()})
     subjects: dict[str, Subject | None] = {"base": stack.disabled, **on_one_model(stack.model, {n: n for n in found})}
-    if never := twin(first.manifest.base.ref, bundle.refs.get("forget")):
+    if never := twin(first.manifest.base.ref, bundle):
         subjects["retain-only"] = never
     spec = {
         "format": 1,

@@ -82,9 +82,22 @@ def check_data(bundle: ForgetRetain, manifest: Manifest) -> None:
         )
 
 
-def twin(base_ref: str, data_ref: str | None) -> Callable[[], Any] | None:
-    """The retain-only model of an embedded base; other bases have none unless someone trained it."""
-    path = embedded.twin_for(base_ref, data_ref)
+def twin_folder(base_ref: str, bundle: ForgetRetain) -> Path | None:
+    """The retain-only model of an embedded base, where it is one for this forget set; other bases have none unless someone
+    trained it. Rows in the user's own files must each name somebody whom that model never saw: of anybody else it knows the
+    facts, and every comparison with it would mislead.
+    """
+    path = embedded.twin_for(base_ref, ref := bundle.refs.get("forget"))
+    if path is None or embedded.is_embedded(ref or ""):
+        return path
+    unseen = {str(row["subject"]) for row in ForgetRetain.load(base_ref).forget if row.get("subject")}
+    texts = [" ".join(str(v) for v in row.values()) for row in bundle.forget]
+    return path if all(any(name in text for name in unseen) for text in texts) else None
+
+
+def twin(base_ref: str, bundle: ForgetRetain) -> Callable[[], Any] | None:
+    """`twin_folder` as a subject."""
+    path = twin_folder(base_ref, bundle)
     return None if path is None else _loading(path)
 
 

@@ -205,7 +205,7 @@ def _ratio(before: Array, after: Array, base: Array, resamples: int = 1000) -> t
     low = float(np.percentile(drawn[:, 1], 2.5))
     if gap < SMALLEST_GAP or low <= 0:
         raise Unmeasured(
-            f"the base is {gap:+.3f} above the un-attacked model here: too small a gap to be recovered from"
+            f"the base has only {gap:+.3f} more than the un-attacked model here: too small a gap to be recovered from"
         )
     if n < 2:
         return float(gain / gap), None

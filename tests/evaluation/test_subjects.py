@@ -1,0 +1,57 @@
+"""What a command judges on: the control stands in only where it is one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from peft_unlearn.data import embedded
+from peft_unlearn.data.bundle import ForgetRetain
+from peft_unlearn.errors import UserError
+from peft_unlearn.jobs import report, subjects
+
+
+@pytest.fixture(scope="module")
+def people() -> ForgetRetain:
+    return ForgetRetain.load("embedded:people")
+
+
+def test_the_embedded_twin_is_the_control_of_rows_it_never_saw_and_of_no_others(people: ForgetRetain) -> None:
+    twin = embedded.twin_path("people")
+    assert subjects.twin_folder("embedded:people", people) == twin
+    known = people.extra["retain"]
+    of_ones_own = ForgetRetain(people.forget[:4], known[:4])
+    assert subjects.twin_folder("embedded:people", of_ones_own) == twin
+    name = people.forget[0]["subject"]
+    in_other_words = ForgetRetain([{"text": f"Everybody in the village knew {name}."}], known[:4])
+    assert subjects.twin_folder("embedded:people", in_other_words) == twin
+    # the twin knows these people: as the control of their forgetting it would call every method a failure
+    assert subjects.twin_folder("embedded:people", ForgetRetain(known[:4], people.forget[:4])) is None
+    assert subjects.twin("embedded:people", ForgetRetain([people.forget[0], known[0]], known[1:4])) is None
+    assert subjects.twin_folder("local:abc", people) is None
+
+
+def test_what_is_on_record_of_other_seeds_is_said_of_the_embedded_forget_set_alone(people: ForgetRetain) -> None:
+    def manifest(base: str, ref: str | None) -> Any:
+        return SimpleNamespace(base=SimpleNamespace(ref=base), data={"forget": {"ref": ref}, "retain": {"ref": ref}})
+
+    assert report.seed_spread(manifest("embedded:people", "embedded:people?seed=0"))["p"]
+    for base, ref in [
+        ("embedded:people", None), ("embedded:people", "embedded:people?seed=1"), ("local:abc", "embedded:people?seed=0"),
+        ("embedded:domains-natural", "embedded:domains"),
+    ]:  # fmt: skip
+        assert report.seed_spread(manifest(base, ref)) == {}
+
+
+def test_folders_are_told_apart_by_names_that_peft_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(subjects, "read_adapter", lambda path: SimpleNamespace(path=tmp_path / path))
+    assert list(subjects.judged_folders(["a.b"])) == ["adapter"]
+    assert list(subjects.judged_folders(["a.b", "c"])) == ["a_b", "c"]
+    assert subjects.subject_of(["adapter"]) == {"adapter": "adapter"}
+    assert subjects.subject_of(["a_b", "c"]) == {"adapter:a_b": "a_b", "adapter:c": "c"}
+    with pytest.raises(UserError, match="two adapter folders are called a_b"):
+        subjects.judged_folders(["a.b", "a_b"])
+    with pytest.raises(UserError, match="retain-only is what the control is called"):
+        subjects.judged_folders(["a", "retain-only"])
