@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from ..data.bundle import _same
@@ -98,10 +99,16 @@ def interference(
         "subjects": matrix,
         "own": own,
         "cost": cost,
-        "notes": _notes(own, cost, matrix, columns),
+        "notes": _notes(own, cost, matrix, columns, same_sets(forget)),
         "details": {s: {c: {m: cell(s, c, m) for m in METRICS} for c in data} for s in subjects},
         "versions": report["versions"],
     }
+
+
+def same_sets(forget: Mapping[str, Sequence[dict[str, Any]]]) -> list[tuple[str, str]]:
+    """Pairs of adapters that forget the very same rows: what one takes from the other's set is then its own work."""
+    rows = {name: {_same(row) for row in found} for name, found in forget.items()}
+    return [(a, b) for a, b in combinations(rows, 2) if rows[a] == rows[b]]
 
 
 def _minus(a: float | None, b: float | None) -> float | None:
@@ -117,8 +124,9 @@ def _notes(
     cost: Mapping[str, float | None],
     matrix: Mapping[str, Mapping[str, Mapping[str, Any]]],
     columns: Mapping[str, str],
+    same: Sequence[tuple[str, str]],
 ) -> list[str]:
-    out = []
+    out = [f"{a} and {b} forget the same set." for a, b in same]
     for name, found in own.items():
         difference = found["difference"]
         if difference is not None and difference > NOTEWORTHY:
@@ -128,7 +136,8 @@ def _notes(
     for column, name in columns.items():
         for other in own:
             taken = _minus(matrix["base"][column]["value"], matrix[other][column]["value"])
-            if other != name and taken is not None and taken > NOTEWORTHY:
+            shared = other == name or (other, name) in same or (name, other) in same
+            if not shared and taken is not None and taken > NOTEWORTHY:
                 out.append(f"{other} alone takes {taken:.3f} from the set of {name} too.")
     alone = [v for s, v in cost.items() if s != TOGETHER and v is not None]
     whole = cost[TOGETHER]

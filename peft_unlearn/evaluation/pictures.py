@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 FORGET, RETAIN, TWIN, BASE = "#c8452d", "#2a6f97", "#3c8d5a", "#6b6b6b"
@@ -33,6 +34,11 @@ def named(metric: str) -> str:
     return metric.replace("_", " ")
 
 
+def widest_gap(levels: Sequence[float]) -> float:
+    """The middle of the widest gap between values: where a label hides no line."""
+    return max((b - a, (a + b) / 2) for a, b in pairwise(sorted(levels)))[1]
+
+
 def calibration(block: Mapping[str, Any]) -> bytes:
     """Forget and retain value over the scale, with 95 % bands, the floor, the point chosen and the retain-only model's level."""
     points = block["curve"]
@@ -58,7 +64,8 @@ def calibration(block: Mapping[str, Any]) -> bytes:
                 chosen["scale"], chosen[side]["value"], s=120, color=color, edgecolor="white", lw=1.5, zorder=5
             )
         right = chosen["scale"] < 0.6 * last
-        middle = (chosen["forget"]["value"] + chosen["retain"]["value"]) / 2
+        drawn_there = (0.0, 1.0, block["wanted"], twin, chosen["forget"]["value"], chosen["retain"]["value"])
+        middle = widest_gap([v for v in drawn_there if v is not None])
         text = f"scale {chosen['scale']:.3g}\nforget {chosen['forget']['value']:.3f}\nretain {chosen['retain']['value']:.3f}"
         axes.annotate(
             text, (chosen["scale"], middle), xytext=(9 if right else -9, 0), textcoords="offset points", va="center",

@@ -14,7 +14,8 @@ from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.compare import LEVEL, check_same_sets, headline
 from peft_unlearn.evaluation.document import Picture
-from peft_unlearn.evaluation.interference import common_retain
+from peft_unlearn.evaluation.interference import _notes, common_retain, same_sets
+from peft_unlearn.evaluation.pictures import widest_gap
 from peft_unlearn.evaluation.suites import load
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.jobs import calibrate as calibrating
@@ -245,6 +246,26 @@ def test_an_adapter_alone_is_what_it_is_without_the_other(together, made):
         together["subjects"]["first"]["forget_first"]["value"]
         == report["subjects"]["only"]["forget/extraction_strength"]
     )
+
+
+def test_adapters_of_one_forget_set_do_not_take_from_each_others_set():
+    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(3)]
+    same = same_sets({"a": rows, "b": rows[:2], "c": list(reversed(rows))})
+    assert same == [("a", "c")]
+    left = {"base": 1.0, "a": 0.1, "b": 0.4, "c": 0.2}
+    matrix = {s: {c: {"value": v} for c in ("forget_a", "forget_b", "forget_c", "retain")} for s, v in left.items()}
+    own = {n: {"alone": left[n], "together": left[n], "difference": 0.0} for n in "abc"}
+    notes = _notes(own, {"together": None}, matrix, {f"forget_{n}": n for n in "abc"}, same)
+    assert notes[0] == "a and c forget the same set."
+    assert {n for n in notes if " too." in n} == {
+        "b alone takes 0.600 from the set of a too.", "a alone takes 0.900 from the set of b too.",
+        "c alone takes 0.800 from the set of b too.", "b alone takes 0.600 from the set of c too.",
+    }  # fmt: skip
+
+
+def test_a_label_stands_where_no_line_is():
+    assert widest_gap([0.0, 1.0, 0.95, 0.868, 1.0, 0.304]) == pytest.approx((0.304 + 0.868) / 2)
+    assert widest_gap([0.0, 1.0]) == 0.5
 
 
 def test_rows_that_another_adapter_forgets_are_no_retain_rows(made):
