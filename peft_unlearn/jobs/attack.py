@@ -13,6 +13,7 @@ from ..folder.recipe import parse_yaml
 from ..folder.write import update_block
 from ..registry import methods
 from ..stack.model import ForgetModel
+from .files import store
 from .subjects import bundle_for, judged_folders, subject_of, twin, twin_folder
 
 BLOCK = "attacks"  # of eval.json
@@ -61,7 +62,8 @@ def attack(
     )
     block["scale"] = dict(zip(subject_of(list(adapters)), stack.scales().values(), strict=True))
     if write and len(found) == 1 and n is None:
-        update_block(found[0].path, BLOCK, _with_earlier(block, (found[0].eval or {}).get(BLOCK)))
+        whole = _with_earlier(block, (found[0].eval or {}).get(BLOCK))
+        store(found[0].path, lambda: update_block(found[0].path, BLOCK, whole))
     return block
 
 

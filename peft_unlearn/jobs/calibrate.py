@@ -15,6 +15,7 @@ from ..folder.rescale import bake as bake_in
 from ..folder.rescale import set_scale
 from ..folder.write import update_eval
 from ..stack.model import ForgetModel
+from .files import check_writable, write_file
 from .subjects import bundle_for, twin
 
 FORMAT = 1
@@ -43,6 +44,8 @@ def calibrate(
     check_exact(found)
     if bake and (n is not None or not write):
         raise UserError("bake writes into the adapter; it takes a search on all rows (no --n)")
+    if write and n is None:
+        check_writable(found.path)
     bundle = bundle_for([found], data)
     stack = ForgetModel.from_pretrained(base, {"adapter": found.path})
     read = make_read(bundle, stack.tokenizer, metric, n)
@@ -112,21 +115,6 @@ def picture(block: dict[str, Any], out: str | Path) -> Path:
     from ..evaluation.pictures import calibration
 
     return write_file(out, calibration(block))
-
-
-def write_file(out: str | Path, content: bytes | str) -> Path:
-    """A result file at a place the user named, its folder made; whole or not at all."""
-    path = Path(out).expanduser()
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        part.replace(path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}).") from None
-    return path
 
 
 def describe(block: dict[str, Any]) -> str:

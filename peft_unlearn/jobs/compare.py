@@ -16,7 +16,7 @@ from ..evaluation.compare import compare as run
 from ..evaluation.document import interval, number, percent
 from ..evaluation.plan import Progress
 from ..stack.model import ForgetModel
-from .calibrate import write_file
+from .files import write_file
 from .subjects import bundle_for, named_folders, twin
 
 NAMES = {

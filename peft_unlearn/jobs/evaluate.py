@@ -12,10 +12,10 @@ from ..data.bundle import ForgetRetain
 from ..errors import UserError, nearest
 from ..evaluation import open_unlearning
 from ..evaluation.score import Report, on_one_model, score
-from ..folder.atomic import write_text
 from ..folder.read import AdapterFolder
 from ..folder.write import update_eval
 from ..stack.model import ForgetModel
+from .files import store, write_file, writing
 from .subjects import TWIN, bundle_of, check_data, control, judged_folders, loaded_control, matches, subject_of, twin
 
 Progress = Callable[[str, int, int], None]
@@ -86,7 +86,7 @@ def evaluate(
 
         report["lm_eval"] = run_tasks(subjects, stack.tokenizer, tasks, limit=n, progress=progress)
     if write and len(found) == 1 and n is None and not foreign:
-        update_eval(found[0].path, dict(report))
+        store(found[0].path, lambda: update_eval(found[0].path, dict(report)))
     return report
 
 
@@ -95,12 +95,11 @@ def save_report(report: Report, out: str | Path, layout: str = "eval") -> list[P
     "open-unlearning" (a folder with its two files for each model)."""
     check_out(out, layout)
     if layout == "open-unlearning":
-        return open_unlearning.save(report, out)
+        with writing(Path(out)):
+            return open_unlearning.save(report, out)
     path = Path(out).expanduser()
     path = path if path.suffix == ".json" else path / "eval.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(dict(report), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-    return [path]
+    return [write_file(path, json.dumps(dict(report), indent=2, allow_nan=False, ensure_ascii=False) + "\n")]
 
 
 def check_out(out: str | Path | None, layout: str) -> None:

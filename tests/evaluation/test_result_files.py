@@ -1,0 +1,48 @@
+"""Results that cannot be written: said in words, and never at the price of the numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from peft_unlearn import jobs
+from peft_unlearn.errors import UserError
+from peft_unlearn.evaluation.score import Report
+from peft_unlearn.jobs.files import check_writable, store, write_file
+
+REPORT = Report(format=1, suite="people", subjects={"base": {"forget/probability": 0.5}}, details={"base": {}})
+
+
+def test_numbers_outlive_a_folder_that_is_read_only(tmp_path: Path) -> None:
+    def denied() -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.warns(UserWarning, match=r"eval\.json cannot be written \(Permission denied\).*keep what is printed"):
+        store(tmp_path, denied)
+
+
+def test_calibrating_a_read_only_folder_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UserError, match="cannot be written into"):
+        check_writable(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["eval", "open-unlearning"])
+def test_a_place_that_cannot_be_written_is_a_message(tmp_path: Path, layout: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"):
+        jobs.save_report(REPORT, tmp_path / "file" / "x", layout)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_is_written_is_whole_and_alone(tmp_path: Path) -> None:
+    (path,) = jobs.save_report(REPORT, tmp_path / "new" / "folder")
+    assert json.loads(path.read_text()) == dict(REPORT) and [p.name for p in path.parent.iterdir()] == ["eval.json"]
+    with pytest.raises(UserError, match="is a folder"):
+        write_file(tmp_path / "new", b"")
