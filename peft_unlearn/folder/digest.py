@@ -71,7 +71,7 @@ def _some(names: list[str], n: int = 4) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
-def _combine(rows: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:
+def combined(rows: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:
     whole = hashlib.sha256()
     for name in sorted(rows):
         dtype, shape, sha = rows[name]
@@ -117,7 +117,7 @@ def tensor_hashes(checkpoint_dir: str | Path, modules: Iterable[str] | None = No
 def digest_checkpoint(checkpoint_dir: str | Path, modules: Iterable[str] | None = None) -> str:
     """The digest (64 hex digits) of a checkpoint folder, single file or sharded; with `modules`, of those alone."""
     picked = _pick(checkpoint_tensors(checkpoint_dir), modules, checkpoint_dir)
-    return _combine({n: (e.dtype, e.shape, _sha_on_disk(e)) for n, e in picked.items()})
+    return combined({n: (e.dtype, e.shape, _sha_on_disk(e)) for n, e in picked.items()})
 
 
 def digest_targeted(
@@ -138,7 +138,7 @@ def digest_live(model: nn.Module, checkpoint_dir: str | Path, modules: Iterable[
     """
     entries = _pick(checkpoint_tensors(checkpoint_dir), modules, checkpoint_dir)
     on_disk = {n: (e.dtype, e.shape, _sha_on_disk(e)) for n, e in entries.items()}
-    out = LiveDigest(_combine(on_disk), None, n_tensors=len(entries))
+    out = LiveDigest(combined(on_disk), None, n_tensors=len(entries))
     if _quantized(model):
         out.unknown["the base"] = "it is quantized in memory, which has no lossless way back to the files"
         return out
@@ -163,7 +163,7 @@ def digest_live(model: nn.Module, checkpoint_dir: str | Path, modules: Iterable[
     if modules is None:
         _account_for_extra(model, live, entries, out)
     if len(rows) == len(entries):
-        out.digest = _combine(rows)
+        out.digest = combined(rows)
     return out
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..folder.base import resolve_base
-from ..folder.digest import _combine, digest_checkpoint
+from ..folder.digest import combined, digest_checkpoint
 from ..folder.fetch import resolve_adapter
 from ..folder.read import AdapterFolder, read_adapter
 from ..folder.safetensors_io import WEIGHTS, checkpoint_tensors
@@ -27,8 +27,9 @@ from .merge_report import MIN_COSINE, MergeReport, refuse_lossy, table
 from .merge_report import LayerMerge as LayerMerge
 from .merge_report import MergeRefused as MergeRefused
 from .merged_files import RECORD, read_record, write_index, write_record, write_sidecars
-from .model import Adapters, _scales, names_of
+from .model import Adapters, names_of, scales_of
 from .rounding import DTYPES, ROUNDINGS, Sums
+from .stackfile import is_stack, load
 from .stage import MergeStage, check_destination
 from .stream import Overlay, Stream, Unit, free_bytes, shards
 
@@ -144,9 +145,7 @@ def _prepare(
         raise UserError("merge: say where to write the merged model (--out).")
     target = Path(out).expanduser()
     check_destination(target.resolve() if target.is_symlink() else target)
-    if isinstance(adapters, str | Path) and Path(adapters).suffix in (".yaml", ".yml"):
-        from .stackfile import load
-
+    if isinstance(adapters, str | Path) and is_stack(adapters):
         stack = load(adapters)
         folders, written = stack.folders(), stack.scales()
         if not folders:
@@ -156,7 +155,7 @@ def _prepare(
         folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in names_of(adapters).items()}
     if isinstance(scale, int | float):
         scale = [scale]
-    scales = {n: float(v) for n, v in _scales(folders, scale).items()}
+    scales = {n: float(v) for n, v in scales_of(folders, scale).items()}
     for name, value in scales.items():
         if not math.isfinite(value):
             raise UserError(f"scale of {name!r}: expected a finite number, found {value!r}.")
@@ -243,11 +242,11 @@ def _account(job: Job, stream: Stream, records: Mapping[str, dict[str, Any]], re
             written[name] = (row["dtype"], tuple(row["shape"]), row["out"])
         for weight, expert, *values in record["sums"]:
             units[weight, expert].add(Sums(*values))
-    report.base_digest = _combine(read)
+    report.base_digest = combined(read)
     if job.expected is not None:
         for folder in job.folders.values():
             check_base(folder, job.base_path, report.base_digest)
-    report.digest = _combine(written)
+    report.digest = combined(written)
     report.layers = table(units)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import UserError, nearest
 from ..folder.base import load_base, load_tokenizer, resolve_base
+from ..folder.card import add_tags
 from ..folder.digest import digest_checkpoint
 from ..folder.fetch import is_hub_id, resolve_adapter, split_reference
 from ..folder.read import AdapterFolder, read_adapter
@@ -110,7 +111,7 @@ class ForgetModel:
         fused: bool,
         digest: str | None = None,
     ) -> ForgetModel:
-        wanted = _scales(folders, scales)
+        wanted = scales_of(folders, scales)
         check_dependencies(folders, wanted)
         first = next(iter(folders.values())).manifest.base
         base_dir = resolve_base(first.ref, override=base, revision=first.revision)
@@ -118,7 +119,9 @@ class ForgetModel:
         for folder in folders.values():
             check_base(folder, base_dir, digest)
             check_tokenizer(folder.path, base_dir)
-        stack = cls(attach(load_base(base_dir, dtype), folders), base_dir, folders, digest, fused)
+        model = attach(load_base(base_dir, dtype), folders)
+        add_tags(model)
+        stack = cls(model, base_dir, folders, digest, fused)
         for name, value in wanted.items():
             stack.scale(name, value)
         return stack
@@ -236,7 +239,7 @@ def _last(ref: str | Path) -> str:
     return Path(text).expanduser().resolve().name
 
 
-def _scales(
+def scales_of(
     folders: dict[str, AdapterFolder], scales: Sequence[float] | Mapping[str, float] | None
 ) -> dict[str, float]:
     out = {name: float(f.manifest.scale) for name, f in folders.items()}

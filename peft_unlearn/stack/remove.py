@@ -10,6 +10,7 @@ from ..folder.base import resolve_base
 from .merged_files import RECORD, read_record
 from .model import ForgetModel
 from .removal import RemovalReport, take_off
+from .stackfile import is_stack
 
 
 def remove(
@@ -29,9 +30,8 @@ def remove(
     """
     if isinstance(what, str | Path):
         refuse_merged(what)
-        path = Path(what).expanduser()
-        if path.is_file() and path.suffix in (".yaml", ".yml"):
-            what = ForgetModel.from_stack(path, base)
+        if is_stack(what):
+            what = ForgetModel.from_stack(what, base)
         elif name is not None:
             raise UserError(f"remove {what}: --name says which adapter of a stack file, and this is no stack file.")
         else:

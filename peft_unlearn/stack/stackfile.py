@@ -25,7 +25,7 @@ from ..errors import Errors, UserError, nearest
 from ..folder.atomic import write_text
 from ..folder.fetch import commit_of, is_hub_id, resolve_adapter, split_reference
 from ..folder.manifest import BaseRef
-from ..folder.read import AdapterFolder, read_adapter
+from ..folder.read import MANIFEST, AdapterFolder, read_adapter
 from ..folder.recipe import parse_yaml
 
 FORMAT = 1
@@ -101,7 +101,7 @@ class Stack:
             (
                 e.name, str(e.request["id"]), str(e.request["date"])[:10],
                 e.status if e.revoked is None else f"revoked {str(e.revoked['date'])[:10]}", f"{e.scale:g}",
-                e.adapter_id[7:19], str(e.request["reason"]) + (f" [revoked: {e.revoked['reason']}]" if e.revoked else ""),
+                e.adapter_id[7:19], str(e.request["reason"]) + _why_revoked(e),
             )
             for e in self.entries
         ]  # fmt: skip
@@ -114,11 +114,22 @@ class Stack:
         return {"format": FORMAT, "base": base, "adapters": rows}
 
 
+def _why_revoked(entry: Entry) -> str:
+    why = str((entry.revoked or {}).get("reason") or "")
+    return f" [revoked: {why}]" if why else ""
+
+
 def files_id(folder: AdapterFolder) -> str:
     """One sha256 over what a manifest says of its files: configuration, compact form and tokenizer count, not the strength,
     evaluation and card, which may be written again."""
     listed = sorted((n, sha) for n, sha in folder.manifest.files.items() if sha is not None)
     return f"sha256:{hashlib.sha256(json.dumps(listed).encode()).hexdigest()}"
+
+
+def is_stack(path: str | Path) -> bool:
+    """Whether `path` means a stack file: a file, or a folder that holds one and is no adapter itself."""
+    folder = Path(path).expanduser()
+    return folder.is_file() or ((folder / NAME).is_file() and not (folder / MANIFEST).is_file())
 
 
 def load(path: str | Path) -> Stack:

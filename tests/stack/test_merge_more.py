@@ -61,8 +61,11 @@ def test_a_sum_of_two_with_signs(base_dir: Path, adapter_dir: Path, second: Path
     assert record["base"]["digest"] == digest_checkpoint(base_dir) == report.base_digest
 
 
-def test_a_stack_file(base_dir: Path, adapter_dir: Path, second: Path, tmp_path: Path) -> None:
-    file = tmp_path / "forget-stack.yaml"
+@pytest.mark.parametrize("named", ["forget-stack.yaml", "prod", "folder"])
+def test_a_stack_file(named: str, base_dir: Path, adapter_dir: Path, second: Path, tmp_path: Path) -> None:
+    file = tmp_path / named
+    if named == "folder":
+        file.mkdir()
     add(file, adapter_dir, request_id="1", reason="r", name="a")
     add(file, second, request_id="2", reason="r", name="b", scale=0.5)
     merge(file, base_dir, tmp_path / "m")

@@ -11,6 +11,7 @@ from peft_unlearn.folder.base import load_base
 from peft_unlearn.folder.digest import digest_checkpoint
 from peft_unlearn.stack.model import ForgetModel
 from peft_unlearn.stack.remove import remove
+from peft_unlearn.stack.stackfile import add
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -88,6 +89,19 @@ def test_bad_calls(base_dir: Path) -> None:
         remove(load_base(base_dir), base_dir)
     with pytest.raises(UserError, match="base="):
         remove(adapted(base_dir))
+
+
+@pytest.mark.parametrize("named", ["forget-stack.yaml", "prod", "folder"])
+def test_from_whatever_stack_add_wrote(named: str, base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    stack = tmp_path / named
+    if named == "folder":
+        stack.mkdir()
+    add(stack, adapter_dir, request_id="1", reason="r", name="a")
+    assert remove(stack, base_dir).ok and remove(stack, base_dir, "a").ok
+    with pytest.raises(UserError, match="no adapter 'b'"):
+        remove(stack, base_dir, "b")
+    with pytest.raises(UserError, match="is no stack file"):
+        remove(adapter_dir, base_dir, "a")
 
 
 def test_one_of_several_leaves_the_others_as_they_would_be(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
