@@ -13,6 +13,9 @@ from .options import Base, Data, Folder, Json, app, emit
 def verify(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or its Hub id.")],
     base: Base = None,
+    below: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help="What it was trained on top of, lowest first; repeat it.")
+    ] = None,
     server: Annotated[str | None, typer.Option(help="Ask this OpenAI-compatible server instead.")] = None,
     served_as: Annotated[str | None, typer.Option(help="The adapter's name on that server.")] = None,
     scale: Annotated[float | None, typer.Option(help="Strength it is served at; default the manifest's.")] = None,
@@ -32,7 +35,7 @@ def verify(
         else:
             from ..sharing.verify import verify as run
 
-            report = run(folder, base=base)
+            report = run(folder, base, below or ())
     emit(report.to_dict()) if json else print(report)
     raise typer.Exit(report.exit_code)
 

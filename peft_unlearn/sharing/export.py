@@ -58,6 +58,11 @@ def export(
     if target not in TARGETS:
         raise UserError(f"export --for {target!r}: expected one of {', '.join(TARGETS)}.{nearest(target, TARGETS)}")
     found = read_adapter(resolve_adapter(folder))
+    if found.manifest.depends_on:
+        raise UserError(
+            f"{found.path}: was trained on top of other adapters ({', '.join(d[:19] for d in found.manifest.depends_on)}), and "
+            f"{target} would run it without them; make one of all with peft-unlearn compose, and export that"
+        )
     strength = float(found.manifest.scale if scale is None else scale)
     tensors, rank, leaves, parameters = _tensors(found, strength, target)
     config = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,11 @@ from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
 from ..folder.fetch import resolve_adapter
 from ..folder.manifest import probe_difference
 from ..folder.read import AdapterFolder, read_adapter
+from ..stack.below import Below
+from ..stack.fits import check_base, check_dependencies, scales_below
 from ..stack.removal import PROBE_TOLERANCE
 
+TOP = "default"  # on the model that is looked at
 Verdict = Literal["ok", "failed", "cannot tell"]
 
 
@@ -55,12 +59,14 @@ class Verification:
         return "\n".join([f"{self.source}: {self.verdict}", *lines])
 
 
-def verify(folder: str | Path, base: str | Path | None = None) -> Verification:
+def verify(folder: str | Path, base: str | Path | None = None, below: Sequence[str | Path] = ()) -> Verification:
     """Check files, hashes, manifest, weights, base digest, targets and probes of an adapter folder.
 
     folder: on this disk, or a Hub id (``id@commit``). base: folder, Hub id or ``embedded:NAME``; default the manifest's. Where the base
-    cannot be had, what needs it is "cannot tell". The two probe checks run four short prompts with the adapter off and on and compare
-    the 16 largest logits of each with the manifest's. Raises `UserError` only where there is no such folder and no such repository.
+    cannot be had, what needs it is "cannot tell". below: the adapters that it was trained on top of, lowest first; they run at the strength
+    they had then. The two probe checks run four short prompts with the adapter off and on and compare
+    the 16 largest logits of each with the manifest's. Raises `UserError` only where there is no such folder and no such repository, and
+    for adapters below that are damaged or not those that it needs.
     """
     result = Verification(str(folder))
     path = resolve_adapter(folder)
@@ -73,13 +79,29 @@ def verify(folder: str | Path, base: str | Path | None = None) -> Verification:
     listed = sum(sha is not None for sha in found.manifest.files.values())
     result.add("files", "ok", f"{listed} files have the sha256 that the manifest names; no others are needed")
     result.add("weights", "ok", "finite and not zero")
-    _against_base(found, base, result)
+    _against_base(found, base, result, _below(found, below))
     return result
 
 
-def _against_base(found: AdapterFolder, base: str | Path | None, result: Verification) -> None:
+def _below(found: AdapterFolder, given: Sequence[str | Path]) -> Below | None:
+    """What lies under the adapter, with itself on top, at the strengths of its training; None where that is not at hand."""
+    if not given:
+        return None if found.manifest.depends_on else Below({TOP: found}, {})
+    lower = {f"below_{i}": read_adapter(resolve_adapter(ref)) for i, ref in enumerate(given)}
+    needed = set(found.manifest.depends_on).union(*(f.manifest.depends_on for f in lower.values()))
+    for folder in lower.values():
+        if folder.adapter_id not in needed:
+            raise UserError(
+                f"{folder.path}: {found.path} was not trained on top of it; name with --below what it was trained on"
+            )
+    check_dependencies({**lower, TOP: found})
+    trained = dict(scales_below(found))
+    scales = {n: trained.get(f.adapter_id, float(f.manifest.scale)) for n, f in lower.items()}
+    return Below({**lower, TOP: found}, scales)
+
+
+def _against_base(found: AdapterFolder, base: str | Path | None, result: Verification, stack: Below | None) -> None:
     from ..folder.base import load_base, load_tokenizer, resolve_base
-    from ..stack.model import attach, check_base
 
     ref = found.manifest.base
     try:
@@ -88,21 +110,25 @@ def _against_base(found: AdapterFolder, base: str | Path | None, result: Verific
         result.add("base", "cannot tell", str(e))
         return
     try:
-        check_base(found, base_dir, digest_checkpoint(base_dir))
+        digest = digest_checkpoint(base_dir)
+        for folder in [found] if stack is None else stack.folders.values():
+            check_base(folder, base_dir, digest)
     except UserError as e:
         result.add("base", "failed", str(e))
         return
     result.add(
         "base", "ok", f"the files of {ref.ref} have the digest {ref.digest[:12]} that the adapter was trained on"
     )
-    if found.manifest.depends_on:
+    if stack is None:
         ids = ", ".join(d[:19] for d in found.manifest.depends_on)
         result.add(
-            "probes", "cannot tell", f"was trained on top of other adapters ({ids}); verify them together in a stack"
+            "probes",
+            "cannot tell",
+            f"was trained on top of other adapters ({ids}); name them, lowest first, with --below",
         )
         return
     try:
-        model = attach(load_base(base_dir), {"default": found})
+        model = stack.put_on(load_base(base_dir))
     except UserError as e:
         result.add("loading", "failed", str(e))
         return
@@ -114,7 +140,7 @@ def _against_base(found: AdapterFolder, base: str | Path | None, result: Verific
 
 
 def _targets(found: AdapterFolder, model: Any, base_dir: Path, result: Verification) -> None:
-    modules = targeted_names(model)
+    modules = targeted_names(model, TOP)
     wanted = found.manifest.base.digest_targeted
     try:
         digest = digest_targeted(base_dir, modules)

@@ -47,7 +47,7 @@ def check_dependencies(folders: Mapping[str, AdapterFolder], trained_with: Mappi
                 f"{folder.path}: was trained on top of {len(lost)} adapter(s) that are not below it ({why}); "
                 "give those first, in the order of training."
             )
-        for row in _scales_below(folder):
+        for row in scales_below(folder):
             under = below.get(row[0])
             if under is not None and trained_with is not None and trained_with[under] != row[1]:
                 warnings.warn(
@@ -57,7 +57,8 @@ def check_dependencies(folders: Mapping[str, AdapterFolder], trained_with: Mappi
         below[folder.adapter_id] = name
 
 
-def _scales_below(folder: AdapterFolder) -> list[tuple[str, float]]:
+def scales_below(folder: AdapterFolder) -> list[tuple[str, float]]:
+    """(adapter id, strength) of those that an adapter was trained over, as its manifest says."""
     rows = folder.manifest.method.get("stack")
     rows = rows if isinstance(rows, list) else []
     return [(str(r["id"]), float(r["scale"])) for r in rows if isinstance(r, dict) and {"id", "scale"} <= set(r)]

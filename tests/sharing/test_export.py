@@ -92,6 +92,11 @@ def test_refusals(base_dir, tmp_path):
         export(make(base_dir, tmp_path / "a"), tmp_path / "x", "vlm")
     with pytest.raises(UserError, match="DoRA"):
         export(make(base_dir, tmp_path / "d", use_dora=True), tmp_path / "x", "vllm")
+    upper = make(base_dir, tmp_path / "upper")
+    manifest = json.loads((upper / "forget.json").read_text())
+    (upper / "forget.json").write_text(json.dumps(manifest | {"depends_on": ["sha256:" + "0" * 64]}))
+    with pytest.raises(UserError, match="without them; make one of all"):
+        export(upper, tmp_path / "x", "vllm")
     assert not (tmp_path / "x").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").write_text("x")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from peft_unlearn.errors import UserError
-from peft_unlearn.folder.read import file_sha256
+from peft_unlearn.folder.base import load_base
+from peft_unlearn.folder.manifest import probes
+from peft_unlearn.folder.read import file_sha256, read_adapter
 from peft_unlearn.sharing.verify import verify
+from peft_unlearn.stack.below import Below
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "folder"))
 import tinyfolder
@@ -108,3 +112,31 @@ def test_probes_of_a_dependent_adapter_need_the_stack(folder, base_dir):
 def test_no_probes_no_answer(folder, base_dir):
     edit(folder, lambda m: m.update({"probes": None}))
     assert verdicts(folder, base_dir)["probes"] == "cannot tell"
+
+
+def test_a_dependent_adapter_is_verified_over_those_below_it(base_dir, tmp_path):
+    lower, upper = tmp_path / "lower", tmp_path / "upper"
+    first = tinyfolder.write(lower, base_dir, seed=1)
+    tinyfolder.write(upper, base_dir, seed=2)
+    both = Below({"l": first, "u": read_adapter(upper)}, {"l": 0.5}).put_on(load_base(base_dir))
+    seen = probes(both, tinyfolder.tokenizer())
+    edit(upper, lambda m: m.update({"depends_on": [first.adapter_id], "probes": asdict(seen)}))
+    edit(upper, lambda m: m["method"].update({"stack": [{"id": first.adapter_id, "scale": 0.5}]}))
+    alone = verify(upper, base_dir)
+    assert alone.verdict == "cannot tell" and "--below" in str(alone)
+    found = verify(upper, base_dir, below=[lower])
+    assert found.verdict == "ok", str(found)
+    edit(upper, lambda m: m["method"].update({"stack": [{"id": first.adapter_id, "scale": 1.0}]}))
+    assert {c.name for c in verify(upper, base_dir, below=[lower]).checks if c.verdict == "failed"} == {
+        "probes, adapter on"
+    }
+
+
+def test_what_does_not_belong_below(folder, base_dir, tmp_path):
+    other = tmp_path / "other"
+    tinyfolder.write(other, base_dir, seed=7)
+    with pytest.raises(UserError, match="was not trained on top of it"):
+        verify(folder, base_dir, below=[other])
+    edit(folder, lambda m: m.update({"depends_on": ["sha256:" + "0" * 64, read_adapter(other).adapter_id]}))
+    with pytest.raises(UserError, match="not among the adapters given"):
+        verify(folder, base_dir, below=[other])
