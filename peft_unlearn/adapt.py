@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .errors import Errors, UserError, nearest
+from .folder.card import add_tags
 from .folder.digest import targeted_names
 from .stack.attach import add
 from .tuners.registration import register
@@ -137,6 +138,7 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as e:
         raise UserError(f"adapter: PEFT refuses this configuration: {e}") from e
     _assert_adapted(model, adapter_name, fused, *asked)
+    add_tags(model)
     if not quiet:
         print(describe(model, adapter_name), file=sys.stderr)
     return model

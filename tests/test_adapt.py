@@ -10,6 +10,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from peft_unlearn.adapt import adapted, describe, get_forget_model, peft_config
 from peft_unlearn.errors import UserError
+from peft_unlearn.folder.card import TAGS
 
 IDS = torch.arange(3, 9)[None]
 
@@ -30,6 +31,7 @@ def test_a_second_adapter_on_a_frozen_one():
     model = tiny.lora(tiny.llama())
     before = model.eval()(input_ids=IDS).logits
     got = get_forget_model(model, {"r": 2, "target_modules": ["q_proj"]}, adapter_name="second")
+    assert set(TAGS) <= set(model.get_base_model().model_tags)
     assert got is model and list(model.base_model.active_adapters) == ["default", "second"]
     assert all((".second." in n) == p.requires_grad for n, p in model.named_parameters())
     assert torch.equal(model(input_ids=IDS).logits, before)

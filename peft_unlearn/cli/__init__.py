@@ -25,6 +25,8 @@ def main() -> None:
 
     # Where in the program a warning was given is nothing to the user
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    # PEFT looks for the base on the Hub when it saves; embedded and local ones are not there, and nothing is missing.
+    warnings.filterwarnings("ignore", message="Could not find a config file in")
     # Deprecations between the libraries underneath are nothing a user of this command can mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
     try:

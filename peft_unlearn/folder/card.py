@@ -84,7 +84,7 @@ def render(card: ForgetCard, existing: str | None = None) -> str:
     if not body.strip():
         body = f"# {inline(card.title)}\n\n{WORDS}\n{block(card.description or DEFAULT_WORDS)}\n{WORDS_END}\n"
     elif card.description != card.manifest.description:  # words of their own replace those there
-        body = _replaced(body, WORDS, WORDS_END, block(card.description)) or body
+        body = _replaced(body, WORDS, WORDS_END, block(card.description)) or _inserted(body, card.description)
     new = _replaced(body, BEGIN, END, generated(card))
     if new is None:
         new = f"{body.rstrip()}\n\n{BEGIN}\n{generated(card)}\n{END}\n"
@@ -165,6 +165,12 @@ def _replaced(body: str, begin: str, end: str, inside: str) -> str | None:
     return f"{before}{begin}\n{inside}\n{end}{rest.partition(end)[2]}"
 
 
+def _inserted(body: str, description: str) -> str:
+    """The author's words in a card that has no place for them: ahead of the generated block, else at the end."""
+    head, mark, rest = body.partition(BEGIN)
+    return f"{head.rstrip()}\n\n{WORDS}\n{block(description)}\n{WORDS_END}\n\n{mark}{rest}".lstrip()
+
+
 def generated(card: ForgetCard) -> str:
     """The generated block's Markdown, without its marks."""
     m = card.manifest
@@ -220,7 +226,7 @@ def _facts(card: ForgetCard) -> list[list[str]]:
         ["base model", base],
         ["digest of the base", code(m.base.digest)],
         *([["digest of this adapter", code(m.adapter_id)]] if m.adapter_id else []),
-        ["objectives", code(_flat(method.get("terms")))],
+        *_origin(method),
         *([[k.replace("_", " "), code(_flat(method[k]))] for k in _PARTS if method.get(k)]),
         ["training", inline(", ".join(t.strip() for t in trained)) or "not stated"],
         ["adapter", inline(", ".join([str(config.get("peft_type", "LORA")), *shape])) + where],
@@ -230,6 +236,20 @@ def _facts(card: ForgetCard) -> list[list[str]]:
         ["scale", _scale(m)],
     ]  # fmt: skip
     return rows
+
+
+def _origin(method: dict[str, Any]) -> list[list[str]]:
+    """What was minimized; of a sum, what was added and how far from it the cut to a rank is."""
+    parts = method.get("compose")
+    if not isinstance(parts, list):
+        return [["objectives", code(_flat(method["terms"])) if method.get("terms") else "not stated"]]
+    rows = [p for p in parts if isinstance(p, dict)]
+    said = [
+        f"{code(str(p.get('weight')))} times {inline(str(p.get('name')))}, {code(str(p.get('adapter')))}" for p in rows
+    ]
+    worst = method.get("worst_error")
+    cut = [["cut to its rank", f"relative error at most {worst:.2g}"]] if isinstance(worst, int | float) else []
+    return [["sum of", "; ".join(said) or "not stated"], *cut]
 
 
 _PARTS = ("rule", "smoothing", "step_size", "averaging", "negate")

@@ -86,7 +86,7 @@ def save_adapter(
         recipe,
         tokenizer=trainer.processing_class,
         adapter_name=trainer.trained_adapter,
-        save=_stock_export(model, trainer.trained_adapter, manifest.base),
+        save=stock_export(model, trainer.trained_adapter, manifest.base),
     )
 
 
@@ -98,7 +98,7 @@ def _digest_of(base_dir: Path, modules: list[str]) -> str | None:
         return None
 
 
-def _stock_export(model: Any, name: str, base: BaseRef) -> Callable[[Path], dict[str, torch.Tensor]] | None:
+def stock_export(model: Any, name: str, base: BaseRef) -> Callable[[Path], dict[str, torch.Tensor]] | None:
     """For an expert adapter: stock PEFT files on top, which load without this package, and the compact form in ``expert_lora/``."""
     if str(model.peft_config[name].peft_type.value) != PEFT_TYPE:
         return None

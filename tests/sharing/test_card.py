@@ -20,6 +20,7 @@ from markdown_it import MarkdownIt
 from peft import PeftModel
 from typer.testing import CliRunner
 
+from peft_unlearn.adapt import get_forget_model
 from peft_unlearn.cli import app
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.base import load_base
@@ -27,11 +28,13 @@ from peft_unlearn.folder.card import (
     BEGIN,
     END,
     TAGS,
+    WORDS,
     ForgetCard,
     add_tags,
     card_of,
     current,
     front_matter,
+    generated,
     render,
     split,
 )
@@ -41,7 +44,9 @@ from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.write import update_eval
 from peft_unlearn.sharing.card import card
 from peft_unlearn.sharing.publish import push
+from peft_unlearn.stack.model import ForgetModel
 
+ID = "sha256:" + "e" * 64
 MD = MarkdownIt("commonmark", {"html": True}).enable("table")
 PLAIN_TAGS = {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "ul", "li", "strong"}
 _PIECES = [*"ab<>|`*_[]()#~!&;\\\"'-=:$ .1+/\n\r\t\x00\x85\u2028\u202e", "---", "\n\n", "\n---\n", "<script>x</script>", "-->", "<!-- ",
@@ -218,6 +223,35 @@ def test_own_words_are_kept(folder: Path) -> None:
     # a card without any of it keeps all of its text
     path.write_text("# Mine\n\nAll of it.\n")
     assert card(folder).split("---\n", 2)[2].startswith(f"# Mine\n\nAll of it.\n\n{BEGIN}")
+
+
+def test_words_given_for_a_card_without_a_place_for_them(folder: Path) -> None:
+    path = folder / "README.md"
+    for there in ("# Mine\n\nMy words.\n", f"# Mine\n\n{BEGIN}\nold\n{END}\n"):
+        path.write_text(there)
+        card(folder, write=True, description="Forgets *this*.")
+        text = path.read_text()
+        assert text.index("# Mine") < text.index(WORDS) < text.index("Forgets \\*this\\*.") < text.index(BEGIN)
+        again = card(folder, write=True, description="Forgets that.")
+        assert again.count(WORDS) == 1 and "*this" not in again and "# Mine" in again
+
+
+def test_a_sum_says_what_was_added() -> None:
+    parts = [{"adapter": ID, "name": "a|b", "weight": -0.5, "scale": 1.0}]
+    said = generated(ForgetCard(manifest(method={"compose": parts, "worst_error": 0.617})))
+    assert f"| sum of | `-0.5` times a\\|b, `{ID}` |" in said and "relative error at most 0.62" in said
+    assert "null" not in said and "objectives" not in said
+
+
+def test_tags_survive_a_save_of_a_loaded_or_trained_model(base_dir: Path, folder: Path, tmp_path: Path) -> None:
+    """Nobody has to call `add_tags`."""
+    models = (
+        ForgetModel.from_pretrained(base_dir, folder).model,
+        get_forget_model(load_base(base_dir), {"r": 2, "target_modules": ["q_proj"]}),
+    )
+    for i, model in enumerate(models):
+        model.save_pretrained(str(tmp_path / str(i)))
+        assert set(TAGS) <= set(split((tmp_path / str(i) / "README.md").read_text())[0]["tags"])
 
 
 def test_marks_and_front_matter_that_cannot_be_read(folder: Path) -> None:

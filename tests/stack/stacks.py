@@ -17,7 +17,7 @@ from peft_unlearn.folder.digest import digest_checkpoint
 from peft_unlearn.folder.manifest import Manifest, probes
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.write import write_adapter
-from peft_unlearn.jobs.save import _stock_export
+from peft_unlearn.jobs.save import stock_export
 from peft_unlearn.stack.delta import Deltas
 from peft_unlearn.tuners.expert_lora import ExpertLoraConfig
 
@@ -44,7 +44,7 @@ def write_config(out: Path, base_dir: Path, config: Any, seed: int, **more: Any)
         probes=probes(model, tokenizer()),
         **more,
     )
-    save = _stock_export(model, "default", manifest.base)
+    save = stock_export(model, "default", manifest.base)
     return write_adapter(out, model, manifest, RECIPE, tokenizer=tokenizer(), save=save)
 
 
