@@ -55,10 +55,13 @@ def number(value: float | None) -> str:
 def blocks(report: Report) -> list[tuple[str, list[tuple[str, list[float | None]]]]]:
     """[(title, [(row label, value per subject)])], the whole table as values."""
     shown = subjects(report)
-    values = report["subjects"]
+    values, n = report["subjects"], counts(report)
     out: list[tuple[str, list[tuple[str, list[float | None]]]]] = []
     for metric, title in METRICS.items():
-        if rows := [(s, [values[x].get(f"{s}/{metric}") for x in shown]) for s in sets(report, metric)]:
+        there = [
+            s for s in sets(report, metric) if n.get(s) != 0
+        ]  # a suite's sets that the data lack are among the reasons
+        if rows := [(s, [values[x].get(f"{s}/{metric}") for x in shown]) for s in there]:
             out.append((title, rows))
     whole = [
         (title, [values[x].get(k) for x in shown]) for k, title in WHOLE.items() if any(k in values[x] for x in shown)

@@ -67,6 +67,11 @@ def evaluate(
         subjects["retain_only"] = loaded_control(given, stack.tokenizer)
     else:
         subjects["retain_only"] = None if foreign else twin(manifest.base.ref, bundle)
+    said = None
+    if tasks:  # first, since a task that is misspelt or not to be had is found out here alone
+        from ..evaluation.lm_eval import run_tasks
+
+        said = run_tasks(subjects, stack.tokenizer, tasks, limit=n, progress=progress)
     report = score(
         subjects,
         suite or str((found[0].recipe.get("eval") or {}).get("suite") or "people"),
@@ -81,10 +86,8 @@ def evaluate(
         report["data_matches_manifest"] = not foreign
     if len(found) == 1:
         report["scale"] = stack.scales()[names[0]]
-    if tasks:
-        from ..evaluation.lm_eval import run_tasks
-
-        report["lm_eval"] = run_tasks(subjects, stack.tokenizer, tasks, limit=n, progress=progress)
+    if said is not None:
+        report["lm_eval"] = said
     if write and len(found) == 1 and n is None and not foreign:
         store(found[0].path, lambda: update_eval(found[0].path, dict(report)))
     return report

@@ -143,6 +143,31 @@ def test_the_retain_only_model_may_be_an_adapter(here: Path) -> None:
     assert "one and the same" in report["details"]["adapter"]["forget/mia_reference"]["reason"]
 
 
+def test_tasks_of_lm_eval_are_run_first_and_stand_beside_the_suite(here: Path, monkeypatch: Any) -> None:
+    from peft_unlearn.evaluation import lm_eval
+
+    args: dict[str, Any] = {"base": str(here / "base"), "data": str(here / "data"), "suite": "people"}
+    seen: dict[str, Any] = {}
+
+    def run_tasks(subjects: Any, tokenizer: Any, tasks: Any, **more: Any) -> dict[str, Any]:
+        seen.update(subjects=list(subjects), tasks=tasks, **more)
+        return {"tasks": tasks, "subjects": {"base": {"t": {"acc": 0.5}}}}
+
+    monkeypatch.setattr(lm_eval, "run_tasks", run_tasks)
+    report = jobs.evaluate([here / "adapter"], tasks=["t"], n=2, **args)
+    assert report["lm_eval"]["tasks"] == ["t"] and report["subjects"]["base"]["forget/probability"] is not None
+    assert seen["subjects"] == ["base", "adapter", "retain_only"] and seen["limit"] == 2
+
+    def unknown(*_: Any, **__: Any) -> dict[str, Any]:
+        raise UserError("lm-eval has no task 't'")
+
+    monkeypatch.setattr(lm_eval, "run_tasks", unknown)
+    # an attribute of the module, which the function of the same name hides in the package
+    monkeypatch.setitem(jobs.evaluate.__globals__, "score", lambda *_, **__: pytest.fail("scored before the tasks"))
+    with pytest.raises(UserError, match="no task"):
+        jobs.evaluate([here / "adapter"], tasks=["t"], n=2, **args)
+
+
 def test_what_cannot_be_a_retain_only_model(here: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

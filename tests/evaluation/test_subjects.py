@@ -55,3 +55,17 @@ def test_folders_are_told_apart_by_names_that_peft_takes(monkeypatch: pytest.Mon
         subjects.judged_folders(["a.b", "a_b"])
     with pytest.raises(UserError, match="retain-only is what the control is called"):
         subjects.judged_folders(["a", "retain-only"])
+
+
+def test_sets_that_the_data_lack_have_no_rows_in_the_table() -> None:
+    from peft_unlearn.demo import table
+
+    found = {"forget/probability": 0.1, "other/probability": None, "broken/probability": None}
+    detail = {
+        "forget/probability": {"n": 24, "reason": None},
+        "other/probability": {"n": 0, "reason": "the data has no set 'other'"},
+        "broken/probability": {"n": 5, "reason": "NaN"},
+    }
+    seen = {"subjects": {"base": found}, "details": {"base": detail}}
+    assert table.blocks(seen) == [("probability of the answer", [("forget", [0.1]), ("broken", [None])])]
+    assert any("no set 'other'" in why for why in table.reasons(seen))
