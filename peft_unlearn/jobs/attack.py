@@ -135,15 +135,16 @@ def describe(block: Mapping[str, Any]) -> str:
     for label, one in block["attacks"].items():
         changed = ", ".join(f"{k}={v}" for k, v in one["settings"].items())
         lines += ["", f"{label}  ({changed})" if changed else label]
+        wide = max(map(len, one["subjects"]))
         for name, seen in one["subjects"].items():
             if seen is None:
-                lines.append(f"  {name:<12} -  {one['reasons'][name]}")
+                lines.append(f"  {name:<{wide}} -  {one['reasons'][name]}")
                 continue
             measure = next(iter(seen["before"]), None)
             if measure is None:
                 continue
             before, after = seen["before"][measure], seen["after"].get(measure)
-            text = f"  {name:<12} {measure} {_number(before)} -> {_number(after)}"
+            text = f"  {name:<{wide}} {measure} {_number(before)} -> {_number(after)}"
             share = (one["recovery"].get(name) or {}).get(measure)
             lines.append(text + _share(share))
     return "\n".join(lines)

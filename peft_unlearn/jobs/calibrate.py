@@ -61,11 +61,13 @@ def calibrate(
         "retain_only": _levels_of(twin(found.manifest.base.ref, bundle), read),
         "scale_before": found.manifest.scale,
         "baked": False,
+        "stored": False,
         "n": {"forget": levels.forget.n, "retain": levels.retain.n},
         "adapter_id": found.adapter_id,
     }
     if not write or n is not None:
         return block
+    block["stored"] = True
     if result.chosen is not None:
         scale = result.chosen.scale
         if bake and scale != 1.0:
@@ -156,7 +158,9 @@ def notes(block: dict[str, Any]) -> list[str]:
             f"note: lora_alpha was multiplied by {block['scale']:g}, so plain PEFT runs at the calibrated strength; forget.json says "
             "scale 1 and method.baked_scale"
         )
-    if block["scale"] is not None and block["scale"] != block["scale_before"]:
+    if not block["stored"]:
+        out.append("note: a look at some of the rows: nothing was stored")
+    elif block["scale"] is not None and block["scale"] != block["scale_before"]:
         out.append(
             "note: numbers stored in eval.json before were taken at the old scale; `peft-unlearn eval` renews them"
         )

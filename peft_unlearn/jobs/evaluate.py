@@ -82,6 +82,8 @@ def evaluate(
         adapter_id=manifest.adapter_id if len(found) == 1 else None,
         base=manifest.base.ref,
     )
+    if said is None:
+        _check_something_measured(report)
     if any(matches(bundle, f.manifest) is not None for f in found):
         report["data_matches_manifest"] = not foreign
     if len(found) == 1:
@@ -91,6 +93,19 @@ def evaluate(
     if write and len(found) == 1 and n is None and not foreign:
         store(found[0].path, lambda: update_eval(found[0].path, dict(report)))
     return report
+
+
+def _check_something_measured(report: Report) -> None:
+    """Refuse a suite that gave no number at all: it was made for other data, and a page of nulls would replace what is stored."""
+    values = [v for found in report["subjects"].values() for v in (found or {}).values()]
+    if all(v is None for v in values):
+        details = (d for found in report["details"].values() for d in found.values() if isinstance(d, dict))
+        why = list(dict.fromkeys(str(d["reason"]) for d in details))
+        more = f" (and {len(why) - 3} more reasons)" if len(why) > 3 else ""
+        raise UserError(
+            f"suite {report['suite']}: nothing can be measured on these data: {'; '.join(why[:3])}{more}. Name the suite's own data with "
+            "--data, or the suite of these data with --suite"
+        )
 
 
 def save_report(report: Report, out: str | Path, layout: str = "eval") -> list[Path]:

@@ -60,6 +60,8 @@ def test_the_scale_found_is_stored_and_meets_what_was_asked(made, tmp_path):
         "forget": N,
         "retain": N,
     }  # a part of the rows: nothing stored
+    assert looked["stored"] is False and any("nothing was stored" in note for note in calibrating.notes(looked))
+    assert not any("eval.json" in note for note in calibrating.notes(looked))
 
     few = ForgetRetain(made.data.forget[:12], made.data.extra["retain"][:20])
     bundle, calibrating.bundle_for = calibrating.bundle_for, lambda *_: few
@@ -121,7 +123,7 @@ def test_the_command_answers_no_with_the_curve(monkeypatch, tmp_path):
     block = {
         "scale": None, "reason": "no scale above 0 keeps it", "metric": "extraction_strength", "floor": 0.95, "wanted": 0.95,
         "monotone": False,
-        "rises": {"forget": 0.0, "retain": 0.2}, "baked": False, "n": {"forget": 5, "retain": 5}, "scale_before": 1.0, "chosen": None,
+        "rises": {"forget": 0.0, "retain": 0.2}, "baked": False, "stored": True, "scale_before": 1.0, "chosen": None, "n": {"forget": 5, "retain": 5},
         "curve": [{"scale": s, **level(1 - s)} for s in (0.0, 0.5, 1.0)],
     }  # fmt: skip
     monkeypatch.setattr(calibrating, "calibrate", lambda *_, **__: block)

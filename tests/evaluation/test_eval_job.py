@@ -168,6 +168,15 @@ def test_tasks_of_lm_eval_are_run_first_and_stand_beside_the_suite(here: Path, m
         jobs.evaluate([here / "adapter"], tasks=["t"], n=2, **args)
 
 
+def test_a_suite_that_measures_nothing_is_refused_and_replaces_no_numbers(here: Path) -> None:
+    (here / "adapter" / "eval.json").write_text('{"format": 1, "subjects": {}, "kept": 1}', encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"suite muse: nothing can be measured on these data: the data has no set .*--suite"
+    ):
+        jobs.evaluate([here / "adapter"], base=str(here / "base"), data=str(here / "data"), suite="muse")
+    assert json.loads((here / "adapter" / "eval.json").read_text())["kept"] == 1
+
+
 def test_what_cannot_be_a_retain_only_model(here: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
