@@ -123,7 +123,8 @@ def test_the_command_answers_no_with_the_curve(monkeypatch, tmp_path):
     block = {
         "scale": None, "reason": "no scale above 0 keeps it", "metric": "extraction_strength", "floor": 0.95, "wanted": 0.95,
         "monotone": False,
-        "rises": {"forget": 0.0, "retain": 0.2}, "baked": False, "stored": True, "scale_before": 1.0, "chosen": None, "n": {"forget": 5, "retain": 5},
+        "rises": {"forget": 0.0, "retain": 0.2}, "baked": False, "stored": True, "scale_before": 1.0, "chosen": None,
+            "n": {"forget": 5, "retain": 5},
         "curve": [{"scale": s, **level(1 - s)} for s in (0.0, 0.5, 1.0)],
     }  # fmt: skip
     monkeypatch.setattr(calibrating, "calibrate", lambda *_, **__: block)
