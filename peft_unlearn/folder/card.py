@@ -261,7 +261,8 @@ def _scale(m: Manifest) -> str:
 
 
 def _flat(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
+    """One line, keys sorted as in forget.json: a card made of a manifest in memory is that of the same one read back."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=True, allow_unicode=True)
     return text.strip().removesuffix("...").strip()
 
 

@@ -346,6 +346,10 @@ def test_new_adapters_are_born_with_it(folder: Path, base_dir: Path, tmp_path: P
     """One writer: what `write_adapter` wrote is what `card` would write; a local base is not named."""
     assert card(folder) == (folder / "README.md").read_text()
     local = tinyfolder.write(tmp_path / "local", base_dir)
+    assert card(local.path) == (local.path / "README.md").read_text()
+    unsorted = {"terms": {"retain": {"nll": {"weight": 2.0, "batch": "retain"}}, "forget": {"npo": {"beta": 0.1}}}}
+    there = generated(ForgetCard(manifest(method=unsorted)))
+    assert there == generated(ForgetCard(manifest(method=json.loads(json.dumps(unsorted, sort_keys=True)))))
     front = split((local.path / "README.md").read_text())[0]
     assert "base_model" not in front and "known by its digest" in (local.path / "README.md").read_text()
     assert str(base_dir) not in (local.path / "README.md").read_text()
