@@ -39,7 +39,7 @@ def attach(base: Any, folders: Mapping[str, AdapterFolder]) -> Any:
         where = compact if (compact / CONFIG).is_file() else folder.path
         try:
             converted = None if where is compact else _converted(model, name, folder)
-            model = _load(model, name, where) if converted is None else converted
+            model = load_by_peft(model, name, where) if converted is None else converted
             if converted is None:
                 check_loaded(model, name, where)
         except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as e:
@@ -49,6 +49,14 @@ def attach(base: Any, folders: Mapping[str, AdapterFolder]) -> Any:
         _refuse_nested(model, folder.path)
     activate(model, list(folders))
     return model.eval()
+
+
+def load_by_peft(model: Any, name: str, where: Path) -> Any:
+    """`model` with the adapter in folder `where` on it, by PEFT's own means; not checked (`check_loaded` does)."""
+    with warnings.catch_warnings():
+        # PEFT looks for these keys among modules alone, and then does apply them to fused parameters
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+        return _load(model, name, where)
 
 
 def _load(model: Any, name: str, where: Path) -> Any:

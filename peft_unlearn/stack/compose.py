@@ -28,7 +28,7 @@ from ..folder.manifest import BaseRef, Manifest, probes
 from ..folder.read import CONFIG, WEIGHTS, AdapterFolder, read_adapter
 from ..folder.versions import versions
 from ..folder.write import check_destination, write_adapter
-from .attach import attach, check_loaded
+from .attach import attach, check_loaded, load_by_peft
 from .delta import Adapted, Deltas
 from .fits import check_base, check_tokenizer
 from .removal import unload
@@ -376,11 +376,9 @@ def _probed(manifest: Manifest, stage: Path, base_dir: Path | None, tokenizer: A
 
     The base is loaded with it by PEFT's own means first, as anyone would; every tensor has to arrive.
     """
-    from peft import PeftModel
-
     if base_dir is None or tokenizer is None:
         return manifest
-    model = PeftModel.from_pretrained(load_base(base_dir), str(stage))
+    model = load_by_peft(load_base(base_dir), "default", stage)
     try:
         check_loaded(model, "default", stage)
     except ValueError as e:

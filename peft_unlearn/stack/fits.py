@@ -45,7 +45,7 @@ def check_dependencies(folders: Mapping[str, AdapterFolder], trained_with: Mappi
             )
             raise UserError(
                 f"{folder.path}: was trained on top of {len(lost)} adapter(s) that are not below it ({why}); "
-                "give those first, in the order of training."
+                "give those first, in the order of training, or a stack file that holds all (peft-unlearn stack add)."
             )
         for row in scales_below(folder):
             under = below.get(row[0])

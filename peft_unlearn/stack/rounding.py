@@ -45,7 +45,9 @@ class Sums:
         """Of kept and wanted; 0 if nothing was kept, None if nothing was wanted."""
         if self.wanted == 0:
             return None
-        return self.kept_wanted / math.sqrt(self.kept * self.wanted) if self.kept > 0 else 0.0
+        if not self.kept > 0:
+            return 0.0
+        return max(-1.0, min(1.0, self.kept_wanted / math.sqrt(self.kept * self.wanted)))  # sums of blocks in float32
 
     @property
     def gain(self) -> float | None:
