@@ -12,7 +12,7 @@ from ..data.bundle import ForgetRetain
 from ..errors import UserError, nearest
 from ..evaluation import open_unlearning
 from ..evaluation.score import Report, on_one_model, score
-from ..folder.read import AdapterFolder
+from ..folder.read import MANIFEST, AdapterFolder
 from ..folder.write import update_eval
 from ..stack.model import ForgetModel
 from .files import store, write_file, writing
@@ -126,6 +126,15 @@ def check_out(out: str | Path | None, layout: str) -> None:
         raise UserError(f"--layout {layout}: there is no such layout.{nearest(layout, LAYOUTS)}")
     if layout == "open-unlearning" and (out is None or Path(out).suffix == ".json"):
         raise UserError("--layout open-unlearning: two files for each model are written; name a folder with --out")
+    if out is not None:
+        path = Path(out).expanduser()
+        folder = path.parent if path.suffix == ".json" else path
+        if (
+            folder / MANIFEST
+        ).is_file():  # a part of the rows must not replace the whole, nor the attacks stored beside it
+            raise UserError(
+                f"--out {out}: is in an adapter's folder, where `eval` itself keeps eval.json; name another place"
+            )
 
 
 def _bundle(first: AdapterFolder, data: str | None, foreign: bool) -> ForgetRetain:

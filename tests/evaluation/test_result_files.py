@@ -46,3 +46,12 @@ def test_what_is_written_is_whole_and_alone(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == dict(REPORT) and [p.name for p in path.parent.iterdir()] == ["eval.json"]
     with pytest.raises(UserError, match="is a folder"):
         write_file(tmp_path / "new", b"")
+
+
+@pytest.mark.parametrize("place", ["adapter", "adapter/eval.json", "adapter/part.json"])
+def test_numbers_are_not_written_into_an_adapters_folder_beside_its_own(tmp_path: Path, place: str) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "forget.json").write_text("{}")
+    with pytest.raises(UserError, match="in an adapter's folder"):
+        jobs.check_out(tmp_path / place, "eval")
+    jobs.check_out(tmp_path / "elsewhere", "eval")
