@@ -7,9 +7,11 @@ rename where nothing stands, an exchange of the two names (Linux ``renameat2``) 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
+import re
 import secrets
 import shutil
 import sys
@@ -37,12 +39,32 @@ def fsync_tree(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole: a neighbour is written and flushed, then renamed over `path`."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    fsync_path(part)
-    os.replace(part, path)
+    """Write a file whole: a neighbour is written and flushed, then renamed over `path`. `UserError` where there is no room."""
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        with room_for(path):
+            part.write_text(text, encoding="utf-8")
+            fsync_path(part)
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def room_for(out: Path) -> Iterator[None]:
+    """Make a full disk a `UserError` about `out`; safetensors tells of one only in the words of its own error."""
+    try:
+        yield
+    except Exception as e:
+        said = re.search(r"\(os error (\d+)\)", str(e))
+        number = e.errno if isinstance(e, OSError) else int(said[1]) if said else None
+        if number not in _NO_ROOM:
+            raise
+        raise UserError(f"{out}: cannot be written ({os.strerror(number)}); what stood there is as it was.") from None
 
 
 def _host() -> str:
@@ -85,11 +107,12 @@ def staged(out: str | Path, may_replace: Callable[[Path], str | None]) -> Iterat
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror}).") from None
     try:
-        yield stage
-        _readable(stage)
-        fsync_tree(stage)
-        _check_free(out, may_replace)  # again: minutes may have passed
-        swap_in(stage, out)
+        with room_for(out):
+            yield stage
+            _readable(stage)
+            fsync_tree(stage)
+            _check_free(out, may_replace)  # again: minutes may have passed
+            swap_in(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..folder.atomic import room_for
 from ..folder.base import load_base, load_tokenizer, peft_base_name, resolve_base
 from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
 from ..folder.fetch import resolve_adapter
@@ -133,7 +134,7 @@ def compose(
     }
     manifest = _manifest(given, recipe, rows, errors)
     tokenizer = _tokenizer(given[0][0], base_dir)
-    with tempfile.TemporaryDirectory() as scratch:
+    with room_for(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as scratch:
         stage = Path(scratch)
         _write(stage, tensors, config, manifest.base)
         manifest = _probed(manifest, stage, base_dir, tokenizer) if probe and not manifest.depends_on else manifest

@@ -228,7 +228,7 @@ def _stream(job: Job, min_cosine: float, tell: Callable[[str, int, int], None]) 
 
 def _room(folder: Path, need: int, shard: str) -> None:
     if (free := free_bytes(folder)) < need:
-        raise OSError(28, f"{shard} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        raise OSError(28, f"{shard} needs {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
 
 
 def _account(job: Job, stream: Stream, records: Mapping[str, dict[str, Any]], report: MergeReport) -> None:
