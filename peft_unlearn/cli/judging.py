@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Base, Data, Folder, Json, app, emit
+from .options import Base, Below, Data, Folder, Json, app, emit
 
 
 @app.command("eval")
@@ -27,6 +27,7 @@ def evaluate(
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks or YAML files, by commas.")] = None,
     layout: Annotated[str, typer.Option(help="Of --out: eval, or open-unlearning (a folder).")] = "eval",
+    below: Below = None,
     json: Json = False,
 ) -> None:
     """Score base, adapters and the retain-only twin; with one folder, write its eval.json."""
@@ -36,7 +37,7 @@ def evaluate(
     jobs.check_out(out, layout)
     with bars() as tell:
         report = jobs.evaluate(
-            folders, base=base, data=data, suite=suite, n=n, retain_only=retain_only, progress=tell,
+            folders, base=base, data=data, suite=suite, n=n, retain_only=retain_only, below=below or (), progress=tell,
             tasks=[t.strip() for t in tasks.split(",")] if tasks else None,
         )  # fmt: skip
     if out is not None:
@@ -68,6 +69,7 @@ def attack(
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="ATTACK.NAME=C", help="Set an option.")] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Score at most so many rows.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which rows are shown, and the attacks' own draws.")] = 0,
+    below: Below = None,
     json: Json = False,
 ) -> None:
     """Try to get back what is forgotten; the same on the retain-only twin; with one folder, store it in eval.json."""
@@ -80,7 +82,7 @@ def attack(
         relearn=relearn, quantize=quantize, jailbreak=jailbreak, plain=plain, everything=everything, sets=sets or []
     )
     with bars() as tell:
-        found = jobs.attack(folders, asked, base=base, data=data, n=n, seed=seed, progress=tell)
+        found = jobs.attack(folders, asked, base=base, data=data, n=n, seed=seed, below=below or (), progress=tell)
     emit(found) if json else print(jobs.describe(found))
 
 
@@ -131,6 +133,7 @@ def compare(
     from ..jobs import compare as job
     from ..progress import bars
 
+    job.check_out(out)
     with bars() as tell:
         found = job.compare(
             folders, retain_floor=retain_floor, max_scale=max_scale, metric=metric, suite=suite, n=n, base=base, data=data,
@@ -157,6 +160,7 @@ def interference(
     from ..jobs import interference as job
     from ..progress import bars
 
+    files.check_out(out)
     with bars() as tell:
         found = job.interference(folders, metric=metric, n=n, base=base, data=data or (), progress=tell)
     if out is not None:
@@ -177,6 +181,7 @@ def report(
     from ..jobs import report as job
     from ..progress import bars
 
+    job.check_out(out, job.KINDS)
     with bars() as tell:
         found = job.report(folders, samples=samples, base=base, data=data, progress=tell)
     paths = job.write(found, out)

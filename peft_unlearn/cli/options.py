@@ -20,6 +20,10 @@ Base = Annotated[str | None, typer.Option("--base", help="Base model: a folder, 
 Data = Annotated[
     str | None, typer.Option("--data", help="Bundle: a folder with forget and retain files, or embedded:NAME.")
 ]
+Below = Annotated[
+    list[str] | None,
+    typer.Option("--below", metavar="DIR", help="What it was trained on top of, lowest first; repeat it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else there.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value.")]
 

@@ -6,16 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Base, Data, Folder, Json, app, emit
+from .options import Base, Below, Data, Folder, Json, app, emit
 
 
 @app.command()
 def verify(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or its Hub id.")],
     base: Base = None,
-    below: Annotated[
-        list[str] | None, typer.Option(metavar="DIR", help="What it was trained on top of, lowest first; repeat it.")
-    ] = None,
+    below: Below = None,
     server: Annotated[str | None, typer.Option(help="Ask this OpenAI-compatible server instead.")] = None,
     served_as: Annotated[str | None, typer.Option(help="The adapter's name on that server.")] = None,
     scale: Annotated[float | None, typer.Option(help="Strength it is served at; default the manifest's.")] = None,

@@ -44,9 +44,11 @@ def gradient_norm(
 @contextmanager
 def _weights(model: Any) -> Iterator[list[Any]]:
     """The weights under the adapters, trainable inside; every flag as before afterwards."""
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
+    from ..folder.digest import base_tensors
+
+    base = {id(t) for t in base_tensors(model).values()}  # tied weights once
     flags = [(q, q.requires_grad) for q in model.parameters()]
-    wanted = [q for n, q in model.named_parameters() if q.is_floating_point() and not (prefix and prefix in n)]
+    wanted = [q for q in model.parameters() if q.is_floating_point() and id(q) in base]
     try:
         for q, _ in flags:
             q.requires_grad_(False)

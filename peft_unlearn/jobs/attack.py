@@ -8,13 +8,11 @@ from typing import Any
 
 from ..errors import Errors, UserError, nearest
 from ..evaluation.attacks.run import SHOWN, run_attacks, wanted
-from ..evaluation.score import on_one_model
 from ..folder.recipe import parse_yaml
 from ..folder.write import update_block
 from ..registry import methods
-from ..stack.model import ForgetModel
 from .files import store
-from .subjects import bundle_for, judged_folders, subject_of, twin, twin_folder
+from .subjects import bundle_for, judged_folders, stack_of, subject_of, subjects_on, twin, twin_folder
 
 BLOCK = "attacks"  # of eval.json
 Requests = list[tuple[str, dict[str, Any]]]
@@ -28,6 +26,7 @@ def attack(
     data: str | None = None,
     n: int | None = None,
     seed: int = 0,
+    below: Sequence[str | Path] = (),
     progress: Callable[[str, int, int], None] | None = None,
     write: bool = True,
 ) -> dict[str, Any]:
@@ -35,14 +34,14 @@ def attack(
 
     requests: (attack, hyper-parameters), see `requests_of`. The forget rows must be those that every adapter was
     trained to forget, by their hash. With one folder and all rows the result becomes block "attacks" of its eval.json;
-    earlier attacks on the same adapter and rows stay in it.
+    earlier attacks on the same adapter and rows stay in it. below: adapters that these were trained on top of, lowest first.
     """
     chosen = wanted(requests)
     adapters = judged_folders(folders)
     found = list(adapters.values())
     bundle = bundle_for(found, data)
-    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in adapters.items()})
-    subjects: dict[str, Any] = on_one_model(stack.model, {"base": None, **subject_of(list(adapters))})
+    stack = stack_of(adapters, base, below)
+    subjects = subjects_on(stack, list(adapters))
     ref = found[0].manifest.base.ref
     subjects["retain_only"] = twin(ref, bundle)
     checkpoints: dict[str, Any] = dict.fromkeys(subjects, stack.base_dir)
@@ -60,7 +59,7 @@ def attack(
         base=ref,
         progress=progress,
     )
-    block["scale"] = dict(zip(subject_of(list(adapters)), stack.scales().values(), strict=True))
+    block["scale"] = {subject: stack.scales()[name] for subject, name in subject_of(list(adapters)).items()}
     if write and len(found) == 1 and n is None:
         whole = _with_earlier(block, (found[0].eval or {}).get(BLOCK))
         store(found[0].path, lambda: update_block(found[0].path, BLOCK, whole))

@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..data.bundle import ForgetRetain
 from ..errors import UserError, nearest
@@ -14,9 +13,19 @@ from ..evaluation import open_unlearning
 from ..evaluation.score import Report, on_one_model, score
 from ..folder.read import MANIFEST, AdapterFolder
 from ..folder.write import update_eval
-from ..stack.model import ForgetModel
 from .files import store, write_file, writing
-from .subjects import TWIN, bundle_of, check_data, control, judged_folders, loaded_control, matches, subject_of, twin
+from .subjects import (
+    TWIN,
+    bundle_of,
+    check_data,
+    control,
+    judged_folders,
+    loaded_control,
+    matches,
+    stack_of,
+    subjects_on,
+    twin,
+)  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 LAYOUTS = ("eval", "open-unlearning")
@@ -31,6 +40,7 @@ def evaluate(
     n: int | None = None,
     retain_only: str | None = None,
     tasks: Sequence[str] | None = None,
+    below: Sequence[str | Path] = (),
     progress: Progress | None = None,
     write: bool = True,
 ) -> Report:
@@ -41,6 +51,7 @@ def evaluate(
     retain_only: a model trained without the forget set (a folder, a Hub id, ``embedded:NAME`` for the twin of that base), or a
     folder of a forget adapter on the same base. Default the embedded base's twin.
     tasks: lm-eval tasks (names, or YAML files) to run on the same subjects; their numbers become block "lm_eval".
+    below: adapters that these were trained on top of, lowest first; each adapter is judged together with them.
     With one folder the result on its own forget set is also written into it as eval.json.
     """
     adapters = judged_folders(folders)
@@ -59,8 +70,8 @@ def evaluate(
     given = control(retain_only)
     if isinstance(given, AdapterFolder):
         adapters[TWIN] = given
-    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in adapters.items()})
-    subjects: dict[str, Any] = on_one_model(stack.model, {"base": None, **subject_of(names)})
+    stack = stack_of(adapters, base, below)
+    subjects = subjects_on(stack, names)
     if isinstance(given, AdapterFolder):
         subjects |= on_one_model(stack.model, {"retain_only": TWIN})
     elif given is not None:

@@ -89,7 +89,12 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     named = base or recipe.get("base")
     path = resolve_base(recipe.get("base"), override=base)
     _check_layers(config, path)
-    return Run(dict(recipe), config, adapter, bundle, str(named), path, None if negate is None else float(negate), auto)
+    ran = dict(recipe)
+    if data is not None:  # what is saved as the recipe has to name what was trained on; files become hashes there
+        spec = recipe.get("data")
+        options = {k: v for k, v in spec.items() if k in DATA_OPTIONS} if isinstance(spec, Mapping) else {}
+        ran["data"] = {**options, "bundle": str(Path(data).resolve()) if Path(data).expanduser().exists() else data}
+    return Run(ran, config, adapter, bundle, str(named), path, None if negate is None else float(negate), auto)
 
 
 def _check_layers(config: UnlearnConfig, base_dir: Path) -> None:

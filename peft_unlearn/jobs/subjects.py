@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,13 @@ from typing import Any
 from ..data import embedded
 from ..data.bundle import ForgetRetain
 from ..errors import UserError
+from ..evaluation.score import on_one_model
 from ..folder.base import load_base, load_tokenizer, resolve_base
+from ..folder.fetch import resolve_adapter
 from ..folder.manifest import Manifest
 from ..folder.read import MANIFEST, AdapterFolder, read_adapter
+from ..stack.fits import scales_below
+from ..stack.model import ForgetModel
 from .run import load_data
 
 TWIN = "retain-only"  # the name on a stack of an adapter that is the control
@@ -45,6 +49,29 @@ def judged_folders(folders: Sequence[str | Path]) -> dict[str, AdapterFolder]:
 def subject_of(names: Sequence[str]) -> dict[str, str]:
     """Subject of a report -> adapter on the stack."""
     return {"adapter": "adapter"} if list(names) == ["adapter"] else {f"adapter:{n}": n for n in names}
+
+
+def stack_of(
+    adapters: Mapping[str, AdapterFolder], base: str | None = None, below: Sequence[str | Path] = ()
+) -> ForgetModel:
+    """Base and adapters, loaded. below: what one of them was trained on top of, lowest first; it runs at the strength of that training.
+
+    Raises:
+        UserError: a wrong base, a dependency that is not given, or something under `below` that none of them needs.
+    """
+    lower = {f"below_{i}": read_adapter(resolve_adapter(ref)) for i, ref in enumerate(below)}
+    needed = {d for f in [*lower.values(), *adapters.values()] for d in f.manifest.depends_on}
+    for folder in lower.values():
+        if folder.adapter_id not in needed:
+            raise UserError(f"{folder.path}: none of these adapters was trained on top of it; leave it out of --below")
+    trained = {adapter: strength for f in adapters.values() for adapter, strength in scales_below(f)}
+    scales = {n: trained.get(f.adapter_id, float(f.manifest.scale)) for n, f in lower.items()}
+    return ForgetModel.from_pretrained(base, {n: f.path for n, f in {**lower, **adapters}.items()}, scales=scales)
+
+
+def subjects_on(stack: ForgetModel, names: Sequence[str]) -> dict[str, Any]:
+    """Base and each adapter of a stack as subjects, every adapter together with what it was trained on top of."""
+    return on_one_model(stack.model, {"base": None, **{s: stack.chain(n) for s, n in subject_of(names).items()}})
 
 
 def embedded_ref(manifest: Manifest) -> str | None:

@@ -15,6 +15,7 @@ from ..data.formats import to_text
 from ..evaluation.callback import ForgetAtFloor, StopOn
 from ..evaluation.generate import other_answers
 from ..evaluation.quick import make_score
+from ..folder.atomic import room_for
 from ..folder.base import load_base, load_tokenizer
 from ..folder.read import AdapterFolder
 from ..folder.write import check_destination
@@ -90,7 +91,8 @@ def train(
     first = trainer.is_world_process_zero()
     if first:
         say(trainer.describe())
-    trainer.train(resume_from_checkpoint=resume or None)
+    with room_for(Path(out)):
+        trainer.train(resume_from_checkpoint=resume or None)
     if not first:
         return None
     if shift is not None:

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ import tiny
 import yaml
 
 from peft_unlearn import cli, jobs
+from peft_unlearn.data.bundle import ForgetRetain
+from peft_unlearn.data.embedded import rows
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation import open_unlearning
 from peft_unlearn.evaluation.score import score
+from peft_unlearn.folder.recipe import load_recipe
+from peft_unlearn.stack.model import ForgetModel
 
 
 def write_rows(path: Path, rows: list[Any]) -> None:
@@ -260,3 +265,33 @@ def test_one_model_alone_is_written_without_a_folder_and_nulls_have_reasons(
     assert found["forget_quality"]["agg_value"] is None and "retain-only" in found["forget_quality"]["reason"]
     assert "forget_quality" not in summary and "forget/value_accuracy" in summary
     assert open_unlearning.name_of("retain/extraction_strength") == "retain_extraction_strength"
+
+
+def test_the_data_trained_on_stand_in_the_recipe_and_a_dependent_adapter_is_judged_with_what_lies_below(tmp_path):
+    """--data replaces the recipe's data in what is saved too; an adapter on top of another is scored with both on."""
+    people = rows("embedded:people")
+    files = tmp_path / "files"
+    files.mkdir()
+    for name, part in (("forget", people["forget"][:6]), ("retain", people["retain"][:12])):
+        (files / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    recipe = load_recipe(Path(__file__).resolve().parents[2] / "adapters/recipes/people-npo.yaml")
+    recipe["train"] |= {"max_steps": 2, "per_device_train_batch_size": 2}
+    recipe.pop("eval")
+    first = jobs.train(recipe, tmp_path / "first", data=str(files))
+    saved = yaml.safe_load((tmp_path / "first/recipe.yaml").read_text())["data"]
+    assert saved["forget"] == f"sha256:{first.manifest.data['forget']['sha256']}" and "bundle" not in saved
+    assert saved["per_anchor"] == recipe["data"]["per_anchor"]
+    second = jobs.train({**recipe, "stack": [str(tmp_path / "first")], "seed": 1}, tmp_path / "second", data=str(files))
+    assert second.manifest.depends_on == [first.adapter_id]
+    with pytest.raises(UserError, match="trained on top of"):
+        jobs.evaluate([tmp_path / "second"], data=str(files), n=2)
+    report = jobs.evaluate([tmp_path / "second"], data=str(files), n=4, below=[tmp_path / "first"])
+    both = ForgetModel.from_pretrained(None, [tmp_path / "first", tmp_path / "second"])
+    wanted = score(
+        {"both": lambda: nullcontext(both.model)}, "people", ForgetRetain.load(str(files)), both.tokenizer, n=4
+    )
+    assert report["subjects"]["adapter"]["forget/probability"] == pytest.approx(
+        wanted["subjects"]["both"]["forget/probability"], rel=1e-6
+    )
+    with pytest.raises(UserError, match="leave it out of --below"):
+        jobs.evaluate([tmp_path / "first"], data=str(files), n=2, below=[tmp_path / "second"])
