@@ -33,6 +33,8 @@ def main() -> None:
         app()
     except SystemExit as e:
         # Typer's own codes: 130 for Ctrl-C, 1 when the reader of our output went away.
+        if e.code == 130:
+            print("interrupted", file=sys.stderr)
         lost = e.code == 130 or isinstance(e.__context__, BrokenPipeError)
         sys.exit(3 if lost else e.code)
     except UserError as e:

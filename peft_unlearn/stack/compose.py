@@ -345,10 +345,11 @@ def _manifest(
     data: dict[str, dict[str, Any]] = {}
     for folder, _ in given:
         for key, about in folder.manifest.data.items():
-            taken = data.get(key)
-            if taken is not None and taken != about:  # another set of the same name: say whose it is
-                key = f"{folder.manifest.name or folder.path.resolve().name}/{key}"
-            data[key] = about
+            whose = f"{folder.manifest.name or folder.path.resolve().name}/{key}"
+            free, k = key, 1
+            while data.get(free, about) != about:  # another set of the same name: say whose it is
+                free, k = whose if k == 1 else f"{whose}_{k}", k + 1
+            data[free] = about
     base = given[0][0].manifest.base
     method: dict[str, Any] = {"compose": recipe["compose"]["parts"], "rank": recipe["compose"]["rank"]}
     if errors:

@@ -172,6 +172,15 @@ def test_dependencies_go_along(base_dir: Path, dense_parts: list[Path], tmp_path
     assert "forget" in names and len(names) == 2  # two forget sets, and the second says whose it is
 
 
+def test_sets_of_parts_with_one_name_are_all_kept(base_dir: Path, tmp_path: Path) -> None:
+    parts = [lora(tmp_path / str(i), base_dir, i, name="same") for i in range(3)]
+    made = compose([(p.path, 1.0) for p in parts], tmp_path / "sum", probe=False).folder
+    assert {k: v["sha256"] for k, v in made.manifest.data.items()} == {
+        k: p.manifest.data["forget"]["sha256"]
+        for k, p in zip(("forget", "same/forget", "same/forget_2"), parts, strict=True)
+    }
+
+
 def test_without_a_base_there_are_no_probes(dense_parts: list[Path], base_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--no-probes"):
         compose([(dense_parts[0], -1.0)], tmp_path / "c")

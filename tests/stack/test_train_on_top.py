@@ -256,6 +256,20 @@ def test_resumed_over_another_kind_and_not_over_another_stack(tmp_path: Path) ->
         )
 
 
+def test_a_full_disk_is_a_sentence(base: Path, tmp_path: Path) -> None:
+    import resource
+
+    steps = {**recipe(base)["train"], "save_strategy": "steps", "save_steps": 1}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(UserError, match=r"new: cannot be written \(File too large\)"):
+            train(recipe(base, train=steps), tmp_path / "new", say=lambda _: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "new").exists()
+
+
 def test_negation_turns_the_new_one_alone(base: Path, tmp_path: Path) -> None:
     first_of(base, tmp_path / "first")
     watch = Watch()
