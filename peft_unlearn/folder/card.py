@@ -19,7 +19,7 @@ from .base import peft_base_name
 from .card_numbers import headline, numbers
 from .manifest import Manifest, path_like
 from .markdown import block, code, inline, one_line, table
-from .read import CARD, AdapterFolder
+from .read import CARD, AdapterFolder, read_text
 
 TAGS = ("forget-adapter", "machine-unlearning", "peft_unlearn")
 BEGIN, END = "<!-- peft-unlearn: generated, edits are lost -->", "<!-- peft-unlearn: end -->"
@@ -61,7 +61,7 @@ def card_of(found: AdapterFolder, description: str = "", license: str | None = N
 def regenerated(found: AdapterFolder) -> str | None:
     """README.md of a folder, its generated block made anew; None where there is none, or no card at all."""
     path = found.path / CARD
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = read_text(path) if path.is_file() else ""
     return render(card_of(found), text) if BEGIN in text else None
 
 

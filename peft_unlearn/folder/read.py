@@ -51,8 +51,8 @@ def read_adapter(folder: str | Path, check_hashes: bool = True) -> AdapterFolder
     if not isinstance(config.get("peft_type"), str):
         raise UserError(f"{folder / CONFIG}: no `peft_type`; this is not the configuration of a PEFT adapter.")
     check_weights(folder / WEIGHTS, config)
-    manifest = Manifest.from_json(_text(folder / MANIFEST), str(folder / MANIFEST))
-    recipe = parse_recipe(_text(folder / RECIPE), str(folder / RECIPE))
+    manifest = Manifest.from_json(read_text(folder / MANIFEST), str(folder / MANIFEST))
+    recipe = parse_recipe(read_text(folder / RECIPE), str(folder / RECIPE))
     evaluation = _json_object(folder / EVAL) if (folder / EVAL).is_file() else None
     for name, sha in manifest.files.items():
         if not plain_name(name):
@@ -87,7 +87,8 @@ def _check_present(folder: Path) -> None:
     raise UserError(f"{folder}: not a forget adapter: {', '.join(missing)} missing.")
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file of an adapter as text; `UserError` where it is none, or cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -97,7 +98,7 @@ def _text(path: Path) -> str:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    text = _text(path)
+    text = read_text(path)
     if not text.strip():
         raise UserError(f"{path}: the file is empty.")
     try:

@@ -54,7 +54,7 @@ def write_adapter(
     """
     wanted = {} if save is not None else _adapter_tensors(peft_model, adapter_name)
     manifest.check()
-    with staged(out, _why_not_replaceable) as stage:
+    with staged(out, why_not_replaceable) as stage:
         if save is not None:
             wanted = save(stage)
         else:
@@ -82,7 +82,7 @@ def write_adapter(
 def check_destination(out: str | Path) -> None:
     """Raise the `UserError` that `write_adapter` would raise for what stands at `out`: before the work, not after it."""
     out = Path(out).expanduser()
-    _check_free(out.resolve() if out.is_symlink() else out, _why_not_replaceable)
+    _check_free(out.resolve() if out.is_symlink() else out, why_not_replaceable)
 
 
 def update_eval(folder: str | Path, eval_json: dict[str, Any], card: str | None = None) -> None:
@@ -180,7 +180,7 @@ def _same_as_in_memory(path: Path, wanted: dict[str, torch.Tensor]) -> None:
             raise RuntimeError(f"{path.name}: {name!r} on disk is not what is in memory")
 
 
-def _why_not_replaceable(existing: Path) -> str | None:
+def why_not_replaceable(existing: Path) -> str | None:
     try:
         adapter = read_adapter(existing)
     except UserError as e:

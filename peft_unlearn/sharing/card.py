@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..folder.atomic import write_text
 from ..folder.card import ForgetCard, card_of, render
-from ..folder.read import CARD, read_adapter
+from ..folder.read import CARD, read_adapter, read_text
 from .outgoing import leaks
 
 __all__ = ["ForgetCard", "card"]
@@ -24,7 +24,7 @@ def card(folder: str | Path, write: bool = False, description: str = "", license
     """
     found = read_adapter(folder)
     path = found.path / CARD
-    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    existing = read_text(path) if path.is_file() else None
     text = render(card_of(found, description, license), existing)
     if problems := leaks(text, found.path.resolve()):
         raise UserError(f"{path}: {'; '.join(problems)}; nothing was written.")

@@ -15,7 +15,7 @@ from ..data.embedded import is_embedded
 from ..errors import Errors, UserError
 from ..folder.card import card_of, current, portable_front, split
 from ..folder.manifest import path_like
-from ..folder.read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder
+from ..folder.read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder, read_text
 from ..folder.recipe import parse_yaml
 from ..folder.safetensors_io import plain_name
 
@@ -65,7 +65,7 @@ def pack(found: AdapterFolder, data: Any = None) -> Parcel:
             errors.add(f"{MANIFEST} gives no hash of {name}, so nobody could tell that it is the right one")
     errors.raise_if_any(f"{found.path}")
     notes = _check_card(found, errors)
-    texts = {n: (root / n).read_text(encoding="utf-8") for n in names if n in _TEXTS}
+    texts = {n: read_text(root / n) for n in names if n in _TEXTS}
     for name, text in texts.items():
         for problem in leaks(text, root):
             errors.add(f"{name} {problem}")
@@ -109,7 +109,7 @@ def _check_card(found: AdapterFolder, errors: Errors) -> list[str]:
     if not path.is_file():
         errors.add(f"{CARD} is missing; {mend}")
         return []
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         front, _ = split(text)
         state = current(card_of(found), text)

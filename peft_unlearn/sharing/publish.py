@@ -21,9 +21,9 @@ from ..errors import Interrupted, UserError
 from ..folder.atomic import staged
 from ..folder.fetch import commit_of, resolve_adapter, split_reference
 from ..folder.manifest import Manifest
-from ..folder.read import CARD, EVAL, MANIFEST, AdapterFolder, file_sha256, read_adapter
+from ..folder.read import CARD, EVAL, MANIFEST, WEIGHTS, AdapterFolder, file_sha256, read_adapter
 from ..folder.safetensors_io import plain_name
-from ..folder.write import _why_not_replaceable
+from ..folder.write import why_not_replaceable
 from .outgoing import pack
 
 _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}")
@@ -185,11 +185,15 @@ def _leftovers(api: Any, out: Publication, head: Any, names: list[str]) -> list[
         return []
     path = api.hf_hub_download(out.repo_id, MANIFEST, revision=head.sha)
     try:
-        old = json.loads(Path(path).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+        old, ref = manifest["files"], str(manifest["base"]["ref"])
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{out.repo_id}: its {MANIFEST} cannot be read, so what belongs to it is not known; remove it there first."
         ) from None
+    before = f"sha256:{old.get(WEIGHTS)}"
+    if before != out.adapter_id:
+        out.notes.append(f"replaces the adapter {before[:19]} of the base {ref}, which the history there keeps")
     return sorted(({*old, EVAL} & there) - {*names, CARD})
 
 
@@ -227,7 +231,7 @@ def pull(repo_id: str, out: str | Path, revision: str | None = None) -> Pulled:
     commit = _newest(hub_id, at or revision)
     source = resolve_adapter(hub_id, commit or at or revision)
     commit = commit or commit_of(source) or ""
-    with staged(out, _why_not_replaceable) as stage:
+    with staged(out, why_not_replaceable) as stage:
         manifest = Manifest.from_json((source / MANIFEST).read_text(encoding="utf-8"), f"{hub_id}: {MANIFEST}")
         for name in sorted({*manifest.files, MANIFEST, CARD, EVAL}):
             if plain_name(name) and (source / name).is_file():  # other names are read_adapter's to refuse

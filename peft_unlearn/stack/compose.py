@@ -26,7 +26,7 @@ from ..folder.base import load_base, load_tokenizer, peft_base_name, resolve_bas
 from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
 from ..folder.fetch import resolve_adapter
 from ..folder.manifest import BaseRef, Manifest, probes
-from ..folder.read import CONFIG, WEIGHTS, AdapterFolder, read_adapter
+from ..folder.read import CONFIG, MANIFEST, WEIGHTS, AdapterFolder, read_adapter, read_text
 from ..folder.versions import versions
 from ..folder.write import check_destination, write_adapter
 from .attach import attach, check_loaded, load_by_peft
@@ -110,6 +110,7 @@ def compose(
             `out` that is not a forget adapter. Nothing is written then.
     """
     check_destination(out)
+    _refuse_trained(out)
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise UserError(f"compose: rank must be a whole number from 1 on, not {rank!r}.")
     given = _collected(parts)
@@ -145,6 +146,13 @@ def compose(
 
     folder = write_adapter(out, None, manifest, recipe, tokenizer=tokenizer, save=write)
     return Composition(folder, described, int(config["r"]), len(rows), errors, manifest.probes is not None)
+
+
+def _refuse_trained(out: str | Path) -> None:
+    """A sum replaces another sum, which can be made again, and never an adapter that somebody trained."""
+    there = Path(out).expanduser() / MANIFEST
+    if there.is_file() and "compose" not in Manifest.from_json(read_text(there), str(there)).method:
+        raise UserError(f"{out}: holds an adapter that was trained, which a sum does not replace; name another folder.")
 
 
 def _in_words(parts: list[dict[str, Any]], rank: int | None, errors: dict[str, float]) -> str:

@@ -236,6 +236,15 @@ def test_words_given_for_a_card_without_a_place_for_them(folder: Path) -> None:
         assert again.count(WORDS) == 1 and "*this" not in again and "# Mine" in again
 
 
+def test_a_card_that_is_no_text(folder: Path) -> None:
+    (folder / "README.md").write_bytes(b"\xff\xfe")
+    for do in (lambda: card(folder, write=True), lambda: push(folder, "me/x", dry_run=True)):
+        with pytest.raises(UserError, match=r"README\.md: not UTF-8 text"):
+            do()
+    update_eval(folder, {**EVAL, "adapter_id": read_adapter(folder).adapter_id})  # the numbers are safe
+    assert (folder / "README.md").read_bytes() == b"\xff\xfe"
+
+
 def test_a_sum_says_what_was_added() -> None:
     parts = [{"adapter": ID, "name": "a|b", "weight": -0.5, "scale": 1.0}]
     said = generated(ForgetCard(manifest(method={"compose": parts, "worst_error": 0.617})))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import file_sha256, read_adapter
+from peft_unlearn.folder.write import write_adapter
 from peft_unlearn.sharing.outgoing import leaks
 from peft_unlearn.sharing.publish import push
 
@@ -114,6 +116,16 @@ def test_large_files_in_parts_and_only_what_is_missing(hub: Hub, clients: Client
     assert hub.files("me/parts")["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
 
 
+def write_other(folder: Path, base_dir: Path) -> Path:
+    """Another adapter of the same base beside `folder`."""
+    out = folder.with_name("other")
+    model = tinyfolder.adapted(base_dir, seed=9)
+    old = read_adapter(folder).manifest
+    manifest = replace(tinyfolder.manifest_for(model, base_dir, name="other"), base=old.base, data=old.data)
+    write_adapter(out, model, manifest, tinyfolder.RECIPE, tokenizer=tinyfolder.tokenizer())
+    return out
+
+
 def test_a_new_adapter_in_an_old_ones_place(hub: Hub, clients: Clients, folder: Path, base_dir: Path) -> None:
     assert "error" not in clients("push", str(folder), "me/replaced")
     first = hub.repos["me/replaced"].branches["main"]
@@ -125,9 +137,13 @@ def test_a_new_adapter_in_an_old_ones_place(hub: Hub, clients: Clients, folder: 
     (folder / "forget.json").write_text(json.dumps(manifest))
     done = clients("push", str(folder), "me/replaced")
     assert done["deleted"] == ["tokenizer.json", "tokenizer_config.json"]
+    assert not any("replaces" in n for n in done["notes"])  # the same weights
     there = hub.files("me/replaced")
     assert "tokenizer.json" not in there and there["LICENSE"] == b"x"
     assert "tokenizer.json" in hub.files("me/replaced", first)  # history keeps it
+    other = write_other(folder, base_dir)
+    notes = clients("push", str(other), "me/replaced")["notes"]
+    assert any(f"replaces the adapter {read_adapter(folder).adapter_id[:19]} of the base me/base" in n for n in notes)
 
 
 def test_a_branch(hub: Hub, clients: Clients, folder: Path) -> None:

@@ -221,6 +221,10 @@ def test_an_existing_sum_is_replaced_and_never_kept(base_dir: Path, dense_parts:
     first = compose([(dense_parts[0], 1.0)], tmp_path / "c", base=base_dir, probe=False)
     second = compose([(dense_parts[0], -1.0)], tmp_path / "c", base=base_dir, probe=False)
     assert first.folder.adapter_id != second.folder.adapter_id == read_adapter(tmp_path / "c").adapter_id
+    mine = Path(shutil.copytree(dense_parts[0], tmp_path / "mine"))
+    with pytest.raises(UserError, match="an adapter that was trained"):
+        compose([(mine, -1.0)], mine, base=base_dir, probe=False)
+    assert read_adapter(mine).adapter_id == read_adapter(dense_parts[0]).adapter_id
 
 
 def test_parts_as_they_are_typed() -> None:
