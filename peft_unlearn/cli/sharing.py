@@ -25,6 +25,10 @@ def verify(
 
     if (server is None) != (served_as is None):
         raise UserError("--server and --served-as belong together: the address, and the adapter's name there")
+    if server is not None and below:
+        raise UserError(
+            "--below is for the check without --server: a server runs one adapter; compose makes one of all"
+        )
     with bars() as tell:
         if server is not None and served_as is not None:
             from ..sharing.server import verify_server

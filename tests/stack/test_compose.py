@@ -17,9 +17,10 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.folder.base import load_base
 from peft_unlearn.folder.manifest import probe_difference
 from peft_unlearn.folder.read import AdapterFolder, read_adapter
-from peft_unlearn.stack.compose import _stock, _sums, compose, parse_part
+from peft_unlearn.stack.compose import _stock, compose, parse_part
 from peft_unlearn.stack.delta import Deltas
 from peft_unlearn.stack.model import ForgetModel
+from peft_unlearn.stack.summed import summed
 
 ALL = ("q_proj", "v_proj", "down_proj", "lm_head", "embed_tokens")
 
@@ -304,7 +305,7 @@ def test_sums_of_anything(adapter_dir: Path, tmp_path_factory, given_, cut: int,
     deltas = [Deltas(f) for f, _ in folders]
     sizes = {at: sum(abs(w) for (f, w), d in zip(folders, deltas, strict=True) if f"{at}.weight" in d) for at in want}
     for rank in (None, cut):
-        rows = _sums(deltas, [w for _, w in folders])
+        rows = summed(deltas, [w for _, w in folders])
         errors = {} if rank is None else {n: row.cut(rank) for n, row in rows.items()}
         tensors, config = _stock(rows, folders)
         (where / f"sum{rank}").mkdir()
