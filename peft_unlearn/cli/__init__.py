@@ -19,8 +19,11 @@ from .options import app as app
 
 def main() -> None:
     """Entry point: a user's mistake is a message, a defect of ours a traceback."""
+    import os
     import warnings
 
+    if not sys.stderr.isatty():  # the bars of the libraries underneath are for a terminal
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from ..errors import Interrupted, UserError
 
     # Where in the program a warning was given is nothing to the user
