@@ -22,6 +22,7 @@ _WHERE = {
     "UnlearnConfig": "config",
     "UnlearnTrainer": "trainer",
     "UserError": "errors",
+    "compose": "stack.compose",
     "evaluate": "jobs",
     "get_forget_model": "adapt",
     "make_score": "evaluation.quick",
@@ -34,6 +35,7 @@ _WHERE = {
     "save_adapter": "jobs",
     "score": "evaluation.score",
     "train": "jobs",
+    "verify": "sharing.verify",
 }
 __all__ = sorted(_WHERE)
 
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     from .registry import metric as metric
     from .registry import objective as objective
     from .registry import rule as rule
+    from .sharing.verify import verify as verify
+    from .stack.compose import compose as compose
     from .stack.merge import merge as merge
     from .stack.model import ForgetModel as ForgetModel
     from .stack.remove import remove as remove

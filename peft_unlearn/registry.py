@@ -166,7 +166,7 @@ _METHODS: dict[str, dict[str, Method]] = {kind: {} for kind in KINDS}
 _loaded = False
 
 
-def _param(name: str, annotation: Any, default: Any) -> Param:
+def param_of(name: str, annotation: Any, default: Any) -> Param:
     """Read one hyper-parameter from its annotation."""
     rng, choices, nullable = None, None, False
     if typing.get_origin(annotation) is Annotated:
@@ -177,7 +177,7 @@ def _param(name: str, annotation: Any, default: Any) -> Param:
         nullable = len(inner) < len(typing.get_args(annotation))
         if len(inner) != 1 and set(inner) != {int, str}:
             raise TypeError(f"hyper-parameter {name}: a union of several types has no schema")
-        found = _param(name, inner[0], default)
+        found = param_of(name, inner[0], default)
         rng, choices, type_name = rng or found.range, found.choices, found.type
         if len(inner) == 2:  # a layer: its number or its module's name
             type_name = "int or str"
@@ -213,7 +213,7 @@ def _register(kind: str, name: str, **about: Any) -> Callable[[_F], _F]:
             raise TypeError(f"{kind} {name!r} is registered twice ({fn.__module__})")
         hints = typing.get_type_hints(fn, include_extras=True)
         params = {
-            p.name: _param(p.name, hints[p.name], p.default)
+            p.name: param_of(p.name, hints[p.name], p.default)
             for p in inspect.signature(fn).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }

@@ -140,9 +140,9 @@ class ForgetRetain:
     def _check_overlap(self) -> None:
         if not self.retain:
             return
-        shared = {_same(r) for r in self.forget} & {_same(r) for r in self.retain}
+        shared = {row_key(r) for r in self.forget} & {row_key(r) for r in self.retain}
         if shared:
-            rows = [i for i, r in enumerate(self.retain) if _same(r) in shared]
+            rows = [i for i, r in enumerate(self.retain) if row_key(r) in shared]
             raise UserError(
                 f"data: {len(shared)} example(s) stand in the forget set and in the retain set (retain rows "
                 f"{', '.join(map(str, rows[:10]))}{', ..' if len(rows) > 10 else ''}); a model cannot do both: take them out of one"
@@ -173,7 +173,7 @@ def _folder(path: Path) -> dict[str, Path]:
     return found
 
 
-def _same(row: dict[str, Any]) -> str:
+def row_key(row: dict[str, Any]) -> str:
     """Two rows are one example when their texts differ in case and white space only ("3+4" and "3-4" are two)."""
     return re.sub(r'\s*(?<!\\)"\s*', '"', " ".join(identity(row).casefold().split()))
 

@@ -23,7 +23,7 @@ def tokens_of(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[Tokens] 
         return None
     texts = [prompt + answer for prompt, answer in pairs]
     out: list[Tokens | None] = [None] * len(texts)
-    special = [_adds_special(text, tokenizer) for text in texts]
+    special = [adds_special(text, tokenizer) for text in texts]
     for wanted in {*special}:
         mine = [i for i, s in enumerate(special) if s == wanted]
         enc = tokenizer([texts[i] for i in mine], return_offsets_mapping=True, add_special_tokens=wanted)
@@ -54,7 +54,7 @@ def encode(
         UserError: too long with "error", or no target left.
     """
     text = prompt + answer
-    special = _adds_special(text, tokenizer)
+    special = adds_special(text, tokenizer)
     known = tokens or next(iter(tokens_of([(prompt, answer)], tokenizer) or []), None)
     if known is not None:
         ids, ends = list(known[0]), known[1]
@@ -82,14 +82,14 @@ def encode(
     return [_labelled(ids[:first] + ids[i : i + room], first) for i in range(first, len(ids), room)]
 
 
-def _adds_special(text: str, tokenizer: Any) -> bool:
+def adds_special(text: str, tokenizer: Any) -> bool:
     """Chat templates write the beginning-of-sequence token out; the tokenizer must not add a second one."""
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     """Tokens of a prompt alone, as generation starts from it."""
-    return list(tokenizer(prompt, add_special_tokens=_adds_special(prompt, tokenizer))["input_ids"])
+    return list(tokenizer(prompt, add_special_tokens=adds_special(prompt, tokenizer))["input_ids"])
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -71,7 +71,7 @@ def load_rows(source: Any, name: str = "") -> list[dict[str, Any]]:
     """
     origin = str(source) if isinstance(source, (str, Path)) else (name or f"{type(source).__name__} given")
     if isinstance(source, (str, Path)):
-        pairs = list(_read(source))
+        pairs = list(read_file(source))
     elif isinstance(source, Mapping):
         raise UserError(f"{origin}: a mapping is not a list of rows; name one split")
     elif isinstance(source, Iterable):
@@ -88,7 +88,7 @@ def load_rows(source: Any, name: str = "") -> list[dict[str, Any]]:
     return [dict(row) for _, row in pairs]
 
 
-def _read(source: str | Path) -> Iterator[tuple[str, Any]]:
+def read_file(source: str | Path) -> Iterator[tuple[str, Any]]:
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     try:
@@ -182,14 +182,14 @@ def to_text(row: Mapping[str, Any], tokenizer: Any = None, template: str = "qa")
     if layout in ("prompt/completion", "prompt/response"):
         return row["prompt"], row[LAYOUTS[layout][1]]
     if layout == "messages":
-        return _chat(list(row["messages"]), tokenizer)
+        return chat_text(list(row["messages"]), tokenizer)
     if template == "chat":
         user = {"role": "user", "content": row["question"]}
-        return _chat([user, {"role": "assistant", "content": row["answer"]}], tokenizer)
+        return chat_text([user, {"role": "assistant", "content": row["answer"]}], tokenizer)
     return QA_PROMPT.format(question=row["question"]), f" {row['answer']}"
 
 
-def _chat(messages: list[Any], tokenizer: Any) -> tuple[str, str]:
+def chat_text(messages: list[Any], tokenizer: Any) -> tuple[str, str]:
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError("the tokenizer has no chat template; use question/answer or prompt/completion rows instead")
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)

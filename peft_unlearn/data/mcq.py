@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 
 from ..errors import Errors, UserError, nearest
 from .bundle import SETS, ForgetRetain
-from .formats import SUFFIXES, _read
+from .formats import SUFFIXES, read_file
 
 PREFIX = "mcq:"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -30,7 +30,7 @@ def recognizes(spec: str | Path) -> bool:
     if file is None:
         return False
     try:
-        first = next(iter(_read(file)), (None, None))[1]
+        first = next(iter(read_file(file)), (None, None))[1]
     except UserError:  # the reader of plain files says what is wrong with it
         return False
     return isinstance(first, Mapping) and "question" in first and _choices(first) is not None
@@ -44,12 +44,12 @@ def load(spec: str | Path, template: str = "qa") -> ForgetRetain:
     text = str(spec).removeprefix(PREFIX)
     path = Path(text).expanduser()
     if path.is_dir():
-        found = {name: mcq_rows(_read(f), str(f)) for name in SETS if (f := _file(path, name))}
+        found = {name: mcq_rows(read_file(f), str(f)) for name in SETS if (f := _file(path, name))}
         if "forget" not in found:
             raise UserError(f"data: {text} holds no forget file (forget{', forget'.join(SUFFIXES)})")
         return ForgetRetain(found["forget"], found.get("retain"), found.get("holdout"), template=template)
     if path.is_file():
-        return ForgetRetain(mcq_rows(_read(path), text), template=template)
+        return ForgetRetain(mcq_rows(read_file(path), text), template=template)
     return ForgetRetain(mcq_rows(_from_hub(text), text), refs={"forget": f"{PREFIX}{text}"}, template=template)
 
 

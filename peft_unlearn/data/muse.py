@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import UserError
 from .bundle import ForgetRetain
-from .formats import SUFFIXES, _read, load_rows
+from .formats import SUFFIXES, load_rows, read_file
 
 # set of the suite -> the file's places, first found
 FILES = {
@@ -65,7 +65,7 @@ def _file(folder: Path, places: tuple[str, ...]) -> Path | None:
 
 
 def _rows(file: Path, name: str) -> list[dict[str, Any]]:
-    rows = [row for _, row in _read(file)]
+    rows = [row for _, row in read_file(file)]
     if name == "verbmem_forget":
         rows = [_verbatim(row) for row in rows]
     return load_rows(rows, name=str(file))

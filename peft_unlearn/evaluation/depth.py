@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.collate import _adds_special, encode
+from ..data.collate import adds_special, encode
 from .measured import Array, Unmeasured
 from .metrics.depth import NOTHING, check_readable, depth_scores, recovered
 from .plan import Measured, Plan
@@ -34,7 +34,7 @@ def fact_row(prompt: str, answer: str, value: str | None, tokenizer: Any) -> Enc
     found = re.search(re.escape(value), answer, re.IGNORECASE) if value else None
     if found and getattr(tokenizer, "is_fast", False):
         text = prompt + answer
-        special = _adds_special(text, tokenizer)
+        special = adds_special(text, tokenizer)
         offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)["offset_mapping"]
         low, high = len(prompt) + found.start(), len(prompt) + found.end()
         inside = [end > low and start < high for start, end in offsets] + [False] * (len(ids) - len(offsets))

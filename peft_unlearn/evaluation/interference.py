@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from ..data.bundle import _same
+from ..data.bundle import row_key
 from ..errors import UserError
 from . import suites
 from .plan import Progress
@@ -25,8 +25,8 @@ def common_retain(
     forget: Mapping[str, Sequence[dict[str, Any]]], retain: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The retain rows that no adapter of the stack is to forget."""
-    gone = {_same(row) for rows in forget.values() for row in rows}
-    return [row for row in retain if _same(row) not in gone]
+    gone = {row_key(row) for rows in forget.values() for row in rows}
+    return [row for row in retain if row_key(row) not in gone]
 
 
 def interference(
@@ -107,7 +107,7 @@ def interference(
 
 def same_sets(forget: Mapping[str, Sequence[dict[str, Any]]]) -> list[tuple[str, str]]:
     """Pairs of adapters that forget the very same rows: what one takes from the other's set is then its own work."""
-    rows = {name: {_same(row) for row in found} for name, found in forget.items()}
+    rows = {name: {row_key(row) for row in found} for name, found in forget.items()}
     return [(a, b) for a, b in combinations(rows, 2) if rows[a] == rows[b]]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.collate import _adds_special
+from ..data.collate import adds_special
 from ..data.mcq import LETTERS
 from .measured import Ragged, Unmeasured
 from .plan import Measured, Plan
@@ -22,7 +22,7 @@ def letter_ids(prompt: str, count: int, tokenizer: Any) -> tuple[list[int], list
     alike: what they share is counted to the prompt, and the first token that differs is compared.
     Raises Unmeasured where letters cannot be told apart by one token.
     """
-    special = _adds_special(prompt, tokenizer)
+    special = adds_special(prompt, tokenizer)
     rows = [
         list(tokenizer(f"{prompt} {letter}", add_special_tokens=special)["input_ids"]) for letter in LETTERS[:count]
     ]

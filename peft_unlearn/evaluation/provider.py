@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
-from ..registry import NEEDS, Method, Param, _param
+from ..registry import NEEDS, Method, Param, param_of
 from .measured import Unmeasured
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def provider(name: str, gives: tuple[str, ...] | None = None) -> Callable[[Any],
             raise TypeError(f"provider {name!r} is registered twice ({fn.__module__})")
         hints = typing.get_type_hints(fn, include_extras=True)
         params = {
-            p.name: _param(p.name, hints[p.name], p.default)
+            p.name: param_of(p.name, hints[p.name], p.default)
             for p in inspect.signature(fn).parameters.values()
             if p.kind is p.KEYWORD_ONLY
         }

@@ -98,7 +98,7 @@ def staged(out: str | Path, may_replace: Callable[[Path], str | None]) -> Iterat
     out = Path(out).expanduser()
     if out.is_symlink():
         out = out.resolve()
-    _check_free(out, may_replace)
+    check_free(out, may_replace)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         sweep_stale(out)
@@ -109,15 +109,15 @@ def staged(out: str | Path, may_replace: Callable[[Path], str | None]) -> Iterat
     try:
         with room_for(out):
             yield stage
-            _readable(stage)
+            make_readable(stage)
             fsync_tree(stage)
-            _check_free(out, may_replace)  # again: minutes may have passed
+            check_free(out, may_replace)  # again: minutes may have passed
             swap_in(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _readable(stage: Path) -> None:
+def make_readable(stage: Path) -> None:
     """Every file readable as any file of this user would be: safetensors writes 0600, which no server account could load."""
     umask = os.umask(0)
     os.umask(umask)
@@ -126,7 +126,7 @@ def _readable(stage: Path) -> None:
             path.chmod(path.stat().st_mode | (0o666 & ~umask))
 
 
-def _check_free(out: Path, may_replace: Callable[[Path], str | None]) -> None:
+def check_free(out: Path, may_replace: Callable[[Path], str | None]) -> None:
     if not out.exists():
         return
     if not out.is_dir():

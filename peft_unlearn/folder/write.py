@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .atomic import _check_free, staged, write_text
+from .atomic import check_free, staged, write_text
 from .base import peft_base_name
 from .card import ForgetCard, regenerated, render
 from .manifest import Manifest, path_like
@@ -82,7 +82,7 @@ def write_adapter(
 def check_destination(out: str | Path) -> None:
     """Raise the `UserError` that `write_adapter` would raise for what stands at `out`: before the work, not after it."""
     out = Path(out).expanduser()
-    _check_free(out.resolve() if out.is_symlink() else out, why_not_replaceable)
+    check_free(out.resolve() if out.is_symlink() else out, why_not_replaceable)
 
 
 def update_eval(folder: str | Path, eval_json: dict[str, Any], card: str | None = None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..folder.atomic import _check_free, _readable, fsync_path, fsync_tree, swap_in, write_text
+from ..folder.atomic import check_free, fsync_path, fsync_tree, make_readable, swap_in, write_text
 from ..folder.safetensors_io import read_header
 
 _KEEP = "is not empty, and a merged model never replaces anything"
@@ -34,7 +34,7 @@ class MergeStage:
         self._lock: int | None = None
 
     def __enter__(self) -> MergeStage:
-        _check_free(self.out, lambda _: _KEEP)
+        check_free(self.out, lambda _: _KEEP)
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -79,9 +79,9 @@ class MergeStage:
         write_text(self._record(shard), json.dumps(record))
 
     def finish(self) -> None:
-        _readable(self.model)
+        make_readable(self.model)
         fsync_tree(self.model)
-        _check_free(self.out, lambda _: _KEEP)  # again: minutes may have passed
+        check_free(self.out, lambda _: _KEEP)  # again: minutes may have passed
         swap_in(self.model, self.out)
         self.discard()
 
@@ -103,7 +103,7 @@ def check_destination(out: Path) -> None:
     for left in out.absolute().parent.glob(f".{out.name}.merge-*"):
         if not (left / "model").exists():
             _remove_dead(left)
-    _check_free(out, lambda _: _KEEP)
+    check_free(out, lambda _: _KEEP)
 
 
 def _remove_dead(stage: Path) -> None:

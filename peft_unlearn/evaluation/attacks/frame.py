@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...data.collate import _adds_special, encode
+from ...data.collate import adds_special, encode
 from ...data.formats import layout_of, to_text
 from ...head import held
 from ..measured import Array, Unmeasured
@@ -104,7 +104,7 @@ def spans(texts: Sequence[tuple[str, str, str]], tokenizer: Any) -> list[tuple[l
     if not getattr(tokenizer, "is_fast", False):
         raise Unmeasured("the tokenizer is not a fast one: it does not say which token stands for which part of a text")
     whole = ["".join(parts) for parts in texts]
-    special = _adds_special(whole[0], tokenizer) if whole else True
+    special = adds_special(whole[0], tokenizer) if whole else True
     told = tokenizer(whole, return_offsets_mapping=True, add_special_tokens=special)
     out: list[tuple[list[int], list[int], list[int]] | None] = []
     for (left, middle, _), ids, offsets in zip(texts, told["input_ids"], told["offset_mapping"], strict=True):

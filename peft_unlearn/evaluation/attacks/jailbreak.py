@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from ...data.collate import prompt_ids
-from ...data.formats import _chat, identity, layout_of, to_text
+from ...data.formats import chat_text, identity, layout_of, to_text
 from ...errors import Errors, UserError, nearest
 from ...head import causal_lm
 from ...registry import Range, Source, attack
@@ -181,7 +181,7 @@ def _with_shots(case: Case, row: Mapping[str, Any], shown: Rows) -> str:
     turns = []
     for r in (*shown, row):
         turns += [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]
-    return _chat(turns, case.tokenizer)[0]
+    return chat_text(turns, case.tokenizer)[0]
 
 
 def _reworded(case: Case) -> list[Try]:
