@@ -12,7 +12,7 @@ from .metrics.likelihood import truth_log_ratio
 from .provider import PREFIXES, provider_of
 
 if TYPE_CHECKING:
-    from .plan import Measured, SetPlan
+    from .shapes import Measured, SetPlan
 
 
 def feed(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,71 +15,13 @@ from ..registry import get
 from .feed import INPUTS as INPUTS
 from .feed import feed as feed
 from .generate import end_ids, greedy
-from .measured import Array
 from .provider import Context, Progress, asked_of, inputs_of, provide, stripped
-from .suites import EvalSet, Suite
+from .shapes import Ask as Ask
+from .shapes import Measured as Measured
+from .shapes import Plan as Plan
+from .shapes import SetPlan as SetPlan
+from .shapes import Suite as Suite
 from .teacher import Encoded, TeacherForced, pad_id_of, read_encoded
-
-
-class Ask(NamedTuple):
-    """One greedy answer that is wanted: the same prompt with another length or stop is another answer."""
-
-    prompt: str
-    max_new_tokens: int
-    stop: tuple[str, ...] = ()
-
-
-@dataclass
-class SetPlan:
-    """One set's rows and where their texts stand in the list of pairs."""
-
-    spec: EvalSet
-    rows: list[dict[str, Any]]
-    prompts: list[str] = field(default_factory=list)
-    answers: list[str] = field(default_factory=list)
-    answer: list[int] = field(default_factory=list)  # pair of each row's answer
-    chosen: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros(0, dtype=np.int64)
-    )  # rows with wrong answers read
-    right: list[int] = field(default_factory=list)  # pair of the paraphrase, one per chosen row
-    wrong: list[list[int]] = field(default_factory=list)  # pairs of the wrong answers, per chosen row
-    missing: dict[str, str] = field(default_factory=dict)  # input -> why it cannot be had
-    generates: bool = False
-    template: str = "qa"
-    asks: list[Ask] = field(default_factory=list)  # one per row
-    against: SetPlan | None = None  # the set that pair metrics compare with
-    absent: str | None = None  # why there are no rows
-
-    def rows_of(self, needs: Sequence[str]) -> NDArray[np.int64]:
-        """The rows that a metric with these needs is about."""
-        return self.chosen if "perturbed" in needs else np.arange(len(self.rows))
-
-
-@dataclass
-class Plan:
-    """Every (prompt, answer) of a suite exactly once, tokenized, with the sets that point into it."""
-
-    suite: Suite
-    tokenizer: Any
-    sets: dict[str, SetPlan]
-    pairs: list[tuple[str, str]]
-    encoded: list[Encoded]
-    providers: dict[str, list[str]] = field(default_factory=dict)  # provider -> the sets it is asked about
-    moments: NDArray[np.bool_] | None = (
-        None  # (pairs,) where the mean and spread of log p over the vocabulary are wanted
-    )
-
-
-@dataclass
-class Measured:
-    """What one model said: its reading of every pair, and its greedy answer to every prompt that some metric asks
-    for."""
-
-    forced: TeacherForced
-    mean_logp: Array  # (pairs,)
-    said: dict[Ask, str]
-    extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # provider's input -> set -> values or Unmeasured
-    too_long: dict[str, str] = field(default_factory=dict)  # set -> why this model cannot read it
 
 
 def rows_of(data: Any, source: str) -> list[dict[str, Any]] | None:

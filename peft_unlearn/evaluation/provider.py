@@ -19,7 +19,7 @@ from ..registry import NEEDS, Method, Param, param_of
 from .measured import Unmeasured
 
 if TYPE_CHECKING:
-    from .plan import Measured, Plan, SetPlan
+    from .shapes import Measured, Plan, SetPlan
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 PREFIXES = (

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from ..errors import UserError
 from ..folder.base import resolve_base
 from ..folder.digest import combined, digest_checkpoint
 from ..folder.fetch import resolve_adapter
-from ..folder.read import AdapterFolder, read_adapter
+from ..folder.read import read_adapter
 from ..folder.safetensors_io import WEIGHTS, checkpoint_tensors
-from .delta import Deltas
 from .fits import check_base, check_dependencies, check_tokenizer
 from .layout import Layout
+from .merge_job import Job, refuse_tied
 from .merge_report import MIN_COSINE, MergeReport, refuse_lossy, table
 from .merge_report import LayerMerge as LayerMerge
 from .merge_report import MergeRefused as MergeRefused
@@ -31,7 +30,7 @@ from .model import Adapters, names_of, scales_of
 from .rounding import DTYPES, ROUNDINGS, Sums
 from .stackfile import is_stack, load
 from .stage import MergeStage, check_destination
-from .stream import Overlay, Stream, Unit, free_bytes, shards
+from .stream import Stream, Unit, free_bytes, shards
 
 
 def merge(
@@ -86,50 +85,6 @@ def merge(
             job.out, job.base_path, {n: f.path for n, f in job.folders.items()}, job.scales, probes and probes.prompts
         ).to_dict()
     return report
-
-
-@dataclass
-class Job:
-    """A merge that was asked for, checked as far as it can be without reading the base's weights."""
-
-    folders: dict[str, AdapterFolder]
-    scales: dict[str, float]
-    base_path: Path
-    expected: str | None
-    out: Path
-    dtype: str
-    rounding: str
-    seed: int
-
-    def report(self) -> MergeReport:
-        scale = dict(self.scales) if len(self.scales) > 1 else next(iter(self.scales.values()))
-        ids = {n: f.adapter_id for n, f in self.folders.items()}
-        return MergeReport(str(self.out), self.dtype, scale, rounding=self.rounding, adapters=ids)
-
-    def record(self, report: MergeReport) -> dict[str, Any]:
-        """forget-merge.json: no times and no places, so that equal merges are equal bytes."""
-        base = next(iter(self.folders.values())).manifest.base
-        return {
-            "format": 1,
-            "base": {"ref": base.ref, "revision": base.revision, "digest": base.digest},
-            "onto": report.base_digest if self.expected is None else None,
-            "adapters": [
-                {"name": n, "adapter_id": f.adapter_id, "scale": self.scales[n]} for n, f in self.folders.items()
-            ],
-            "dtype": self.dtype,
-            "rounding": self.rounding,
-            "seed": self.seed if self.rounding == "stochastic" else None,
-            "digest": report.digest,
-            "worst_cosine": report.worst_cosine,
-            "layers": [asdict(row) for row in report.layers],
-        }
-
-    def overlay(self, model: Any) -> Overlay:
-        return Overlay([(Deltas(f, model), self.scales[n]) for n, f in self.folders.items()])
-
-    @property
-    def tokenizers(self) -> list[Path]:
-        return [*(f.path for f in self.folders.values()), self.base_path]
 
 
 def _prepare(
@@ -263,11 +218,3 @@ def _sidecars(job: Job, model: Path, records: Mapping[str, dict[str, Any]], repo
 def _header(path: Path) -> int:
     with open(path, "rb") as f:
         return 8 + int.from_bytes(f.read(8), "little")
-
-
-def refuse_tied(weight: str, other: str | None) -> None:
-    if other is not None:
-        raise UserError(
-            f"The adapted weight {weight} is tied to {other}: merging into one would change both. Serve the adapter unmerged, "
-            "or untie the two in a copy of the base and train there."
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,19 +12,15 @@ from ..folder.atomic import staged
 from ..folder.base import load_base, load_tokenizer
 from ..folder.digest import digest_checkpoint, digest_live
 from .fits import check_base
+from .merge_job import Job, refuse_tied
 from .merge_report import MergeReport, refuse_lossy, table
 from .merged_files import scrub, write_record
 from .rounding import DTYPES, Adder, Overflow, Sums, blocks, generator
 from .stream import Overlay, Unit, wide_patterns
 
-if TYPE_CHECKING:
-    from .merge import Job
-
 
 def merge_in_memory(job: Job, min_cosine: float) -> MergeReport:
     """As `merge.merge`, through the model in float32."""
-    from .merge import refuse_tied
-
     report = job.report()
     report.base_digest = digest_checkpoint(job.base_path)
     if job.expected is not None:

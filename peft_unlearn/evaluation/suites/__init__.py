@@ -3,73 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from ...errors import Errors, UserError, nearest
+from ..shapes import EvalSet as EvalSet
+from ..shapes import Gate as Gate
+from ..shapes import Role as Role
+from ..shapes import Suite as Suite
 
-Role = Literal["forget", "retain", "holdout"]
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A set counts only if `subject` reaches `at_least` in `metric` on it; else it is not measurable for the others."""
-
-    subject: str
-    metric: str
-    at_least: float
-
-
-@dataclass(frozen=True)
-class EvalSet:
-    """One set of rows, as a suite names it.
-
-    source: its name in the data.   perturbed_rows: of how many rows the wrong answers are read.   template: wording of
-    question/answer rows, default the data's own.   max_new_tokens: longest greedy answer, default the suite's.
-    shots: a source whose rows, answers included, stand in front of each prompt.   stop: a greedy answer ends before
-    the first of these strings.   against: the set of this suite that pair metrics compare with.
-    """
-
-    name: str
-    source: str
-    role: Role
-    metrics: tuple[str, ...]
-    perturbed_rows: int | None = None
-    measurable_if: Gate | None = None
-    template: str | None = None
-    max_new_tokens: int | None = None
-    shots: str | None = None
-    stop: tuple[str, ...] = ()
-    against: str | None = None
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A suite as its YAML says it. `whole` maps a metric over metrics to its parts, keys like
-    ``retain/probability``."""
-
-    name: str
-    summary: str
-    reference: str
-    sets: Mapping[str, EvalSet]
-    whole: Mapping[str, tuple[str, ...]]
-    max_new_tokens: int
-    quick_sets: tuple[str, ...]
-    quick_metrics: tuple[str, ...]
-    quick_rows: int
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of metrics and providers, by name
-
-    def quick(self) -> Suite:
-        """The small suite that is run while training."""
-        sets = {
-            name: replace(s, metrics=tuple(m for m in self.quick_metrics if m in s.metrics), measurable_if=None)
-            for name, s in self.sets.items()
-            if name in self.quick_sets
-        }
-        return replace(self, sets=sets, whole={})
 
 
 def names() -> list[str]:
