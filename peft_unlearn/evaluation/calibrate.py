@@ -118,6 +118,8 @@ def check_exact(folder: AdapterFolder) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
         errors.add(f"init_lora_weights={start!r} changes the base's own weights")
+    if folder.manifest.depends_on:
+        errors.add("it was trained on top of other adapters: at scale 0 those are left, not the base")
     if not errors.messages:
         stray = [n for n in read_header(folder.path / WEIGHTS) if "lora_" not in n]
         if stray:

@@ -174,7 +174,10 @@ def sample_table(
     if not any(spaced.values()):
         raise UserError("the forget set is plain text without questions")
     stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()})
-    subjects: dict[str, Subject | None] = {"base": stack.disabled, **on_one_model(stack.model, {n: n for n in found})}
+    subjects: dict[str, Subject | None] = {
+        "base": stack.disabled,
+        **on_one_model(stack.model, {n: stack.chain(n) for n in found}),
+    }
     if never := twin(first.manifest.base.ref, bundle):
         subjects["retain-only"] = never
     spec = {

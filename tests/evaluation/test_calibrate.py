@@ -195,9 +195,11 @@ def test_a_base_without_levels_is_refused():
 @pytest.mark.parametrize(
     ("config", "why"),
     [({"use_dora": True}, "DoRA"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"bias": "all"}, "biases"),
-     ({"init_lora_weights": "pissa"}, "base's own weights"), ({"peft_type": "PREFIX_TUNING"}, "no scale")],
+     ({"init_lora_weights": "pissa"}, "base's own weights"), ({"peft_type": "PREFIX_TUNING"}, "no scale"),
+     ({"use_dora": False, "depends_on": ["sha256:" + "0" * 64]}, "on top of other adapters")],
 )  # fmt: skip
 def test_adapters_whose_scale_is_no_exact_mix_are_refused(tmp_path, config, why):
-    folder = SimpleNamespace(config={"peft_type": "LORA", **config}, path=tmp_path)
+    manifest = SimpleNamespace(depends_on=config.pop("depends_on", []))
+    folder = SimpleNamespace(config={"peft_type": "LORA", **config}, path=tmp_path, manifest=manifest)
     with pytest.raises(UserError, match=why):
         check_exact(folder)  # type: ignore[arg-type]

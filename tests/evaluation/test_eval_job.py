@@ -25,7 +25,9 @@ from peft_unlearn.data.embedded import rows
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation import open_unlearning
 from peft_unlearn.evaluation.score import score
+from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.recipe import load_recipe
+from peft_unlearn.jobs import report as report_job
 from peft_unlearn.stack.model import ForgetModel
 
 
@@ -267,7 +269,9 @@ def test_one_model_alone_is_written_without_a_folder_and_nulls_have_reasons(
     assert open_unlearning.name_of("retain/extraction_strength") == "retain_extraction_strength"
 
 
-def test_the_data_trained_on_stand_in_the_recipe_and_a_dependent_adapter_is_judged_with_what_lies_below(tmp_path):
+def test_the_data_trained_on_stand_in_the_recipe_and_a_dependent_adapter_is_judged_with_what_lies_below(
+    tmp_path, monkeypatch
+):
     """--data replaces the recipe's data in what is saved too; an adapter on top of another is scored with both on."""
     people = rows("embedded:people")
     files = tmp_path / "files"
@@ -295,3 +299,9 @@ def test_the_data_trained_on_stand_in_the_recipe_and_a_dependent_adapter_is_judg
     )
     with pytest.raises(UserError, match="leave it out of --below"):
         jobs.evaluate([tmp_path / "first"], data=str(files), n=2, below=[tmp_path / "second"])
+    asked: dict[str, Any] = {}
+    real = report_job.on_one_model
+    monkeypatch.setattr(report_job, "on_one_model", lambda model, names: asked.update(names) or real(model, names))
+    folders = {name: read_adapter(tmp_path / name) for name in ("first", "second")}
+    report_job.sample_table(folders, None, str(files), None)
+    assert asked == {"first": ["first"], "second": ["first", "second"]}
