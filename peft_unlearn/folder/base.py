@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .fetch import snapshot
 from .manifest import BaseRef, path_like
 
 if TYPE_CHECKING:
@@ -51,19 +51,10 @@ def _find(text: str, revision: str | None, what: str) -> Path:
 
 
 def _from_hub(hub_id: str, revision: str | None, what: str) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    def fetch(local: bool) -> Path:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, local_files_only=local))
-
     try:
-        try:
-            return fetch(local=True)
-        except LocalEntryNotFoundError:
-            if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-                raise
-            return fetch(local=False)
+        return snapshot(hub_id, revision, _HUB_FILES)
     except HFValidationError:
         raise UserError(f"{what} {hub_id!r}: neither a folder, nor a Hub id, nor embedded:NAME; see --base.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserError
@@ -79,24 +80,11 @@ def commit_of(folder: str | Path) -> str | None:
 
 
 def _from_hub(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    def fetch(local: bool) -> Path:
-        patterns = list(FILES)
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=local))
-
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     try:
-        try:
-            found = fetch(local=True)
-            # What an interrupted download left is a folder too.
-            if offline or all((found / n).is_file() for n in _NEEDED):
-                return _pinned(found, revision)
-        except LocalEntryNotFoundError:
-            if offline:
-                raise
-        return _pinned(fetch(local=False), revision)
+        # What an interrupted download left is a folder too.
+        return _pinned(snapshot(hub_id, revision, FILES, lambda f: all((f / n).is_file() for n in _NEEDED)), revision)
     except HFValidationError:
         raise UserError(f"adapter {hub_id!r}: neither a folder nor a Hub id.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
@@ -105,6 +93,28 @@ def _from_hub(hub_id: str, revision: str | None) -> Path:
             f"adapter {hub_id!r}{at}: no such folder here, not in the local Hub cache, and the Hub could not give it "
             f"({type(e).__name__})."
         ) from None
+
+
+def snapshot(
+    hub_id: str, revision: str | None, patterns: Sequence[str], whole: Callable[[Path], bool] = lambda _: True
+) -> Path:
+    """The files of a repository: from the local cache where they are `whole` there or the network is off, else from the Hub.
+
+    Raises what `huggingface_hub.snapshot_download` raises.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    wanted = list(patterns)
+    try:
+        found = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, local_files_only=True))
+        if offline or whole(found):
+            return found
+    except LocalEntryNotFoundError:
+        if offline:
+            raise
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
 
 
 def _pinned(found: Path, revision: str | None) -> Path:
