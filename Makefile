@@ -11,7 +11,7 @@ PIP     = $(BIN)/python -m pip install -q --disable-pip-version-check -c constra
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test slow lint types bench docs clean
+.PHONY: demo test slow lint types bench docs bases clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -49,6 +49,10 @@ bench: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
+
+bases: $(VENV)/.dev
+	$(BIN)/python adapters/bases/build people
+	$(BIN)/python adapters/bases/build domains
 
 clean:
 	rm -rf $(VENV) out dist build

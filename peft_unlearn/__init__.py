@@ -19,38 +19,36 @@ _WHERE = {
     "Range": "registry",
     "Reference": "forward",
     "Source": "registry",
-    "UnlearnConfig": "config",
-    "UnlearnTrainer": "trainer",
+    "UnlearnConfig": "training.config",
+    "UnlearnTrainer": "training.trainer",
     "UserError": "errors",
-    "compose": "stack.compose",
-    "evaluate": "jobs",
-    "get_forget_model": "adapt",
+    "compose": "merging.compose",
+    "evaluate": "evaluation.evaluate",
+    "get_forget_model": "training.adapt",
     "make_score": "evaluation.quick",
-    "merge": "stack.merge",
+    "merge": "merging.merge",
     "methods": "registry",
     "metric": "registry",
     "objective": "registry",
     "remove": "stack.remove",
     "rule": "registry",
-    "save_adapter": "jobs",
+    "save_adapter": "training.save",
     "score": "evaluation.score",
-    "train": "jobs",
+    "train": "training.train",
     "verify": "sharing.verify",
 }
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
-    from .adapt import get_forget_model as get_forget_model
-    from .config import UnlearnConfig as UnlearnConfig
     from .data.bundle import ForgetRetain as ForgetRetain
     from .errors import UserError as UserError
+    from .evaluation.evaluate import evaluate as evaluate
     from .evaluation.quick import make_score as make_score
     from .evaluation.score import score as score
     from .forward import Pass as Pass
     from .forward import Reference as Reference
-    from .jobs import evaluate as evaluate
-    from .jobs import save_adapter as save_adapter
-    from .jobs import train as train
+    from .merging.compose import compose as compose
+    from .merging.merge import merge as merge
     from .registry import Range as Range
     from .registry import Source as Source
     from .registry import methods as methods
@@ -58,11 +56,13 @@ if TYPE_CHECKING:
     from .registry import objective as objective
     from .registry import rule as rule
     from .sharing.verify import verify as verify
-    from .stack.compose import compose as compose
-    from .stack.merge import merge as merge
     from .stack.model import ForgetModel as ForgetModel
     from .stack.remove import remove as remove
-    from .trainer import UnlearnTrainer as UnlearnTrainer
+    from .training.adapt import get_forget_model as get_forget_model
+    from .training.config import UnlearnConfig as UnlearnConfig
+    from .training.save import save_adapter as save_adapter
+    from .training.train import train as train
+    from .training.trainer import UnlearnTrainer as UnlearnTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ KINDS = ("objective", "rule", "smoothing", "averaging", "step_size", "selection"
 NEEDS = {"logp", "ref_logp", "logits", "ref_logits", "hidden", "ref_hidden", "router", "ref_router", "alternate"}
 # of metrics; a provider of evaluation adds its own name
 NEEDS |= {"generation", "perturbed", "twin", "pair", "base", "samples", "continuations", "depth", "gradient"}
-_ROOMS = ("peft_unlearn.objectives", "peft_unlearn.gradients", "peft_unlearn.attribution", "peft_unlearn.evaluation")
+_ROOMS = tuple(f"peft_unlearn.{room}" for room in ("objectives", "gradients", "attribution", "evaluation", "attacks"))
 _ENTRY_POINTS = "peft_unlearn.plugins"
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, PromptTuningConfig
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from peft_unlearn.adapt import adapted, describe, get_forget_model, peft_config
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.card import TAGS
+from peft_unlearn.training.adapt import adapted, describe, get_forget_model, peft_config
 
 IDS = torch.arange(3, 9)[None]
 

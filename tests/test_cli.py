@@ -343,12 +343,12 @@ def test_base_path(run, monkeypatch):
     ("raised", "code"), [(KeyboardInterrupt(), 3), (Interrupted("disk full"), 3), (BrokenPipeError(32, "pipe"), 3)]
 )
 def test_exit_codes_of_what_is_no_mistake(here, run, monkeypatch, raised, code):
-    from peft_unlearn import jobs
+    from peft_unlearn.training import train as room
 
     def fails(*a: Any, **k: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(jobs, "train", fails)
+    monkeypatch.setattr(room, "train", fails)
     stderr = sys.stderr
     got = run("train", "recipe.yaml")
     monkeypatch.setattr(sys, "stderr", stderr)
@@ -356,12 +356,12 @@ def test_exit_codes_of_what_is_no_mistake(here, run, monkeypatch, raised, code):
 
 
 def test_a_defect_of_ours_keeps_its_traceback(here, run, monkeypatch):
-    from peft_unlearn import jobs
+    from peft_unlearn.training import train as room
 
     def fails(*a: Any, **k: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(jobs, "train", fails)
+    monkeypatch.setattr(room, "train", fails)
     with pytest.raises(ZeroDivisionError):
         run("train", "recipe.yaml")
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from peft_unlearn import registry
-from peft_unlearn.config import UnlearnConfig, reference_of
 from peft_unlearn.errors import Errors, UserError, nearest
-from peft_unlearn.jobs.configure import from_recipe
 from peft_unlearn.registry import Range, Source
+from peft_unlearn.training.config import UnlearnConfig, reference_of
+from peft_unlearn.training.recipe import from_recipe
 
 RECIPE: dict[str, Any] = {"terms": {"forget": {"npo": {}}, "retain": {"nll": {}}}, "train": {"use_cpu": True}}
 SOURCE = Source("none", "https://example.org", 2025)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from peft_unlearn import jobs, registry
+from peft_unlearn import registry
 from peft_unlearn.folder.recipe import check_recipe, parse_yaml
+from peft_unlearn.training.recipe import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -118,4 +119,4 @@ def recipes_in(page: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("page", [p for p in PAGES if recipes_in(p)], ids=lambda p: str(p.relative_to(ROOT)))
 def test_recipes_in_the_text_are_accepted(page: Path, tmp_path: Path) -> None:
     for recipe in recipes_in(page):
-        jobs.prepare(check_recipe(recipe, page.name), tmp_path / "out")
+        prepare(check_recipe(recipe, page.name), tmp_path / "out")

@@ -15,9 +15,8 @@ import peft_unlearn
 
 PACKAGE = Path(peft_unlearn.__file__).resolve().parent
 # docs/design.md: each room imports only from rooms before it
-ORDER = ["errors", "registry", "data", "folder", "tuners", "stack", "head", "forward", "objectives", "gradients", "attribution", "config",
-         "adapt", "reference", "checkpoints", "after_step", "trainer", "evaluation", "sharing", "progress", "jobs",
-         "demo", "cli"]  # fmt: skip
+ORDER = ["errors", "progress", "registry", "data", "folder", "tuners", "head", "forward", "stack", "merging", "objectives", "gradients",
+         "attribution", "evaluation", "training", "attacks", "sharing", "reporting", "analysis", "demo", "cli"]  # fmt: skip
 OUTSIDE = {"__init__", "__main__"}  # the public names, loaded when asked for
 
 

@@ -10,10 +10,11 @@ import tiny
 import torch
 from transformers import PreTrainedModel
 
-from peft_unlearn import jobs, registry
-from peft_unlearn.config import UnlearnConfig
+import peft_unlearn
+from peft_unlearn import registry
 from peft_unlearn.errors import UserError
-from peft_unlearn.trainer import UnlearnTrainer, last_checkpoint
+from peft_unlearn.training.config import UnlearnConfig
+from peft_unlearn.training.trainer import UnlearnTrainer, last_checkpoint
 
 GA = {"terms": {"forget": {"ga": {}}, "retain": {"nll": {}}}}
 
@@ -127,7 +128,7 @@ def test_a_recipe_is_refused_before_any_model_is_loaded(recipe, says, tmp_path, 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
     out = tmp_path / "out"
     with pytest.raises(UserError, match=says):
-        jobs.train({"base": "embedded:people", "data": "embedded:people", **recipe}, out)
+        peft_unlearn.train({"base": "embedded:people", "data": "embedded:people", **recipe}, out)
     assert not out.exists() and not Path(f"{out}.work").exists()
 
 

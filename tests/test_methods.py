@@ -20,12 +20,12 @@ import tiny
 import torch
 
 from peft_unlearn import registry
-from peft_unlearn.config import UnlearnConfig
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.data.collate import collate
 from peft_unlearn.forward import Pass, Reference
 from peft_unlearn.gradients.window import Window
-from peft_unlearn.trainer import UnlearnTrainer
+from peft_unlearn.training.config import UnlearnConfig
+from peft_unlearn.training.trainer import UnlearnTrainer
 
 # The routers' terms need a mixture of experts and are tested with it.
 KINDS = ("objective", "rule", "smoothing", "averaging", "step_size")

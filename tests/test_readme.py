@@ -30,7 +30,7 @@ def test_python_example_runs(tmp_path, monkeypatch):
 
 def test_table_is_the_demos():
     """Regenerated from the committed JSON by the function that the demo prints with."""
-    from peft_unlearn.demo.table import markdown
+    from peft_unlearn.reporting.tables import markdown
 
     told = json.loads((ROOT / "docs" / "demo.json").read_text(encoding="utf-8"))
     between = re.search(r"<!-- demo:begin -->\n(.*?)<!-- demo:end -->", README, re.S)

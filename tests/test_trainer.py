@@ -15,16 +15,17 @@ import torch
 from peft import LoraConfig, PeftModel, PeftType
 from safetensors.torch import load_file
 
-from peft_unlearn import reference, registry
-from peft_unlearn import trainer as trainer_module
-from peft_unlearn.adapt import _NO, get_forget_model, peft_config
-from peft_unlearn.checkpoints import STATE, last_checkpoint
-from peft_unlearn.config import UnlearnConfig
+from peft_unlearn import registry
 from peft_unlearn.data.collate import PairedRows, StreamSampler
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.callback import ForgetAtFloor, StopOn
 from peft_unlearn.forward import Pass
-from peft_unlearn.trainer import UnlearnTrainer
+from peft_unlearn.training import reference
+from peft_unlearn.training import trainer as trainer_module
+from peft_unlearn.training.adapt import _NO, get_forget_model, peft_config
+from peft_unlearn.training.checkpoints import STATE, last_checkpoint
+from peft_unlearn.training.config import UnlearnConfig
+from peft_unlearn.training.trainer import UnlearnTrainer
 
 TERMS = {"forget": {"npo": {"beta": 0.5}}, "retain": {"nll": {}}}
 DATA = {"forget": tiny.rows(7, "f", seed=1), "retain": tiny.rows(9, "r", seed=2)}

@@ -35,24 +35,6 @@ def demo(
     raise typer.Exit(0 if result["ok"] else 1)
 
 
-@base_app.command("build")
-def base_build(
-    name: Annotated[str, typer.Argument(help="people, or domains: a mixture of experts, and its control.")] = "people",
-    out: Annotated[str, typer.Option("--out", help="Folder that receives the models.")] = "adapters/bases",
-    twins: Annotated[int, typer.Option(min=0, help="How many retain-only twins.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of data and initialization.")] = 0,
-    json: Json = False,
-) -> None:
-    """Train an embedded base and its twins again, verify them, and only then write them."""
-    from ..demo.builders import builder
-    from ..progress import bars
-
-    build = builder(name)
-    with bars() as tell:
-        found = build(out, seed=seed, twins=twins, progress=tell)
-    emit(found) if json else print("\n".join(f"{out}/{folder}" for folder in found))
-
-
 @base_app.command("path")
 def base_path(
     name: Annotated[str, typer.Argument(help="Name of an embedded base.")] = "people",

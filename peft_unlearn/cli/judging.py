@@ -31,21 +31,21 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score base, adapters and the retain-only twin; with one folder, write its eval.json."""
-    from .. import jobs
+    from ..evaluation import evaluate as job
     from ..progress import bars
 
-    jobs.check_out(out, layout)
+    job.check_out(out, layout)
     with bars() as tell:
-        report = jobs.evaluate(
+        report = job.evaluate(
             folders, base=base, data=data, suite=suite, n=n, retain_only=retain_only, below=below or (), progress=tell,
             tasks=[t.strip() for t in tasks.split(",")] if tasks else None,
         )  # fmt: skip
     if out is not None:
-        jobs.save_report(report, out, layout)
+        job.save_report(report, out, layout)
     if json:
         emit(report)
     else:
-        from ..demo.table import show
+        from ..reporting.tables import show
 
         show(report)
 
@@ -73,17 +73,17 @@ def attack(
     json: Json = False,
 ) -> None:
     """Try to get back what is forgotten; the same on the retain-only twin; with one folder, store it in eval.json."""
-    from ..jobs import attack as jobs
+    from ..attacks import attack as job
     from ..progress import bars
 
     flags = {"strip": strip, "benign": benign, "probe": probe, "gcg": gcg, "suffix": suffix}
     plain = [name for name, on in flags.items() if on]
-    asked = jobs.requests_of(
+    asked = job.requests_of(
         relearn=relearn, quantize=quantize, jailbreak=jailbreak, plain=plain, everything=everything, sets=sets or []
     )
     with bars() as tell:
-        found = jobs.attack(folders, asked, base=base, data=data, n=n, seed=seed, below=below or (), progress=tell)
-    emit(found) if json else print(jobs.describe(found))
+        found = job.attack(folders, asked, base=base, data=data, n=n, seed=seed, below=below or (), progress=tell)
+    emit(found) if json else print(job.describe(found))
 
 
 @app.command()
@@ -100,7 +100,7 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Find the scale that forgets most and keeps the retain set; write it into forget.json."""
-    from ..jobs import calibrate as job
+    from ..analysis import calibrate_job as job
     from ..progress import bars
 
     with bars() as tell:
@@ -130,7 +130,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Adapters side by side at equal retention, each at its own scale; nothing is written into them."""
-    from ..jobs import compare as job
+    from ..analysis import compare_job as job
     from ..progress import bars
 
     job.check_out(out)
@@ -156,8 +156,8 @@ def interference(
     json: Json = False,
 ) -> None:
     """What each adapter of a stack still forgets, and costs, alone and all together."""
-    from ..jobs import compare as files
-    from ..jobs import interference as job
+    from ..analysis import compare_job as files
+    from ..analysis import interference_job as job
     from ..progress import bars
 
     files.check_out(out)
@@ -178,7 +178,7 @@ def report(
     json: Json = False,
 ) -> None:
     """One page on what an adapter forgets, what that costs and what brings it back, from what is stored with it."""
-    from ..jobs import report as job
+    from ..analysis import evidence as job
     from ..progress import bars
 
     job.check_out(out, job.KINDS)

@@ -45,8 +45,8 @@ def merge(
     """Write base plus adapters as a plain model; run again after an interruption, it goes on."""
     if bool(folders) == bool(stack):
         raise UserError("merge: name the adapters' folders, or a stack file with --stack.")
+    from ..merging.merge import merge as run
     from ..progress import bars
-    from ..stack.merge import merge as run
 
     wanted: Any = stack or folders
     with bars() as tell:
@@ -91,8 +91,8 @@ def compose(
     json: Json = False,
 ) -> None:
     """Add adapters with signs and weights: the result is one stock adapter."""
-    from ..stack.compose import compose as run
-    from ..stack.compose import parse_part
+    from ..merging.compose import compose as run
+    from ..merging.compose import parse_part
 
     found = run([parse_part(p) for p in parts], out, rank=rank, base=base, probe=not no_probes, name=name)
     emit(found.to_dict()) if json else print(str(found))

@@ -27,9 +27,9 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe into a forget adapter."""
-    from .. import jobs
+    from ..training.train import train as run
 
-    folder = jobs.train(recipe_of(recipe, sets), out, base=base, data=data, resume=resume, stack=stack)
+    folder = run(recipe_of(recipe, sets), out, base=base, data=data, resume=resume, stack=stack)
     if folder is not None:
         print(folder.path)
 
@@ -43,13 +43,13 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say what a recipe would cost: parameters, memory, steps. No weights are read."""
-    from .. import jobs
+    from ..training.cost import plan as run
 
-    found = jobs.plan(recipe_of(recipe, sets), base=base, data=data)
+    found = run(recipe_of(recipe, sets), base=base, data=data)
     if json:
         emit(found.to_dict())
         return
-    from ..demo.table import show_plan
+    from ..reporting.tables import show_plan
 
     show_plan(found)
 
@@ -68,7 +68,7 @@ def methods(
     if json:
         emit(found)
         return
-    from ..demo.table import show_methods
+    from ..reporting.tables import show_methods
 
     show_methods(found)
 
@@ -84,16 +84,16 @@ def experts(
     json: Json = False,
 ) -> None:
     """Which experts answer for the forget set: affinity, its lift over the retain set, stability."""
-    from ..jobs import experts as jobs
+    from ..attribution import experts_job as job
 
-    found = jobs.experts(base, data)
-    chosen = jobs.choose(found, {"ranking": ranking})
+    found = job.experts(base, data)
+    chosen = job.choose(found, {"ranking": ranking})
     if out is not None:
-        jobs.picture(found, chosen, out)
+        job.picture(found, chosen, out)
     if json:
         emit({**found.to_json(), "chosen": chosen})
     else:
-        print(jobs.describe(found, chosen))
+        print(job.describe(found, chosen))
 
 
 @app.command()
@@ -110,8 +110,8 @@ def effect(
     json: Json = False,
 ) -> None:
     """What each step of a run did to the forget and the retain risk, over its checkpoints (G-effect)."""
-    from ..jobs.effect import effect as run
-    from ..jobs.effect import write
+    from ..analysis.effect_of_run import effect as run
+    from ..analysis.effect_of_run import write
     from ..progress import bars
 
     with bars() as tell:

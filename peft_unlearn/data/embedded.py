@@ -29,7 +29,7 @@ def asset(*parts: str) -> Path:
             return path
     raise UserError(
         f"{'/'.join(parts)} is not among the files shipped with peft_unlearn. In a clone it belongs to adapters/;"
-        " the embedded models are rebuilt by `peft-unlearn base build`."
+        " the embedded models are rebuilt by `make bases`."
     )
 
 

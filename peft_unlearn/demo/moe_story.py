@@ -12,7 +12,8 @@ from typing import Any
 
 from ..data import embedded
 from ..errors import UserError
-from . import page, table
+from ..reporting import tables as table
+from . import page
 from .story import (
     ADAPTER,
     PAGE,
@@ -65,9 +66,9 @@ def tell(
         raise UserError(f"{out}: is a file; name a folder for the demo's results.")
     out.mkdir(parents=True, exist_ok=True)
     with _hushed(), _one_thread():
-        from .. import jobs
+        from ..attribution import experts_job as experts
         from ..folder.recipe import dump_recipe, load_recipe
-        from ..jobs import experts
+        from ..training.train import train
 
         chosen = dict(recipe) if recipe is not None else load_recipe(embedded.asset("recipes", RECIPE))
         chosen |= {"seed": seed, "eval": {"every": 10, "n": 60, **chosen.get("eval", {})}}
@@ -91,7 +92,7 @@ def tell(
             chosen["adapter"] = {**kept, "experts": {str(k): v for k, v in picked.items()}}
         watch, shift = _watch("retain_unseen"), _selection()
         with chapter("train", "training a forget adapter inside those experts; routers and all else stay as they are"):
-            folder = jobs.train(chosen, out / ADAPTER, callbacks=[watch, shift], say=_say)
+            folder = train(chosen, out / ADAPTER, callbacks=[watch, shift], say=_say)
         assert folder is not None  # one process
         shutil.rmtree(f"{out / ADAPTER}.work", ignore_errors=True)
         with chapter("evaluate", "judging base, adapter and the twin that never saw chemistry"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from . import table
+from ..reporting import tables as table
 
 
 def picture(
@@ -27,7 +27,7 @@ def picture(
     from matplotlib.figure import Figure  # the object, not pyplot: no backend is chosen and none is changed
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    from ..evaluation.pictures import BASE, FORGET, RETAIN, TWIN, plain_axes, png
+    from ..reporting.pictures import BASE, FORGET, RETAIN, TWIN, plain_axes, png
 
     steps = [0, *(c["step"] for c in curve)]
     forget = [base["forget"], *(c["forget"] for c in curve)]
@@ -79,7 +79,7 @@ def picture(
 
 def numbers(report: table.Report) -> str:
     """The table of `table.show` as HTML."""
-    from ..evaluation import document
+    from ..reporting import document
 
     n, rows = table.counts(report), []
     for k, (title, values) in enumerate(table.blocks(report)):
@@ -92,7 +92,7 @@ def numbers(report: table.Report) -> str:
 
 def samples_table(samples: Sequence[Mapping[str, str]]) -> str:
     """Questions with answers before and after, as HTML; every text is escaped."""
-    from ..evaluation import document
+    from ..reporting import document
 
     rows = [[s[k] for k in ("kind", "question", "before", "after")] for s in samples]
     return document.html(document.Table(["", "question", "base", "with adapter"], rows, words=True))
@@ -119,7 +119,7 @@ class Section:
     lines: str = ""
 
     def html(self) -> list[str]:
-        from ..evaluation.document import image
+        from ..reporting.document import image
 
         return [
             f"<h2>{escape(self.heading)}</h2>",
@@ -148,7 +148,7 @@ def page(
     checks: (held, what was checked). removal: the proof's own words. recipe: YAML. conditions: sentences on what the
     numbers mean and what they do not. more: sections between the picture and what the model says.
     """
-    from ..evaluation import document
+    from ..reporting import document
 
     body = [
         f"<h1>{escape(title)}</h1>",

@@ -17,7 +17,8 @@ from typing import Any
 from ..data import embedded
 from ..errors import UserError
 from ..evaluation.score import Report
-from . import child, page, table
+from ..reporting import tables as table
+from . import child, page
 
 RECIPE = "people-demo.yaml"
 ADAPTER, MERGED, PICTURE, PAGE = "adapter", "merged", "picture.png", "report.html"
@@ -52,8 +53,8 @@ def tell(
     out = Path(out).expanduser()
     _check_out(out)
     with _hushed(), _one_thread():
-        from .. import jobs
         from ..folder.recipe import dump_recipe, load_recipe
+        from ..training.train import train
 
         say = _say
         chosen = dict(recipe) if recipe is not None else load_recipe(embedded.asset("recipes", RECIPE))
@@ -69,7 +70,7 @@ def tell(
 
         watch = _watch()
         with chapter("train", "training a forget adapter for ten of a hundred people"):
-            folder = jobs.train(chosen, out / ADAPTER, callbacks=[watch], say=say)
+            folder = train(chosen, out / ADAPTER, callbacks=[watch], say=say)
         assert folder is not None  # one process
         shutil.rmtree(f"{out / ADAPTER}.work", ignore_errors=True)  # the checkpoints of a run that ended
         with chapter("evaluate", "judging base, adapter and the twin that never saw the ten"):
@@ -161,11 +162,11 @@ def _watch(retain: str = "retain") -> Any:
 
 
 def _evaluate(adapter: Path, n: int | None) -> Report:
-    from .. import jobs
+    from ..evaluation.evaluate import evaluate
     from ..progress import bars
 
     with bars() as progress:
-        return jobs.evaluate([adapter], n=n, progress=progress)
+        return evaluate([adapter], n=n, progress=progress)
 
 
 KINDS = {"forget": "forgotten", "retain": "retained", "general": "general knowledge"}
@@ -223,7 +224,7 @@ def _elsewhere(adapter: Path, prompts: list[str]) -> dict[str, Any]:
 def _merge(out: Path, prompts: list[str]) -> dict[str, Any]:
     from ..evaluation.generate import greedy
     from ..folder.base import load_base, load_tokenizer
-    from ..stack.merge import merge
+    from ..merging.merge import merge
     from ..stack.model import ForgetModel
 
     shutil.rmtree(out / MERGED, ignore_errors=True)  # an earlier demo's, see _check_out

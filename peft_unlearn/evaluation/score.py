@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
+from ..folder.versions import installed_versions
 from ..registry import Method, get
 from . import suites
 from .measured import Array, Estimate, Unmeasured, bootstrap_ci
@@ -273,16 +273,6 @@ def _parts(keys: Sequence[str], found: Mapping[str, Number], whose: str = "") ->
 
 def _describe(method: Method) -> dict[str, Any]:
     return {key: method.extra[key] for key in ("better", "reference", "version")}
-
-
-def installed_versions() -> dict[str, str]:
-    found = {}
-    for package in ("peft-unlearn", "torch", "transformers", "peft", "numpy", "scipy", "rouge-score"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _named(progress: Progress, name: str) -> Progress:

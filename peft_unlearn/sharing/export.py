@@ -98,7 +98,7 @@ def _tensors(found: AdapterFolder, strength: float, target: str) -> tuple[dict[s
     """Factors by the names they have on disk, all of one rank, B times s; leaf names of modules; paths of fused parameters."""
     import torch
 
-    from ..stack.delta import Deltas
+    from ..merging.delta import Deltas
 
     deltas, errors = Deltas(found), Errors()
     rank = max(row.rank for row in deltas.adapted.values())

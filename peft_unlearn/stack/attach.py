@@ -20,7 +20,8 @@ import torch
 from ..errors import UserError
 from ..folder.digest import adapter_modules
 from ..folder.read import CONFIG, WEIGHTS, AdapterFolder
-from ..tuners.registration import PEFT_TYPE, register
+from ..tuners.peft_type import PEFT_TYPE
+from ..tuners.registration import register
 
 COMPACT = "expert_lora"  # subfolder with the compact form of an expert adapter
 _SUMS = ("LORA", PEFT_TYPE)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..folder.base import resolve_base
-from .merged_files import RECORD, read_record
+from ..folder.merge_record import RECORD, read_record
 from .model import ForgetModel
 from .removal import RemovalReport, take_off
 from .stackfile import is_stack

@@ -12,7 +12,6 @@ import torch
 from peft_unlearn import registry
 from peft_unlearn.attribution.effect import Effects, group_of, measure, places
 from peft_unlearn.attribution.instances import weights
-from peft_unlearn.config import parse_terms
 from peft_unlearn.data.collate import encode, pad
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.errors import Errors, UserError
@@ -20,6 +19,7 @@ from peft_unlearn.forward import Pass, Reference
 from peft_unlearn.gradients.terms import Term
 from peft_unlearn.gradients.vector import Space, Vec
 from peft_unlearn.gradients.window import Window
+from peft_unlearn.training.config import parse_terms
 
 
 def batches(n: int, rows: int = 3) -> list[dict[str, Any]]:

@@ -12,14 +12,14 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from peft_unlearn import jobs
+import peft_unlearn
+from peft_unlearn.analysis.effect_of_run import effect, parse_objectives, write
 from peft_unlearn.attribution.callback import EffectRecorder, probe_batches
 from peft_unlearn.cli import app
-from peft_unlearn.config import UnlearnConfig
 from peft_unlearn.errors import UserError
-from peft_unlearn.jobs.effect import effect, parse_objectives, write
-from peft_unlearn.jobs.effect_pictures import pictures
-from peft_unlearn.trainer import UnlearnTrainer
+from peft_unlearn.reporting.effect_pictures import pictures
+from peft_unlearn.training.config import UnlearnConfig
+from peft_unlearn.training.trainer import UnlearnTrainer
 
 PNG = b"\x89PNG"
 
@@ -93,7 +93,7 @@ def saved(tmp_path_factory) -> Path:
         "train": {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4,
                   "learning_rate": 5e-3, "use_cpu": True, "disable_tqdm": True},
     }  # fmt: skip
-    jobs.train(recipe, home / "run", say=lambda text: None)
+    peft_unlearn.train(recipe, home / "run", say=lambda text: None)
     return home
 
 
@@ -129,7 +129,7 @@ def test_the_start_is_the_runs_own(saved):
 
     recipe = load_recipe(saved / "run" / "recipe.yaml")
     recipe["train"]["save_strategy"] = "no"
-    jobs.train(
+    peft_unlearn.train(
         recipe,
         saved / "again",
         base=str(saved / "base"),

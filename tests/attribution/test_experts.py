@@ -14,11 +14,13 @@ import tiny
 import torch
 import yaml
 
-from peft_unlearn import cli, jobs
+import peft_unlearn
+from peft_unlearn import cli
+from peft_unlearn.attribution import experts_job as job
 from peft_unlearn.attribution.experts import Affinity, affinity, overlap, selected, within
 from peft_unlearn.attribution.selection import SelectionOverlap
 from peft_unlearn.errors import UserError
-from peft_unlearn.jobs import experts as job
+from peft_unlearn.training.recipe import prepare
 
 
 def rows(n: int = 7, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -301,7 +303,7 @@ def recipe(base: Path, data: Path, **adapter: Any) -> dict[str, Any]:
 )
 def test_options_of_auto_are_checked_before_anything_loads(adapter, message, base, data, tmp_path):
     with pytest.raises(UserError, match=message):
-        jobs.prepare(recipe(base, data, **adapter), tmp_path / "out")
+        prepare(recipe(base, data, **adapter), tmp_path / "out")
 
 
 def test_a_run_names_what_it_chose(run, base, data, tmp_path):
@@ -343,11 +345,11 @@ def test_other_families_are_saved_and_removed(family, run, data, tmp_path):
 
 
 def test_a_trainer_made_in_python_writes_the_recipe_it_amounts_to(base, data, tmp_path):
-    from peft_unlearn.adapt import get_forget_model
-    from peft_unlearn.config import UnlearnConfig
     from peft_unlearn.folder.base import load_base
-    from peft_unlearn.jobs.save import save_adapter
-    from peft_unlearn.trainer import UnlearnTrainer
+    from peft_unlearn.training.adapt import get_forget_model
+    from peft_unlearn.training.config import UnlearnConfig
+    from peft_unlearn.training.save import save_adapter
+    from peft_unlearn.training.trainer import UnlearnTrainer
 
     spec = {"type": "expert_lora", "experts": {1: [2], 2: []}, "r": 2, "train_router": "lora", "router_r": 3}
     args = UnlearnConfig(
@@ -363,7 +365,7 @@ def test_a_trainer_made_in_python_writes_the_recipe_it_amounts_to(base, data, tm
         "type": "expert_lora", "experts": {"1": [2], "2": []}, "r": 2, "lora_alpha": 16, "train_router": "lora", "router_r": 3,
     }  # fmt: skip
     assert saved["train"]["router_learning_rate"] == 1e-3
-    again = jobs.prepare(saved, tmp_path / "b", base=str(base), data=str(data))
+    again = prepare(saved, tmp_path / "b", base=str(base), data=str(data))
     assert again.adapter.experts == {"1": [2], "2": []} and again.adapter.train_router == "lora"
 
 
@@ -371,5 +373,5 @@ def test_an_expert_that_no_token_visits_alone_is_refused(base, data, tmp_path):
     spec = recipe(base, data, experts={1: [2]})
     spec["terms"] = {"forget": {"npo": {}}, "retain": {"nll": {}}}
     with pytest.raises(UserError, match=r"no term gives a gradient to 1 of 1|are all exactly zero"):
-        jobs.train(spec, tmp_path / "a", say=lambda _: None)
+        peft_unlearn.train(spec, tmp_path / "a", say=lambda _: None)
     assert not (tmp_path / "a").exists()

@@ -19,9 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
+from peft_unlearn.attacks.run import run_attacks, wanted
 from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
-from peft_unlearn.evaluation.attacks.run import run_attacks, wanted
 from peft_unlearn.evaluation.score import on_one_model
 from peft_unlearn.folder.base import load_base
 from peft_unlearn.stack.model import ForgetModel

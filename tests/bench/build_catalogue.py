@@ -22,10 +22,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from peft_unlearn import jobs
+import peft_unlearn
+from peft_unlearn.attacks import attack as attacks
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.recipe import load_recipe
-from peft_unlearn.jobs import attack as attacks
 from peft_unlearn.sharing.card import card
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,12 +59,12 @@ def make(name: str, trained: Path | None) -> None:
         if given is not None and (given / "forget.json").is_file():
             shutil.copytree(given, work)
         else:
-            jobs.train(load_recipe(RECIPES / f"{recipe}.yaml"), work)
+            peft_unlearn.train(load_recipe(RECIPES / f"{recipe}.yaml"), work)
         if name in CALIBRATED:
-            from peft_unlearn.jobs.calibrate import calibrate
+            from peft_unlearn.analysis.calibrate_job import calibrate
 
             calibrate(work)
-        jobs.evaluate([work])
+        peft_unlearn.evaluate([work])
         asked = attacks.requests_of(relearn=20, quantize="bf16,int8,int4", jailbreak="templates", plain=["strip"])
         attacks.attack([work], asked)
         words = f"Forgets {'one invented field of knowledge' if recipe.startswith('domains') else 'ten invented people'}: {shows}."

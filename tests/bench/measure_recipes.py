@@ -27,7 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from transformers import TrainerCallback
 
-from peft_unlearn import jobs
+import peft_unlearn
 from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
@@ -37,8 +37,8 @@ from peft_unlearn.evaluation.plan import measure as run_suite
 from peft_unlearn.evaluation.score import _whole, numbers_of, on_one_model
 from peft_unlearn.folder.base import load_base, load_tokenizer
 from peft_unlearn.folder.recipe import load_recipe
-from peft_unlearn.jobs.save import versions
 from peft_unlearn.stack.model import ForgetModel
+from peft_unlearn.training.save import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES, RESULTS = ROOT / "adapters" / "recipes", ROOT / "docs" / "methods" / "results.json"
@@ -103,7 +103,7 @@ def measure(recipe: dict[str, Any], out: Path, judge: Judge) -> dict[str, Any]:
     clock = StepClock()
     cpu = time.process_time()
     try:
-        folder = jobs.train(recipe, out, say=lambda text: None, callbacks=[clock])
+        folder = peft_unlearn.train(recipe, out, say=lambda text: None, callbacks=[clock])
     except UserError as e:
         return {**row, "failed": str(e)}
     assert folder is not None

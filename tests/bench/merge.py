@@ -35,7 +35,7 @@ def build(folder: Path, gigabytes: float) -> tuple[Path, dict[str, Path]]:
     from transformers import LlamaConfig
 
     from peft_unlearn.folder.digest import digest_checkpoint
-    from peft_unlearn.stack.layout import meta_model
+    from peft_unlearn.merging.layout import meta_model
 
     base = folder / "base"
     base.mkdir(parents=True)
@@ -134,7 +134,7 @@ def merge(base: str, adapter: str, out: str, dtype: str) -> dict[str, Any]:
     import transformers.models.auto.modeling_auto
     import transformers.models.llama.modeling_llama  # noqa: F401  (an import is no part of the merge)
 
-    from peft_unlearn.stack.merge import merge as run
+    from peft_unlearn.merging.merge import merge as run
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here

@@ -31,8 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import TrainerCallback, set_seed
 
-from peft_unlearn import jobs
-from peft_unlearn.adapt import get_forget_model
+from peft_unlearn.attribution import experts_job as attribution
 from peft_unlearn.attribution.selection import SelectionOverlap
 from peft_unlearn.data import domains, embedded
 from peft_unlearn.data.bundle import ForgetRetain
@@ -40,9 +39,10 @@ from peft_unlearn.data.collate import pad
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.folder.base import load_base, load_tokenizer
 from peft_unlearn.folder.recipe import load_recipe
-from peft_unlearn.jobs import experts as attribution
-from peft_unlearn.jobs.train import quiet
-from peft_unlearn.trainer import UnlearnTrainer
+from peft_unlearn.training.adapt import get_forget_model
+from peft_unlearn.training.recipe import CHOOSING, prepare
+from peft_unlearn.training.train import quiet
+from peft_unlearn.training.trainer import UnlearnTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "docs" / "methods" / "uoe.json", ROOT / "docs" / "methods" / "uoe.md"
@@ -132,7 +132,7 @@ def recipe_for(stem: str, changes: list[Change], domain: str, seed: int) -> dict
     for change in changes:
         recipe = changed(recipe, change)
     if recipe.pop("expert", None):
-        kept = {k: v for k, v in recipe["adapter"].items() if k not in jobs.run.CHOOSING}
+        kept = {k: v for k, v in recipe["adapter"].items() if k not in CHOOSING}
         recipe["adapter"] = {**kept, "experts": draw(seed, domain)}
     recipe |= {"seed": seed, "data": {"bundle": f"embedded:domains?forget={domain}"}}
     recipe.pop("eval", None)  # the looks here take its place
@@ -258,7 +258,7 @@ def measure(recipe: dict[str, Any], base: str, domain: str) -> dict[str, Any]:
     """One run: its row."""
     path = embedded_base(base)
     with tempfile.TemporaryDirectory() as scratch:
-        run = jobs.prepare(recipe, Path(scratch, "out"), base=str(path))
+        run = prepare(recipe, Path(scratch, "out"), base=str(path))
         model, tokenizer = load_base(path), load_tokenizer(path)
         if run.auto is not None:
             run.adapter.experts = {str(k): v for k, v in attribution.choose(affinity(base, domain), run.auto).items()}

@@ -142,18 +142,18 @@ class Bench:
 def run_one(bench: Bench, change: dict[str, Any], seed: int) -> dict[str, Any]:
     from transformers import set_seed
 
-    from peft_unlearn import jobs
-    from peft_unlearn.adapt import get_forget_model
     from peft_unlearn.evaluation.quick import make_score
     from peft_unlearn.folder.base import load_base, load_tokenizer
-    from peft_unlearn.jobs.train import _score_callbacks
-    from peft_unlearn.trainer import UnlearnTrainer
+    from peft_unlearn.training.adapt import get_forget_model
+    from peft_unlearn.training.recipe import prepare
+    from peft_unlearn.training.train import _score_callbacks, quiet
+    from peft_unlearn.training.trainer import UnlearnTrainer
 
     change = dict(change)
     pool = change.pop("retain_sets", None)  # other retain rows than the bundle's own
     recipe = merged(START, {**change, "seed": seed})
     with tempfile.TemporaryDirectory() as scratch:
-        run = jobs.prepare(recipe, Path(scratch, "out"), base=bench.base)
+        run = prepare(recipe, Path(scratch, "out"), base=bench.base)
         run.config.disable_tqdm = True
         if pool:
             sets = {**run.data.extra, "retain": [r for r in run.data.retain or [] if r["subject"]]}
@@ -167,7 +167,7 @@ def run_one(bench: Bench, change: dict[str, Any], seed: int) -> dict[str, Any]:
         trainer = UnlearnTrainer(
             model, run.config, data=run.data, processing_class=tokenizer, score=scorer, callbacks=callbacks
         )
-        jobs.quiet(trainer)
+        quiet(trainer)
         cpu, wall = time.process_time(), time.perf_counter()
         trainer.train()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

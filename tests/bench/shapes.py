@@ -23,11 +23,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from peft_unlearn.config import UnlearnConfig
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.forward import Pass
-from peft_unlearn.jobs import quiet
-from peft_unlearn.trainer import UnlearnTrainer
+from peft_unlearn.training.config import UnlearnConfig
+from peft_unlearn.training.train import quiet
+from peft_unlearn.training.trainer import UnlearnTrainer
 
 torch.set_num_threads(1)
 

@@ -141,5 +141,5 @@ def test_embedded_references(sets):
     }.items():
         with pytest.raises(UserError, match=said):
             embedded.parse(bad)
-    with pytest.raises(UserError, match="base build"):
+    with pytest.raises(UserError, match="make bases"):
         embedded.asset("bases", "nobody")

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from peft_unlearn import jobs
+import peft_unlearn
 from peft_unlearn.data import embedded
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.demo import child
 from peft_unlearn.folder.recipe import load_recipe
 from peft_unlearn.stack.model import ForgetModel
 from peft_unlearn.stack.remove import remove
+from peft_unlearn.training.recipe import prepare
 
 # name -> parameters that are trained: 5,120 for an expert (gate and up, down; rank 8), 1,024 for a router
 TRAINED = {
@@ -45,15 +46,15 @@ def test_understood_and_what_it_would_train(name, tmp_path):
     recipe = load_recipe(path)
     assert recipe["name"] == name
     assert f"peft-unlearn train adapters/recipes/{name}.yaml --out" in path.read_text(encoding="utf-8")
-    run = jobs.prepare(recipe, tmp_path / "out")
+    run = prepare(recipe, tmp_path / "out")
     assert len(run.data.forget) == 80 and len(run.data.retain or []) == 640
-    assert jobs.plan(recipe, tmp_path / "out").trainable == TRAINED[name]
+    assert peft_unlearn.plan(recipe, tmp_path / "out").trainable == TRAINED[name]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in TRAINED])
 def test_from_the_recipe_to_proof_of_removal(name, tmp_path):
     said: list[str] = []
-    folder = jobs.train(short(name), tmp_path / "a", say=said.append)
+    folder = peft_unlearn.train(short(name), tmp_path / "a", say=said.append)
     assert folder is not None and f"({TRAINED[name]:,} trainable of" in "\n".join(said)
     ours = "expert_lora" in str(folder.recipe["adapter"]["type"])
     if ours:  # on both sets, though ascent reads one
@@ -74,7 +75,7 @@ def test_from_the_recipe_to_proof_of_removal(name, tmp_path):
                 moved = max(moved, float((here - stack.model(input_ids=ids).logits[0, -1]).abs().max()))
     assert moved > 1e-3 or name == "domains-random-expert"
 
-    report = jobs.evaluate([tmp_path / "a"], n=3)
+    report = peft_unlearn.evaluate([tmp_path / "a"], n=3)
     assert report["suite"] == "domains"
     assert report["subjects"]["base"]["forget/value_accuracy"] is not None
     assert report["subjects"]["retain_only"] is not None

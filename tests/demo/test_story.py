@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from peft_unlearn.data import embedded
-from peft_unlearn.demo import page, table
+from peft_unlearn.demo import page
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.recipe import load_recipe
+from peft_unlearn.reporting import tables as table
 
 WHOLE_BUNDLE = ("people-demo", "people-simnpo", "people-npo", "people-kl", "people-ga")
 RECIPES = sorted(embedded.asset("recipes").glob("people-*.yaml"))
@@ -83,7 +84,7 @@ def test_markdown_of_chosen_metrics() -> None:
 
 
 def test_methods_and_plan_print(capsys: pytest.CaptureFixture[str]) -> None:
-    from peft_unlearn.jobs import Plan
+    from peft_unlearn.training.cost import Plan
 
     table.show_methods([{
         "name": "npo", "kind": "objective", "summary": "[b] brackets stay", "unit": "sequence", "needs": [],
@@ -124,12 +125,12 @@ def test_page_stands_alone_and_escapes() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_is_understood(path: Path, tmp_path: Path) -> None:
-    from peft_unlearn import jobs
+    from peft_unlearn.training.recipe import prepare
 
     recipe = load_recipe(path)
     assert recipe["name"] == path.stem
     assert f"peft-unlearn train adapters/recipes/{path.name} --out" in path.read_text(encoding="utf-8")
-    run = jobs.prepare(recipe, tmp_path / "out")
+    run = prepare(recipe, tmp_path / "out")
     assert len(run.data.forget) == 100
     if path.stem in WHOLE_BUNDLE:
         assert run.config.per_anchor == 2 and len(run.data.retain or []) == 1100
@@ -137,10 +138,10 @@ def test_every_recipe_is_understood(path: Path, tmp_path: Path) -> None:
 
 
 def test_bundle_beside_other_sets_is_refused() -> None:
-    from peft_unlearn import jobs
+    from peft_unlearn.data.load import load_data
 
     with pytest.raises(UserError, match="bundle names all sets at once"):
-        jobs.load_data({"bundle": "embedded:people", "forget": "x.jsonl"})
+        load_data({"bundle": "embedded:people", "forget": "x.jsonl"})
 
 
 def test_a_published_bundle_of_files_becomes_hashes(tmp_path: Path) -> None:

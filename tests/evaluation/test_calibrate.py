@@ -11,8 +11,8 @@ import torch
 from eval_helpers import qa, tiny
 from peft import LoraConfig, get_peft_model
 
+from peft_unlearn.analysis.calibrate import TOLERANCE, Levels, check_exact, dialed, make_read, search
 from peft_unlearn.errors import UserError
-from peft_unlearn.evaluation.calibrate import TOLERANCE, Levels, check_exact, dialed, make_read, search
 from peft_unlearn.evaluation.score import Number
 from peft_unlearn.stack.model import ForgetModel
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from made import make
 
+from peft_unlearn.analysis import calibrate_job as calibrating
+from peft_unlearn.analysis import compare_job as comparing
+from peft_unlearn.analysis import interference_job as interfering
+from peft_unlearn.analysis.compare import LEVEL, check_same_sets, headline
+from peft_unlearn.analysis.interference import _notes, common_retain, same_sets
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
-from peft_unlearn.evaluation.compare import LEVEL, check_same_sets, headline
-from peft_unlearn.evaluation.document import Picture
-from peft_unlearn.evaluation.interference import _notes, common_retain, same_sets
-from peft_unlearn.evaluation.pictures import widest_gap
 from peft_unlearn.evaluation.suites import load
 from peft_unlearn.folder.read import read_adapter
-from peft_unlearn.jobs import calibrate as calibrating
-from peft_unlearn.jobs import compare as comparing
-from peft_unlearn.jobs import interference as interfering
+from peft_unlearn.reporting.document import Picture
+from peft_unlearn.reporting.pictures import widest_gap
 
 N = 6
 

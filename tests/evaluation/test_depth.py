@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 from peft_unlearn.data.collate import pad
 from peft_unlearn.data.formats import to_text
-from peft_unlearn.evaluation.depth import depth_curves, fact_row, read_depth, read_patched, states
 from peft_unlearn.evaluation.measured import Unmeasured
+from peft_unlearn.evaluation.metrics.depth_reading import depth_curves, fact_row, read_depth, read_patched, states
 from peft_unlearn.evaluation.score import on_one_model, score
 from peft_unlearn.forward import Pass
 

@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny
 import yaml
 
-from peft_unlearn import cli, jobs
+import peft_unlearn
+from peft_unlearn import cli
+from peft_unlearn.analysis import evidence as report_job
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.data.embedded import rows
 from peft_unlearn.errors import UserError
@@ -27,7 +29,6 @@ from peft_unlearn.evaluation import open_unlearning
 from peft_unlearn.evaluation.score import score
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.recipe import load_recipe
-from peft_unlearn.jobs import report as report_job
 from peft_unlearn.stack.model import ForgetModel
 
 
@@ -133,7 +134,7 @@ def test_on_its_own_set_nothing_is_foreign_and_the_numbers_are_stored(here: Path
 
 def test_the_retain_only_model_may_be_an_adapter(here: Path) -> None:
     with pytest.warns(UserWarning, match="not the forget set"):
-        report = jobs.evaluate(
+        report = peft_unlearn.evaluate(
             [here / "adapter"],
             base=str(here / "base"),
             data=str(here / "tofu"),
@@ -161,7 +162,7 @@ def test_tasks_of_lm_eval_are_run_first_and_stand_beside_the_suite(here: Path, m
         return {"tasks": tasks, "subjects": {"base": {"t": {"acc": 0.5}}}}
 
     monkeypatch.setattr(lm_eval, "run_tasks", run_tasks)
-    report = jobs.evaluate([here / "adapter"], tasks=["t"], n=2, **args)
+    report = peft_unlearn.evaluate([here / "adapter"], tasks=["t"], n=2, **args)
     assert report["lm_eval"]["tasks"] == ["t"] and report["subjects"]["base"]["forget/probability"] is not None
     assert seen["subjects"] == ["base", "adapter", "retain_only"] and seen["limit"] == 2
 
@@ -170,9 +171,11 @@ def test_tasks_of_lm_eval_are_run_first_and_stand_beside_the_suite(here: Path, m
 
     monkeypatch.setattr(lm_eval, "run_tasks", unknown)
     # an attribute of the module, which the function of the same name hides in the package
-    monkeypatch.setitem(jobs.evaluate.__globals__, "score", lambda *_, **__: pytest.fail("scored before the tasks"))
+    monkeypatch.setitem(
+        peft_unlearn.evaluate.__globals__, "score", lambda *_, **__: pytest.fail("scored before the tasks")
+    )
     with pytest.raises(UserError, match="no task"):
-        jobs.evaluate([here / "adapter"], tasks=["t"], n=2, **args)
+        peft_unlearn.evaluate([here / "adapter"], tasks=["t"], n=2, **args)
 
 
 def test_a_suite_that_measures_nothing_is_refused_and_replaces_no_numbers(here: Path) -> None:
@@ -180,7 +183,7 @@ def test_a_suite_that_measures_nothing_is_refused_and_replaces_no_numbers(here: 
     with pytest.raises(
         UserError, match=r"suite muse: nothing can be measured on these data: the data has no set .*--suite"
     ):
-        jobs.evaluate([here / "adapter"], base=str(here / "base"), data=str(here / "data"), suite="muse")
+        peft_unlearn.evaluate([here / "adapter"], base=str(here / "base"), data=str(here / "data"), suite="muse")
     assert json.loads((here / "adapter" / "eval.json").read_text())["kept"] == 1
 
 
@@ -190,11 +193,11 @@ def test_what_cannot_be_a_retain_only_model(here: Path, tmp_path: Path) -> None:
 
     args: dict[str, Any] = {"base": str(here / "base"), "data": str(here / "data"), "suite": "people"}
     with pytest.raises(UserError, match=r"--retain-only: .*nowhere"):
-        jobs.evaluate([here / "adapter"], retain_only=str(tmp_path / "nowhere"), **args)
+        peft_unlearn.evaluate([here / "adapter"], retain_only=str(tmp_path / "nowhere"), **args)
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     other.save_pretrained(here / "twin")
     with pytest.raises(UserError, match="its tokenizer is not the base's"):
-        jobs.evaluate([here / "adapter"], retain_only=str(here / "twin"), **args)
+        peft_unlearn.evaluate([here / "adapter"], retain_only=str(here / "twin"), **args)
 
 
 def test_the_layout_of_open_unlearning(here: Path, run: Any) -> None:
@@ -281,15 +284,17 @@ def test_the_data_trained_on_stand_in_the_recipe_and_a_dependent_adapter_is_judg
     recipe = load_recipe(Path(__file__).resolve().parents[2] / "adapters/recipes/people-npo.yaml")
     recipe["train"] |= {"max_steps": 2, "per_device_train_batch_size": 2}
     recipe.pop("eval")
-    first = jobs.train(recipe, tmp_path / "first", data=str(files))
+    first = peft_unlearn.train(recipe, tmp_path / "first", data=str(files))
     saved = yaml.safe_load((tmp_path / "first/recipe.yaml").read_text())["data"]
     assert saved["forget"] == f"sha256:{first.manifest.data['forget']['sha256']}" and "bundle" not in saved
     assert saved["per_anchor"] == recipe["data"]["per_anchor"]
-    second = jobs.train({**recipe, "stack": [str(tmp_path / "first")], "seed": 1}, tmp_path / "second", data=str(files))
+    second = peft_unlearn.train(
+        {**recipe, "stack": [str(tmp_path / "first")], "seed": 1}, tmp_path / "second", data=str(files)
+    )
     assert second.manifest.depends_on == [first.adapter_id]
     with pytest.raises(UserError, match="trained on top of"):
-        jobs.evaluate([tmp_path / "second"], data=str(files), n=2)
-    report = jobs.evaluate([tmp_path / "second"], data=str(files), n=4, below=[tmp_path / "first"])
+        peft_unlearn.evaluate([tmp_path / "second"], data=str(files), n=2)
+    report = peft_unlearn.evaluate([tmp_path / "second"], data=str(files), n=4, below=[tmp_path / "first"])
     both = ForgetModel.from_pretrained(None, [tmp_path / "first", tmp_path / "second"])
     wanted = score(
         {"both": lambda: nullcontext(both.model)}, "people", ForgetRetain.load(str(files)), both.tokenizer, n=4
@@ -298,7 +303,7 @@ def test_the_data_trained_on_stand_in_the_recipe_and_a_dependent_adapter_is_judg
         wanted["subjects"]["both"]["forget/probability"], rel=1e-6
     )
     with pytest.raises(UserError, match="leave it out of --below"):
-        jobs.evaluate([tmp_path / "first"], data=str(files), n=2, below=[tmp_path / "second"])
+        peft_unlearn.evaluate([tmp_path / "first"], data=str(files), n=2, below=[tmp_path / "second"])
     asked: dict[str, Any] = {}
     real = report_job.on_one_model
     monkeypatch.setattr(report_job, "on_one_model", lambda model, names: asked.update(names) or real(model, names))

@@ -17,9 +17,9 @@ from peft_unlearn.data.mcq import mcq_rows
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation import suites
 from peft_unlearn.evaluation.generate import greedy
-from peft_unlearn.evaluation.letters import letter_ids, read_letters
 from peft_unlearn.evaluation.measured import Unmeasured
 from peft_unlearn.evaluation.metrics.generation import rouge_l_f1
+from peft_unlearn.evaluation.metrics.letters_reading import letter_ids, read_letters
 from peft_unlearn.evaluation.score import score
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from made import make
 
+from peft_unlearn.analysis import evidence as reporting
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
-from peft_unlearn.evaluation import document as doc
-from peft_unlearn.evaluation.report import parts
-from peft_unlearn.evaluation.verdict import Evidence, attack_bars, missing, verdict
 from peft_unlearn.folder.read import read_adapter
-from peft_unlearn.jobs import report as reporting
+from peft_unlearn.reporting import document as doc
+from peft_unlearn.reporting.page import parts
+from peft_unlearn.reporting.verdict import Evidence, attack_bars, missing, verdict
 
 EVIL = "<script>alert(1)</script><img src=http://evil.example/x.png> | *bold* `code` [a](http://evil.example)"
 

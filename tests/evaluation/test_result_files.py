@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_unlearn import jobs
 from peft_unlearn.errors import UserError
+from peft_unlearn.evaluation.evaluate import check_out, save_report
 from peft_unlearn.evaluation.score import Report
-from peft_unlearn.jobs.files import check_writable, store, write_file
+from peft_unlearn.folder.results import check_writable, store, write_file
 
 REPORT = Report(format=1, suite="people", subjects={"base": {"forget/probability": 0.5}}, details={"base": {}})
 
@@ -37,12 +37,12 @@ def test_calibrating_a_read_only_folder_is_refused_before_the_work(
 def test_a_place_that_cannot_be_written_is_a_message(tmp_path: Path, layout: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="cannot be written"):
-        jobs.save_report(REPORT, tmp_path / "file" / "x", layout)
+        save_report(REPORT, tmp_path / "file" / "x", layout)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_what_is_written_is_whole_and_alone(tmp_path: Path) -> None:
-    (path,) = jobs.save_report(REPORT, tmp_path / "new" / "folder")
+    (path,) = save_report(REPORT, tmp_path / "new" / "folder")
     assert json.loads(path.read_text()) == dict(REPORT) and [p.name for p in path.parent.iterdir()] == ["eval.json"]
     with pytest.raises(UserError, match="is a folder"):
         write_file(tmp_path / "new", b"")
@@ -53,5 +53,5 @@ def test_numbers_are_not_written_into_an_adapters_folder_beside_its_own(tmp_path
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "forget.json").write_text("{}")
     with pytest.raises(UserError, match="in an adapter's folder"):
-        jobs.check_out(tmp_path / place, "eval")
-    jobs.check_out(tmp_path / "elsewhere", "eval")
+        check_out(tmp_path / place, "eval")
+    check_out(tmp_path / "elsewhere", "eval")

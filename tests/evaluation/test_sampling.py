@@ -11,15 +11,7 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.generate import greedy
 from peft_unlearn.evaluation.metrics.extraction import ngram_overlap, prefixes
 from peft_unlearn.evaluation.metrics.generation import value_accuracy
-from peft_unlearn.evaluation.sampling import (
-    FORMATS,
-    answer_ids,
-    bare_ids,
-    continuations,
-    sample,
-    uniforms,
-    worded,
-)
+from peft_unlearn.evaluation.sampling import FORMATS, answer_ids, bare_ids, continuations, sample, uniforms, worded
 from peft_unlearn.evaluation.score import score
 
 PROMPTS = ["Question: a\nAnswer:", "b", "Where was a rather longer person born, and why there?", "Question: c\nAnswer:"]

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from peft_unlearn.analysis import evidence as report
 from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
-from peft_unlearn.jobs import report, subjects
+from peft_unlearn.evaluation import subjects
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_folders_are_told_apart_by_names_that_peft_takes(monkeypatch: pytest.Mon
 
 
 def test_sets_that_the_data_lack_have_no_rows_in_the_table() -> None:
-    from peft_unlearn.demo import table
+    from peft_unlearn.reporting import tables as table
 
     found = {"forget/probability": 0.1, "other/probability": None, "broken/probability": None}
     detail = {

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from peft_unlearn import registry
-from peft_unlearn.config import UnlearnConfig
 from peft_unlearn.errors import UserError
 from peft_unlearn.gradients.step_size import fit, peeked_update
 from peft_unlearn.gradients.vector import Space
-from peft_unlearn.trainer import UnlearnTrainer
+from peft_unlearn.training.config import UnlearnConfig
+from peft_unlearn.training.trainer import UnlearnTrainer
 
 
 def gen(loss: Any, eta: float, **hyper: Any) -> float:

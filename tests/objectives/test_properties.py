@@ -15,7 +15,6 @@ from fakepass import LAYER, OBJECTIVES, FakePass, random_pass, values
 from torch import Tensor
 
 from peft_unlearn import registry
-from peft_unlearn.config import parse_method, parse_terms
 from peft_unlearn.data.collate import encode, pad
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.errors import Errors
@@ -23,6 +22,7 @@ from peft_unlearn.forward import Pass, Reference
 from peft_unlearn.gradients.terms import count_units
 from peft_unlearn.gradients.window import Window
 from peft_unlearn.objectives.representation import steering_vector
+from peft_unlearn.training.config import parse_method, parse_terms
 
 Row = list[
     tuple[list[float], list[float], int]

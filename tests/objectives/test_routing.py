@@ -11,15 +11,15 @@ import tiny
 import torch
 from fakepass import values
 
-from peft_unlearn.config import UnlearnConfig
 from peft_unlearn.errors import UserError
 from peft_unlearn.forward import Pass, Reference
 from peft_unlearn.gradients.terms import with_experts
 from peft_unlearn.gradients.window import Window
 from peft_unlearn.objectives.routing import gates
-from peft_unlearn.trainer import UnlearnTrainer
+from peft_unlearn.training.config import UnlearnConfig
+from peft_unlearn.training.trainer import UnlearnTrainer
 from peft_unlearn.tuners.expert_lora import export_stock
-from peft_unlearn.tuners.registration import PREFIX
+from peft_unlearn.tuners.peft_type import PREFIX
 
 
 class RouterPass:

@@ -20,7 +20,6 @@ from markdown_it import MarkdownIt
 from peft import PeftModel
 from typer.testing import CliRunner
 
-from peft_unlearn.adapt import get_forget_model
 from peft_unlearn.cli import app
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.base import load_base
@@ -45,6 +44,7 @@ from peft_unlearn.folder.write import update_eval
 from peft_unlearn.sharing.card import card
 from peft_unlearn.sharing.publish import push
 from peft_unlearn.stack.model import ForgetModel
+from peft_unlearn.training.adapt import get_forget_model
 
 ID = "sha256:" + "e" * 64
 MD = MarkdownIt("commonmark", {"html": True}).enable("table")

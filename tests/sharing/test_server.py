@@ -215,7 +215,7 @@ def test_against_transformers_own_server(stack, folder, base_dir, tmp_path):
     """`transformers serve`, asked for the merged model and for the base (5.23 cannot serve an adapter's folder)."""
     pytest.importorskip("fastapi")
     pytest.importorskip("openai")
-    from peft_unlearn.stack.merge import merge
+    from peft_unlearn.merging.merge import merge
 
     merge(folder, base_dir, tmp_path / "merged")
     port = free_port()

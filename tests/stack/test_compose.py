@@ -17,10 +17,10 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.folder.base import load_base
 from peft_unlearn.folder.manifest import probe_difference
 from peft_unlearn.folder.read import AdapterFolder, read_adapter
-from peft_unlearn.stack.compose import _stock, compose, parse_part
-from peft_unlearn.stack.delta import Deltas
+from peft_unlearn.merging.compose import _stock, compose, parse_part
+from peft_unlearn.merging.delta import Deltas
+from peft_unlearn.merging.summed import summed
 from peft_unlearn.stack.model import ForgetModel
-from peft_unlearn.stack.summed import summed
 
 ALL = ("q_proj", "v_proj", "down_proj", "lm_head", "embed_tokens")
 

@@ -16,7 +16,7 @@ import families
 
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import AdapterFolder
-from peft_unlearn.stack.delta import Deltas, read_deltas
+from peft_unlearn.merging.delta import Deltas, read_deltas
 
 
 def folder_of(model: Any, path: Path) -> AdapterFolder:

@@ -19,8 +19,8 @@ from peft_unlearn.folder.base import base_reference
 from peft_unlearn.folder.digest import digest_checkpoint
 from peft_unlearn.folder.manifest import Manifest
 from peft_unlearn.folder.write import write_adapter
-from peft_unlearn.stack import layout
-from peft_unlearn.stack.merge import merge
+from peft_unlearn.merging import layout
+from peft_unlearn.merging.merge import merge
 
 NAMES = ["olmoe", "mixtral", "gpt_oss", "granitemoe"]
 MORE = ["qwen2_moe", "qwen3_moe", "phimoe", "deepseek_v2", "deepseek_v3", "llama4_text"]

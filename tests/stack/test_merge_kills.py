@@ -16,7 +16,7 @@ from tinyfolder import RECIPE, adapted, manifest_for, save_base, tokenizer, writ
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.write import write_adapter
-from peft_unlearn.stack.merge import merge
+from peft_unlearn.merging.merge import merge
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 FEW_AND_MANY = [pytest.param(3, id="few"), pytest.param(25, id="many", marks=pytest.mark.slow)]
@@ -89,7 +89,7 @@ def test_merge(kills: int, rounding: str, sharded: tuple[Path, Path], tmp_path: 
 def test_half_of_the_shards_are_kept(
     sharded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft_unlearn.stack.stream import Stream
+    from peft_unlearn.merging.stream import Stream
 
     base, adapter = sharded
     merge(adapter, base, tmp_path / "reference")
@@ -121,7 +121,7 @@ def test_half_of_the_shards_are_kept(
 def test_other_settings_do_not_go_on_with_it(
     sharded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft_unlearn.stack.stage import MergeStage
+    from peft_unlearn.merging.stage import MergeStage
 
     base, adapter = sharded
     monkeypatch.setattr(MergeStage, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -134,7 +134,7 @@ def test_other_settings_do_not_go_on_with_it(
 
 
 def test_two_at_once(sharded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_unlearn.stack.stream import Stream
+    from peft_unlearn.merging.stream import Stream
 
     base, adapter = sharded
     write_shard = Stream.write

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from peft_unlearn.cli import app
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.digest import digest_checkpoint
+from peft_unlearn.folder.merge_record import read_record
 from peft_unlearn.folder.safetensors_io import INDEX, checkpoint_tensors
-from peft_unlearn.stack import merge_report
-from peft_unlearn.stack.delta import read_deltas
-from peft_unlearn.stack.merge import MergeRefused, merge
-from peft_unlearn.stack.merged_files import read_record
+from peft_unlearn.merging import report as merge_report
+from peft_unlearn.merging.delta import read_deltas
+from peft_unlearn.merging.merge import MergeRefused, merge
 from peft_unlearn.stack.stackfile import add, revoke
 
 

@@ -154,7 +154,7 @@ def test_one_cannot_be_taken_out_of_merged_weights(base_dir: Path, adapter_dir: 
 
 def test_a_merged_folder_is_refused_with_what_to_do(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
     from peft_unlearn.folder.read import read_adapter
-    from peft_unlearn.stack.merge import merge
+    from peft_unlearn.merging.merge import merge
 
     merge(adapter_dir, base_dir, tmp_path / "merged")
     with pytest.raises(UserError, match="is a merged model") as e:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_unlearn.stack.rounding import Adder, Overflow, Sums, blocks, cast_block, generator, round_to
+from peft_unlearn.merging.rounding import Adder, Overflow, Sums, blocks, cast_block, generator, round_to
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.base import load_base
 from peft_unlearn.folder.read import read_adapter
-from peft_unlearn.jobs.train import train
-from peft_unlearn.reference import stack_digest
 from peft_unlearn.stack.below import read_below
 from peft_unlearn.stack.model import ForgetModel
 from peft_unlearn.stack.stackfile import add, revoke
+from peft_unlearn.training.reference import stack_digest
+from peft_unlearn.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -216,10 +216,10 @@ def test_strength_and_weights_below_are_part_of_a_run(base: Path, tmp_path: Path
 
 
 def test_saving_asks_what_lies_below(base: Path, tmp_path: Path) -> None:
-    from peft_unlearn.adapt import get_forget_model
-    from peft_unlearn.config import UnlearnConfig
-    from peft_unlearn.jobs.save import save_adapter
-    from peft_unlearn.trainer import UnlearnTrainer
+    from peft_unlearn.training.adapt import get_forget_model
+    from peft_unlearn.training.config import UnlearnConfig
+    from peft_unlearn.training.save import save_adapter
+    from peft_unlearn.training.trainer import UnlearnTrainer
 
     first = first_of(base, tmp_path / "first")
     model = ForgetModel.from_pretrained(base, {"first": tmp_path / "first"}).model

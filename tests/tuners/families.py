@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from peft_unlearn.tuners.expert_lora import ExpertLoraConfig, moe_blocks
 from peft_unlearn.tuners.expert_lora.blocks import is_transposed
-from peft_unlearn.tuners.registration import PREFIX
+from peft_unlearn.tuners.peft_type import PREFIX
 
 logging.set_verbosity_error()
 

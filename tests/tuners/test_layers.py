@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from peft_unlearn.errors import UserError
 from peft_unlearn.tuners.expert_lora import export_stock, import_stock, moe_blocks
 from peft_unlearn.tuners.expert_lora.layer import ExpertsLayer, TunerLayer
-from peft_unlearn.tuners.registration import PREFIX
+from peft_unlearn.tuners.peft_type import PREFIX
 
 
 def gradients(model, seed=9, inputs=None):

@@ -16,12 +16,12 @@ import tiny
 import torch
 from peft import PeftModel
 
-from peft_unlearn.adapt import get_forget_model
-from peft_unlearn.config import UnlearnConfig
 from peft_unlearn.errors import UserError
 from peft_unlearn.forward import Pass, Reference
-from peft_unlearn.trainer import UnlearnTrainer
-from peft_unlearn.tuners.registration import PREFIX
+from peft_unlearn.training.adapt import get_forget_model
+from peft_unlearn.training.config import UnlearnConfig
+from peft_unlearn.training.trainer import UnlearnTrainer
+from peft_unlearn.tuners.peft_type import PREFIX
 
 TERMS = {"forget": {"npo": {"beta": 0.1}}, "retain": {"nll": {"weight": 1.0}}}
 

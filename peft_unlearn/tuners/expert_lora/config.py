@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 
-from ..registration import peft_type
+from ..peft_type import peft_type
 
 ROUTER_MODES = ("none", "lora", "full")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...folder.atomic import staged
-from ..registration import PREFIX
+from ..peft_type import PREFIX
 from .blocks import MoeBlock, innermost, is_llama4, moe_blocks
 from .config import ExpertLoraConfig
 from .layer import PROJECTIONS, ExpertsLayer, RouterLayer, TunerLayer

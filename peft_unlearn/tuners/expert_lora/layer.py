@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..registration import PREFIX
+from ..peft_type import PREFIX
 from .blocks import innermost, is_llama4, is_transposed
 from .config import ExpertLoraConfig
 

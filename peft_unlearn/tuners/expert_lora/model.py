@@ -9,7 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ..registration import PREFIX
+from ..peft_type import PREFIX
 from .blocks import MoeBlock, moe_blocks
 from .config import ExpertLoraConfig
 from .layer import ExpertsLayer, RouterLayer, TunerLayer

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from eval_helpers import qa
 
+from peft_unlearn.attacks.case import Case, split
 from peft_unlearn.data.bundle import ForgetRetain
-from peft_unlearn.evaluation.attacks.case import Case, split
 
 
 @pytest.fixture(scope="session")

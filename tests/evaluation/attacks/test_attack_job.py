@@ -16,10 +16,10 @@ import tiny
 import yaml
 
 from peft_unlearn import cli
+from peft_unlearn.attacks import attack as job
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.write import update_block, update_eval
-from peft_unlearn.jobs import attack as job
 
 
 def write_rows(path: Path, rows: list[Any]) -> None:
@@ -165,7 +165,7 @@ def test_an_end_in_the_middle_leaves_eval_json_as_it_was(here, monkeypatch, erro
     adapter = here / "adapter"
     update_block(adapter, "attacks", {"adapter_id": read_adapter(adapter).adapter_id, "attacks": {}})
     before = {p.name: p.read_bytes() for p in adapter.iterdir()}
-    from peft_unlearn.evaluation.attacks.case import Case
+    from peft_unlearn.attacks.case import Case
 
     monkeypatch.setattr(Case, "score", _failing_after(2, Case.score, error))
     with pytest.raises(type(error) if not isinstance(error, type) else error):

@@ -6,9 +6,9 @@ from contextlib import nullcontext
 
 import pytest
 
+from peft_unlearn.attacks.run import run_attacks, wanted
 from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
-from peft_unlearn.evaluation.attacks.run import run_attacks, wanted
 from peft_unlearn.folder.base import load_base, load_tokenizer
 from peft_unlearn.folder.digest import digest_live
 

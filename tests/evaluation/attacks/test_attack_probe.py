@@ -10,10 +10,10 @@ import torch
 from eval_helpers import CITIES, qa
 from test_attack_weights import bits, lora, same
 
+from peft_unlearn.attacks import probe as module
+from peft_unlearn.attacks.case import Case
+from peft_unlearn.attacks.probe import FOLDS, _folds, _measures, probe, ridge_predict
 from peft_unlearn.data.bundle import ForgetRetain
-from peft_unlearn.evaluation.attacks import probe as module
-from peft_unlearn.evaluation.attacks.case import Case
-from peft_unlearn.evaluation.attacks.probe import FOLDS, _folds, _measures, probe, ridge_predict
 from peft_unlearn.evaluation.measured import Unmeasured
 
 

@@ -10,13 +10,13 @@ import pytest
 from eval_helpers import qa
 from test_attack_weights import lora
 
+from peft_unlearn.attacks import jailbreak as module
+from peft_unlearn.attacks.case import Case
+from peft_unlearn.attacks.jailbreak import jailbreak, stub, templates, tries
+from peft_unlearn.attacks.prompt_slot import frames
 from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
-from peft_unlearn.evaluation.attacks import jailbreak as module
-from peft_unlearn.evaluation.attacks.case import Case
-from peft_unlearn.evaluation.attacks.frame import frames
-from peft_unlearn.evaluation.attacks.jailbreak import jailbreak, stub, templates, tries
 from peft_unlearn.evaluation.measured import Unmeasured
 from peft_unlearn.evaluation.metrics.generation import words
 

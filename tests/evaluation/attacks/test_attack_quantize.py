@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_unlearn.attacks import quantize as q
+from peft_unlearn.attacks.case import Case
 from peft_unlearn.errors import UserError
-from peft_unlearn.evaluation.attacks import quantize as q
-from peft_unlearn.evaluation.attacks.case import Case
 from peft_unlearn.registry import get
 
 # QLoRA's published table

@@ -12,13 +12,13 @@ from eval_helpers import qa
 from eval_helpers import tiny as llama
 from test_attack_weights import bits, lora, moe, same, say
 
+from peft_unlearn.attacks import relearn as module
+from peft_unlearn.attacks.case import chosen, facts, split
+from peft_unlearn.attacks.relearn import Tuning, finetune
+from peft_unlearn.attacks.weights import Opened, base_parameters
 from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
-from peft_unlearn.evaluation.attacks import relearn as module
-from peft_unlearn.evaluation.attacks.case import chosen, facts, split
-from peft_unlearn.evaluation.attacks.relearn import Tuning, finetune
-from peft_unlearn.evaluation.attacks.weights import Opened, base_parameters
 from peft_unlearn.evaluation.measured import Unmeasured
 from peft_unlearn.registry import get
 

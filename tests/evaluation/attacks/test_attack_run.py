@@ -13,10 +13,10 @@ import torch
 from eval_helpers import tiny as llama
 from test_attack_weights import bits, lora, same
 
+from peft_unlearn.attacks.case import Outcome
+from peft_unlearn.attacks.run import recovery, run_attacks, wanted
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
-from peft_unlearn.evaluation.attacks.case import Outcome
-from peft_unlearn.evaluation.attacks.run import recovery, run_attacks, wanted
 from peft_unlearn.evaluation.score import on_one_model
 from peft_unlearn.registry import methods
 

@@ -10,18 +10,10 @@ import tiny
 import torch
 from test_attack_weights import bits, lora, same
 
-from peft_unlearn.evaluation.attacks import suffix as suffix_module
-from peft_unlearn.evaluation.attacks.frame import (
-    Frame,
-    embeddings_at,
-    frames,
-    mean_nll,
-    placeholder,
-    slotted,
-    spans,
-)
-from peft_unlearn.evaluation.attacks.gcg import Search, allowed_tokens, gcg, search, survives, token_gradient
-from peft_unlearn.evaluation.attacks.suffix import fit, suffix
+from peft_unlearn.attacks import suffix as suffix_module
+from peft_unlearn.attacks.gcg import Search, allowed_tokens, gcg, search, survives, token_gradient
+from peft_unlearn.attacks.prompt_slot import Frame, embeddings_at, frames, mean_nll, placeholder, slotted, spans
+from peft_unlearn.attacks.suffix import fit, suffix
 from peft_unlearn.evaluation.measured import Unmeasured
 
 

@@ -11,8 +11,8 @@ import torch
 from eval_helpers import tiny as llama
 from peft import LoraConfig, get_peft_model
 
-from peft_unlearn.evaluation.attacks import weights
-from peft_unlearn.evaluation.attacks.weights import base_parameters, linears, opened, restored
+from peft_unlearn.attacks import weights
+from peft_unlearn.attacks.weights import base_parameters, linears, opened, restored
 from peft_unlearn.folder.digest import digest_live
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tuners"))

@@ -1,0 +1,271 @@
+"""The G-effect of a finished run: at its start, at its checkpoints, and of the adapter it ended with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attribution.callback import describe, own, probe_batches, track
+from ..attribution.effect import measure
+from ..data.alternates import add_alternates
+from ..data.collate import padding_id
+from ..errors import Errors, UserError
+from ..evaluation.subjects import check_data
+from ..folder.atomic import write_text
+from ..folder.base import load_base, load_tokenizer
+from ..folder.digest import digest_checkpoint
+from ..folder.read import WEIGHTS, AdapterFolder, read_adapter
+from ..gradients.terms import Term
+from ..gradients.vector import Space
+from ..gradients.window import Window
+from ..stack.model import check_base
+from ..training.adapt import get_forget_model
+from ..training.config import WORK, alternates_of, encode_set, parse_method, parse_terms, reference_of
+from ..training.recipe import Run, prepare
+from ..training.train import generate_alternates
+from ..training.trainer import STATE
+
+ADAPTER = "default"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class _Point:
+    """Where the adapter stood: its step, its weights file (None = untrained), the engine's state there, if it is known."""
+
+    step: int
+    weights: Path | None
+    state: Path | None = None
+    final: bool = False
+
+
+def parse_objectives(spec: Any) -> dict[str, list[Term]]:
+    """Label -> terms of ``"ga,npo"``, a list of names, or ``{label: {objective: {hyper.., weight, batch}}}`` (also as YAML text,
+    ``{rmu: {layer: 2}}`` standing for one objective of that name). Sets default to forget.
+
+    Raises:
+        UserError: everything wrong with it at once.
+    """
+    from .. import registry
+
+    if isinstance(spec, str) and spec.lstrip().startswith("{"):
+        import yaml
+
+        try:
+            spec = yaml.safe_load(spec)
+        except yaml.YAMLError as e:
+            raise UserError(f"objectives: not YAML ({str(e).splitlines()[0]})") from None
+    if isinstance(spec, str):
+        spec = [name.strip() for name in spec.split(",")]
+    if not isinstance(spec, Mapping):
+        spec = {str(name): {} for name in spec or () if str(name)}
+    known = {m.name for m in registry.methods("objective")}
+    errors, out = Errors(), {}
+    for label, objectives in spec.items():
+        objectives = objectives or {}
+        single = str(label).replace("-", "_")
+        # {ga: {}} and {rmu: {layer: 2}} name the objective itself; {mixed: {ga: {}, npo: {}}} a label.
+        if not (isinstance(objectives, Mapping) and objectives and set(objectives) <= known):
+            objectives = {single: objectives}
+        sets = {
+            o: {"batch": "forget", **(h or {})} if (h is None or isinstance(h, Mapping)) else h
+            for o, h in objectives.items()
+        }
+        nested = Errors()
+        out[str(label)] = parse_terms({"objectives": sets}, nested)
+        for message in nested.messages:
+            errors.add(message.removeprefix("terms.objectives: "))
+    errors.raise_if_any("objectives")
+    return out
+
+
+def effect(
+    folder: str | Path,
+    *,
+    objectives: Any = None,
+    space: str = "adapter",
+    batches: int = 4,
+    rows: int | None = None,
+    instances: int = 6,
+    repro: bool = False,
+    base: str | None = None,
+    data: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Effects of a saved run at its start, at every whole checkpoint in ``<folder>.work`` and of the finished adapter.
+
+    Args:
+        objectives: what to measure beside the run's own forget terms; see `parse_objectives`.
+        batches, rows: number of batches, and forget rows in each (default: as in training, fewer where rows would repeat).
+        instances: forget rows measured token by token (for objectives per sequence: four times as many answers), at the first, the
+            middle and the last point.
+
+    Returns:
+        The JSON that `write` puts on disk and draws.
+
+    Raises:
+        UserError: no such folder, unknown objective, other base or data than the run's.
+    """
+    wanted = parse_objectives(objectives)
+    if space not in ("adapter", "base"):
+        raise UserError(f"space={space!r} is not one of adapter, base")
+    if batches < 1:
+        raise UserError(f"batches={batches}: at least one is needed")
+    found = read_adapter(folder)
+    manifest = found.manifest
+    errors = Errors()
+    mine = parse_terms(manifest.method.get("terms", {}), errors)
+    rule, options = parse_method("rule", manifest.method.get("rule"), errors, scope=("global", "layer", "tensor"))
+    errors.raise_if_any(f"{found.path.name}: its method")
+    wanted = {**(ours := own(mine)), **{k: v for k, v in wanted.items() if k not in ours}}  # the run's own come first
+    run = prepare(found.recipe, found.path, base, data)
+    check_data(run.data, manifest)
+    config = copy.copy(run.config)
+    config.term_list = [*mine, *(t for ts in wanted.values() for t in ts if t not in mine)]
+    run = replace(run, config=config)
+    _check_sets(run)
+    check_base(found, run.base_dir, digest_checkpoint(run.base_dir))
+    if found.manifest.depends_on:
+        raise UserError(
+            f"{found.path}: was trained on top of other adapters, and effects over checkpoints are not worked out for those"
+        )
+
+    model, sets, pad_id = _model(run)
+    points, notes = _points(found)
+    reference = reference_of(config.reference, ADAPTER)
+    probe = probe_batches(
+        sets, batches, rows or config.train_batch_size, config.per_anchor if config.anchor == "forget" else 1, pad_id,
+        config.seed, config.device,
+    )  # fmt: skip
+    update = None
+    if space == "adapter" and rule is not None:
+        update = Window(
+            model, mine, rule, scope=options.get("scope", "global"), smoothing=config.smoothing_method,
+            space=config.smoothing_space, reference=reference, seed=config.seed,
+        )  # fmt: skip
+    start = Space.trainable(model).read()
+    looked_at = {0, len(points) // 2, len(points) - 1}
+    measured = []
+    for i, point in enumerate(points):
+        if progress is not None:
+            progress("measuring", i, len(points))
+        if point.weights is None:
+            Space.trainable(model).write(start)
+        else:
+            _put(model, point.weights)
+        if update is not None:
+            update.rule_state = {}
+            if point.state is not None:  # written by the trainer: tensors and plain values only
+                update.load_state_dict(torch.load(point.state, weights_only=True)["window"])
+        found_here = measure(
+            model, wanted, probe, reference=reference, space=space, update=update, repro=repro, step=point.step,
+            instances=instances if i in looked_at else 0,
+        )  # fmt: skip
+        measured.append(found_here)
+    if progress is not None:
+        progress("measuring", len(points), len(points))
+    return track(
+        measured,
+        notes,
+        adapter_id=found.adapter_id,
+        name=manifest.name,
+        base=manifest.base.ref,
+        space=space,
+        rule=manifest.method.get("rule"),
+        objectives=describe(wanted),
+        rows=[{k: len(v["input_ids"]) for k, v in b.items()} for b in probe],
+    )
+
+
+def _check_sets(run: Run) -> None:
+    if not run.data.retain:
+        raise UserError(
+            "data: there is no retain set, and the retaining effect is measured on one; give it with --data"
+        )
+    for batch, kinds in alternates_of(run.config.term_list).items():
+        if len(kinds) > 1:
+            raise UserError(
+                f"objectives: the {batch} rows would need several winner answers ({', '.join(sorted(kinds))}); measure them apart"
+            )
+        if kinds <= {"row", "refusal"}:
+            add_alternates(getattr(run.data, batch), next(iter(kinds)), run.config.seed, batch)
+
+
+def _model(run: Run) -> tuple[Any, dict[str, list[dict[str, Any]]], int]:
+    """The model with the adapter as it started (same seed as in training), the sets as token rows, the padding token."""
+    from transformers import set_seed
+
+    config = run.config
+    base, tokenizer = load_base(run.base_dir, "bfloat16" if config.bf16 else "float32"), load_tokenizer(run.base_dir)
+    generate_alternates(run, base, tokenizer)
+    set_seed(config.seed)
+    model = get_forget_model(base, run.adapter, adapter_name=ADAPTER).to(config.device).eval()
+    names = sorted({"forget", "retain", *(t.batch for t in config.term_list)})
+    sets = {name: encode_set(config, run.data, name, tokenizer) for name in names}
+    pad_id = padding_id(tokenizer)
+    return model, sets, pad_id
+
+
+def _points(found: AdapterFolder) -> tuple[list[_Point], list[str]]:
+    """Start, whole checkpoints, finished adapter; and what a reader has to know about them."""
+    method, notes = found.manifest.method, []
+    at = found.path.resolve()
+    work = at.with_name(at.name + WORK)
+    kept = sorted(_checkpoints(work), key=lambda p: p.step)
+    last = int(method.get("best_step") or method.get("steps") or (kept[-1].step if kept else 1))
+    if method.get("negate"):
+        notes.append("the finished adapter is the negated one; the checkpoints before it learn what it takes away")
+    if method.get("averaging"):
+        notes.append("the finished adapter is an average over steps; the checkpoints are the single steps")
+    states = {p.step: p.state for p in kept}
+    # The last step is the finished adapter's, whether or not a checkpoint was written there too.
+    path = [p for p in kept if p.step != last]
+    if not path:
+        notes.append(
+            f"{work.name} holds no checkpoint from before the end: only the start and the finished adapter were measured. A run "
+            "keeps some with train: {save_strategy: steps, save_steps: 20}"
+        )
+    final = _Point(last, found.path / WEIGHTS, states.get(last), final=True)
+    return [_Point(0, None), *sorted([*path, final], key=lambda p: p.step)], notes
+
+
+def _checkpoints(work: Path) -> Iterator[_Point]:
+    for p in work.glob("checkpoint-*"):
+        number = p.name.rpartition("-")[2]
+        if number.isdigit() and (p / STATE).is_file() and (p / WEIGHTS).is_file():
+            yield _Point(int(number), p / WEIGHTS, p / STATE)
+
+
+def _put(model: Any, weights: Path) -> None:
+    """Read an adapter's weights into the adapter of `model`."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result = set_peft_model_state_dict(model, load_file(weights), adapter_name=ADAPTER)
+    if result.unexpected_keys:
+        raise UserError(f"{weights.parent.name}: holds tensors of another adapter, first {result.unexpected_keys[0]}")
+
+
+def write(found: Mapping[str, Any], out: str | Path) -> list[Path]:
+    """effect.json and its pictures in the folder `out`; returns their paths."""
+    from ..reporting.effect_pictures import pictures
+
+    folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "effect.json", json.dumps(found, indent=1, allow_nan=False))
+    paths = [folder / "effect.json"]
+    for name, png in pictures(found).items():
+        paths.append(folder / f"{name}.png")
+        paths[-1].write_bytes(png)
+    return paths
+
+
+__all__: Sequence[str] = ("effect", "parse_objectives", "write")

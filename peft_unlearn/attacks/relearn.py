@@ -1,0 +1,202 @@
+"""Relearning: fine-tune on a few forget rows, and see whether the others come back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+
+from ..errors import UserError
+from ..evaluation.measured import Array, Unmeasured
+from ..registry import Range, Source, attack
+from .case import MEASURES, Case, Outcome, Rows, chosen
+from .weights import base_parameters, linears, opened
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMOOTH = Source(
+    paper="Towards LLM Unlearning Resilient to Relearning Attacks: A Sharpness-Aware Minimization Perspective and Beyond",
+    url="https://arxiv.org/abs/2502.05374",
+    year=2025,
+)
+Weights = Literal["full", "lora"]
+
+
+@attack("relearn", source=SMOOTH)
+def relearn(
+    case: Case,
+    *,
+    rows: Annotated[int, Range(1)] = 20,
+    steps: list[int] = [20],  # noqa: B006
+    learning_rate: list[float] = [3e-4],  # noqa: B006
+    batch: Annotated[int, Range(1)] = 20,
+    weights: Weights = "full",
+    r: Annotated[int, Range(1)] = 8,
+    lora_alpha: Annotated[float, Range(0)] = 32.0,
+) -> Outcome:
+    """Fine-tunes on a few forget rows and asks for the facts that were not among them.
+
+    rows: forget rows shown.   steps: optimizer steps, each on `batch` rows dealt from permutations of those shown;
+    several: looked at after each.   learning_rate: of AdamW without weight decay; several: each anew. Of all
+    looks the strongest is the outcome (per subject, so on the retain-only model too), and all stand in `about`.
+    weights: full = every weight of the model with the adapter merged; lora = rank r on every linear layer, on top.
+    The loss is the mean negative log-likelihood of the answers' tokens. Raises `Unmeasured` where no row is shown.
+    """
+    if not case.shown:
+        raise Unmeasured("the forget set has no fact to spare: all that could be shown would have to be scored")
+    tuning = Tuning("relearn", steps, learning_rate, batch, weights, r, lora_alpha)
+    return tuned(case, chosen(case.shown, rows, case.seed), tuning)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of a fine-tuning; see `relearn`."""
+
+    what: str
+    steps: Sequence[int]
+    rates: Sequence[float]
+    batch: int
+    weights: Weights
+    r: int
+    lora_alpha: float
+
+    def check(self) -> None:
+        """Raise `UserError` for lists that hold anything else than numbers from 0 up."""
+        for name, values, kind in (("learning_rate", self.rates, (int, float)), ("steps", self.steps, (int,))):
+            good = [
+                x for x in values if isinstance(x, kind) and not isinstance(x, bool) and math.isfinite(x) and x >= 0
+            ]
+            if len(good) < len(values) or not good:
+                raise UserError(f"{self.what}.{name}: wanted numbers from 0 up, one or a list, not {list(values)!r}")
+
+
+def tuned(case: Case, rows: Rows, tuning: Tuning) -> Outcome:
+    """The case's subject before and after fine-tuning on `rows`; the model is as before when it returns."""
+    tuning.check()
+    looks: list[dict[str, Any]] = []
+    best: dict[str, Array] | None = None
+    about: dict[str, Any] = {"rows": len(rows)}
+    with case.subject() as model:
+        before = case.before(model)
+        lead = next(m for m in MEASURES if m in before)
+        for rate in tuning.rates:
+            with _writable(case, model, tuning) as (parameters, about["adapter"]):
+                about["parameters"] = sum(p.numel() for p in parameters)
+                for step, loss in finetune(case, model, parameters, rows, tuning, rate):
+                    after = case.score(model)
+                    means = {m: _mean(v) for m, v in after.items()}
+                    looks.append({"learning_rate": rate, "steps": step, "loss": loss, "after": means})
+                    if best is None or (means[lead] or 0.0) > (_mean(best[lead]) or 0.0):
+                        best, about["strongest"] = after, {"learning_rate": rate, "steps": step}
+    assert best is not None
+    return Outcome(before, best, len(case.rows), {**about, "looks": looks})
+
+
+@contextmanager
+def _writable(case: Case, model: Any, tuning: Tuning) -> Iterator[tuple[list[Any], str]]:
+    """(what is trained, how the adapter takes part); afterwards the model is as before."""
+    if tuning.weights == "lora":
+        with low_rank(model, tuning.r, tuning.lora_alpha, case.seed) as factors:
+            yield factors, "live"
+    else:
+        with opened(model, base_parameters(model), case.checkpoint) as found:
+            yield list(found.parameters.values()), found.adapter
+
+
+def _mean(values: Array) -> float | None:
+    return float(values.mean()) if len(values) and np.isfinite(values).all() else None
+
+
+def finetune(
+    case: Case, model: Any, parameters: Sequence[Any], rows: Rows, tuning: Tuning, rate: float
+) -> Iterator[tuple[int, float | None]]:
+    """Minimize the mean negative log-likelihood of the rows' answers over `parameters`, in place.
+
+    Yields (steps done, loss of the last batch) after each number of steps that `tuning` names, with nothing requiring a
+    gradient meanwhile. Raises `Unmeasured` where the loss is not finite.
+    """
+    import torch
+
+    from ..data.collate import pad, padding_id
+    from ..evaluation.teacher import evaluating
+    from ..forward import Pass
+
+    encoded, pad_id = case.encoded(rows), padding_id(case.tokenizer)
+    device = model.get_input_embeddings().weight.device
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    order = _dealt(len(encoded), case.seed)
+    marks, loss = sorted(set(tuning.steps)), None
+    for step in range(marks[-1] + 1):
+        if step in marks:
+            yield step, loss
+        if step == marks[-1]:
+            return
+        some = [encoded[next(order)] for _ in range(min(tuning.batch, len(encoded)))]
+        tensors = {k: v.to(device) for k, v in pad(some, pad_id).items()}
+        _require(parameters, True)
+        try:
+            with evaluating(model), torch.enable_grad():  # no dropout: the same steps for every subject
+                nll = -Pass(model, tensors).logp.mean()
+                loss = float(nll.detach())
+                if not math.isfinite(loss):
+                    raise Unmeasured(f"the loss is {loss} at step {step} of fine-tuning at rate {rate:g}")
+                nll.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        finally:
+            _require(parameters, False)
+        case.tell(f"{tuning.what} {rate:g}", step + 1, marks[-1])
+
+
+def _require(parameters: Sequence[Any], flag: bool) -> None:
+    for p in parameters:
+        p.requires_grad_(flag)
+
+
+def _dealt(n: int, seed: int) -> Iterator[int]:
+    """Row numbers without end, one permutation after the other."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.permutation(n).tolist()
+
+
+@contextmanager
+def low_rank(model: Any, r: int, alpha: float, seed: int) -> Iterator[list[Tensor]]:
+    """Inside, every linear layer of the base adds alpha/r * B A x, with B zero at first; yields the factors.
+
+    Forward hooks on the base's own modules, so that it works on any subject: under adapters of any kind, with adapters
+    off, on a plain model. Fused experts have no linear modules and get none.
+    """
+    import torch
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from ..head import causal_lm, held
+
+    weights = {id(w.weight): w for w in linears(model)}
+    generator = torch.Generator().manual_seed(seed)
+    factors: list[Tensor] = []
+    handles = []
+    for module in causal_lm(model).modules():
+        found = weights.get(id(module._parameters.get("weight")))
+        if found is None or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        outputs, inputs = next(found.matrices()).shape
+        bound = 1 / math.sqrt(inputs)
+        a = torch.empty(r, inputs).uniform_(-bound, bound, generator=generator).to(found.weight.device)
+        b = torch.zeros(outputs, r, device=a.device)
+        factors += [a, b]
+
+        def add(module: Any, args: Any, output: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
+            return output + (alpha / r * (args[0].to(a.dtype) @ a.T @ b.T)).to(output.dtype)
+
+        handles.append(module.register_forward_hook(add))
+    if not factors:
+        raise Unmeasured("the model has no linear layers that low-rank factors could be put on")
+    with held(*handles):
+        yield factors

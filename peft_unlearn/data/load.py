@@ -1,0 +1,39 @@
+"""The data of a recipe, or of --data, as a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UserError
+from .bundle import ForgetRetain
+
+DATA_OPTIONS = ("anchor", "per_anchor", "max_length", "on_overflow", "template")
+
+
+def load_data(spec: Any, override: str | None = None) -> ForgetRetain:
+    """The bundle of a recipe's ``data`` part, or of --data; a published recipe knows its files by hash alone, and what is given
+    is checked against that."""
+    options = {k: spec[k] for k in DATA_OPTIONS if isinstance(spec, Mapping) and k in spec}
+    sets = {k: v for k, v in spec.items() if k not in DATA_OPTIONS} if isinstance(spec, Mapping) else spec
+    if isinstance(sets, Mapping) and "bundle" in sets:  # {bundle: embedded:people, per_anchor: 2}: all sets by one name
+        if len(sets) > 1:
+            raise UserError(
+                f"data: bundle names all sets at once; {', '.join(k for k in sets if k != 'bundle')} beside it is one too many"
+            )
+        sets = sets["bundle"]
+    template = options.get("template", "qa")
+    hashed = {k: v for k, v in sets.items() if str(v).startswith("sha256:")} if isinstance(sets, Mapping) else {}
+    if override is None:
+        if hashed:
+            raise UserError(
+                f"the recipe knows its {', '.join(hashed)} set by hash alone; say where the files are with --data FOLDER"
+            )
+        if not sets:
+            raise UserError("no data are named; give data in the recipe or --data (a folder, or embedded:people)")
+        return ForgetRetain.load(sets, template=template)
+    bundle = ForgetRetain.load(override, template=template)
+    for name, wanted in hashed.items():
+        if bundle.sha256.get(name) != str(wanted).removeprefix("sha256:"):
+            raise UserError(f"--data {override}: its {name} set is not the one this recipe was run on (other sha256)")
+    return bundle

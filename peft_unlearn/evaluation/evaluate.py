@@ -1,0 +1,157 @@
+"""From adapter folders to numbers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ..data.bundle import ForgetRetain
+from ..errors import UserError, nearest
+from ..folder.read import MANIFEST, AdapterFolder
+from ..folder.results import store, write_file, writing
+from ..folder.write import update_eval
+from . import open_unlearning
+from .score import Report, on_one_model, score
+from .subjects import (
+    TWIN,
+    bundle_of,
+    check_data,
+    control,
+    judged_folders,
+    loaded_control,
+    matches,
+    stack_of,
+    subjects_on,
+    twin,
+)
+
+Progress = Callable[[str, int, int], None]
+LAYOUTS = ("eval", "open-unlearning")
+
+
+def evaluate(
+    folders: Sequence[str | Path],
+    *,
+    base: str | None = None,
+    data: str | None = None,
+    suite: str | None = None,
+    n: int | None = None,
+    retain_only: str | None = None,
+    tasks: Sequence[str] | None = None,
+    below: Sequence[str | Path] = (),
+    progress: Progress | None = None,
+    write: bool = True,
+) -> Report:
+    """Score base, adapters and, where there is one, the retain-only model on one suite; one loaded base, adapters swapped in place.
+
+    suite, data: default the recipe's own. Both given, the data may be another forget set than the adapter's: the report then says
+    ``"data_matches_manifest": false``, and an embedded base's own twin is no reference.
+    retain_only: a model trained without the forget set (a folder, a Hub id, ``embedded:NAME`` for the twin of that base), or a
+    folder of a forget adapter on the same base. Default the embedded base's twin.
+    tasks: lm-eval tasks (names, or YAML files) to run on the same subjects; their numbers become block "lm_eval".
+    below: adapters that these were trained on top of, lowest first; each adapter is judged together with them.
+    With one folder the result on its own forget set is also written into it as eval.json.
+    """
+    adapters = judged_folders(folders)
+    names, found = list(adapters), list(adapters.values())
+    manifest = found[0].manifest
+    bundle = _bundle(found[0], data, foreign=suite is not None)
+    foreign = [f.path.resolve().name for f in found if matches(bundle, f.manifest) is False]
+    if foreign:
+        if suite is None or data is None:
+            check_data(bundle, next(f.manifest for f in found if matches(bundle, f.manifest) is False))
+        warnings.warn(
+            f"data: this is not the forget set of {', '.join(foreign)}: the numbers say what these adapters do to other rows, and "
+            "no eval.json is written",
+            stacklevel=2,
+        )
+    given = control(retain_only)
+    if isinstance(given, AdapterFolder):
+        adapters[TWIN] = given
+    stack = stack_of(adapters, base, below)
+    subjects = subjects_on(stack, names)
+    if isinstance(given, AdapterFolder):
+        subjects |= on_one_model(stack.model, {"retain_only": TWIN})
+    elif given is not None:
+        subjects["retain_only"] = loaded_control(given, stack.tokenizer)
+    else:
+        subjects["retain_only"] = None if foreign else twin(manifest.base.ref, bundle)
+    said = None
+    if tasks:  # first, since a task that is misspelt or not to be had is found out here alone
+        from .lm_eval import run_tasks
+
+        said = run_tasks(subjects, stack.tokenizer, tasks, limit=n, progress=progress)
+    report = score(
+        subjects,
+        suite or str((found[0].recipe.get("eval") or {}).get("suite") or "people"),
+        bundle,
+        stack.tokenizer,
+        progress=progress,
+        n=n,
+        adapter_id=manifest.adapter_id if len(found) == 1 else None,
+        base=manifest.base.ref,
+    )
+    if said is None:
+        _check_something_measured(report)
+    if any(matches(bundle, f.manifest) is not None for f in found):
+        report["data_matches_manifest"] = not foreign
+    if len(found) == 1:
+        report["scale"] = stack.scales()[names[0]]
+    if said is not None:
+        report["lm_eval"] = said
+    if write and len(found) == 1 and n is None and not foreign:
+        store(found[0].path, lambda: update_eval(found[0].path, dict(report)))
+    return report
+
+
+def _check_something_measured(report: Report) -> None:
+    """Refuse a suite that gave no number at all: it was made for other data, and a page of nulls would replace what is stored."""
+    values = [v for found in report["subjects"].values() for v in (found or {}).values()]
+    if all(v is None for v in values):
+        details = (d for found in report["details"].values() for d in found.values() if isinstance(d, dict))
+        why = list(dict.fromkeys(str(d["reason"]) for d in details))
+        more = f" (and {len(why) - 3} more reasons)" if len(why) > 3 else ""
+        raise UserError(
+            f"suite {report['suite']}: nothing can be measured on these data: {'; '.join(why[:3])}{more}. Name the suite's own data with "
+            "--data, or the suite of these data with --suite"
+        )
+
+
+def save_report(report: Report, out: str | Path, layout: str = "eval") -> list[Path]:
+    """Write a report where the user asked for it. layout: "eval" (eval.json's own; a file, or a folder for ``eval.json``), or
+    "open-unlearning" (a folder with its two files for each model)."""
+    check_out(out, layout)
+    if layout == "open-unlearning":
+        with writing(Path(out)):
+            return open_unlearning.save(report, out)
+    path = Path(out).expanduser()
+    path = path if path.suffix == ".json" else path / "eval.json"
+    return [write_file(path, json.dumps(dict(report), indent=2, allow_nan=False, ensure_ascii=False) + "\n")]
+
+
+def check_out(out: str | Path | None, layout: str) -> None:
+    """Refuse an --out and --layout that do not go together; before any work."""
+    if layout not in LAYOUTS:
+        raise UserError(f"--layout {layout}: there is no such layout.{nearest(layout, LAYOUTS)}")
+    if layout == "open-unlearning" and (out is None or Path(out).suffix == ".json"):
+        raise UserError("--layout open-unlearning: two files for each model are written; name a folder with --out")
+    if out is not None:
+        path = Path(out).expanduser()
+        folder = path.parent if path.suffix == ".json" else path
+        if (
+            folder / MANIFEST
+        ).is_file():  # a part of the rows must not replace the whole, nor the attacks stored beside it
+            raise UserError(
+                f"--out {out}: is in an adapter's folder, where `eval` itself keeps eval.json; name another place"
+            )
+
+
+def _bundle(first: AdapterFolder, data: str | None, foreign: bool) -> ForgetRetain:
+    """The data to judge on. foreign: the hashes that the recipe knows need not hold for what is given."""
+    if data is None or not foreign:
+        return bundle_of(first, data)
+    spec = first.recipe.get("data")
+    template = spec.get("template") if isinstance(spec, Mapping) else None
+    return ForgetRetain.load(data, template=str(template or "qa"))

@@ -1,0 +1,87 @@
+"""Log-probabilities of option letters, one forward a question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...data.collate import adds_special
+from ...data.mcq import LETTERS
+from ..measured import Ragged, Unmeasured
+from ..plan import Measured, Plan
+from ..provider import Context, provider
+from ..teacher import batches, evaluating, pad_id_of
+
+
+def letter_ids(prompt: str, count: int, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """(prompt ids, first token of each of the first `count` letters after it), letters with a blank before them, as lm-eval has it.
+
+    Prompt and letter are tokenized in one go. Where the tokenizer gives the blank a token of its own, all letters begin
+    alike: what they share is counted to the prompt, and the first token that differs is compared.
+    Raises Unmeasured where letters cannot be told apart by one token.
+    """
+    special = adds_special(prompt, tokenizer)
+    rows = [
+        list(tokenizer(f"{prompt} {letter}", add_special_tokens=special)["input_ids"]) for letter in LETTERS[:count]
+    ]
+    shared = 0
+    while all(len(row) > shared and row[shared] == rows[0][shared] for row in rows):
+        shared += 1
+    firsts = [row[shared] if len(row) > shared else -1 for row in rows]
+    if len(set(firsts)) < count or -1 in firsts or not shared:
+        raise Unmeasured("the tokenizer does not tell the options' letters apart by one token")
+    return rows[0][:shared], firsts
+
+
+@provider("letters", gives=("letter_logp",))
+def letters(model: Any, plan: Plan, measured: Measured, context: Context) -> dict[str, dict[str, Any]]:
+    """Ragged, for each row the log-probability of every option's letter right after the prompt, over the whole vocabulary."""
+    out: dict[str, Any] = {}
+    for name, s in context.sets.items():
+        if bad := sum("choices" not in row for row in s.rows):
+            out[name] = Unmeasured(f"{bad} of {len(s.rows)} rows are no multiple-choice questions (no 'choices')")
+            continue
+        try:
+            asked = [
+                letter_ids(prompt, len(row["choices"]), plan.tokenizer)
+                for prompt, row in zip(s.prompts, s.rows, strict=True)
+            ]
+        except Unmeasured as why:
+            out[name] = why
+            continue
+        out[name] = read_letters(model, asked, pad_id_of(plan.tokenizer), context.token_budget)
+    return {"letter_logp": out}
+
+
+def read_letters(
+    model: Any, asked: Sequence[tuple[list[int], list[int]]], pad_id: int, token_budget: int = 4096
+) -> Ragged:
+    """Log-probabilities of the given next tokens. asked: (prompt ids, token ids) of each row; NaN logits stay NaN."""
+    import torch
+
+    from ...data.collate import pad
+    from ...forward import Pass
+
+    # one target after each prompt; which token it is does not matter, the whole row of logits is looked at
+    encoded = [{"input_ids": [*ids, firsts[0]], "labels": [-100] * len(ids) + [firsts[0]]} for ids, firsts in asked]
+    out: list[Any] = [np.zeros(0)] * len(asked)
+    width = max(len(firsts) for _, firsts in asked)
+    device = model.get_input_embeddings().weight.device
+    for batch in batches([len(row["input_ids"]) for row in encoded], token_budget):
+        tensors = {k: v.to(device) for k, v in pad([encoded[i] for i in batch], pad_id).items()}
+        options = torch.tensor([(asked[i][1] * width)[:width] for i in batch], device=device)  # (rows, width)
+        done = 0
+
+        def look(z: Any, y: Any, options: Any = options) -> Any:
+            nonlocal done
+            mine = options[done : done + len(z)]
+            done += len(z)
+            return z.log_softmax(-1).gather(1, mine)
+
+        with torch.no_grad(), evaluating(model):
+            found = Pass(model, tensors).map_logits(look).double().cpu().numpy()
+        for i, row in zip(batch, found, strict=True):
+            out[i] = row[: len(asked[i][1])]
+    return Ragged.of(out)

@@ -1,0 +1,166 @@
+"""Whom a command judges, and on what: adapter folders, their data, and the controls beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..data import embedded
+from ..data.bundle import ForgetRetain
+from ..data.load import load_data
+from ..errors import UserError
+from ..folder.base import load_base, load_tokenizer, resolve_base
+from ..folder.fetch import resolve_adapter
+from ..folder.manifest import Manifest
+from ..folder.read import MANIFEST, AdapterFolder, read_adapter
+from ..stack.fits import scales_below
+from ..stack.model import ForgetModel
+from .score import on_one_model
+
+TWIN = "retain-only"  # the name on a stack of an adapter that is the control
+
+
+def named_folders(folders: Sequence[str | Path]) -> dict[str, AdapterFolder]:
+    """Folders by their own name, as PEFT allows it; `UserError` where two are called the same, or as the control is."""
+    out: dict[str, AdapterFolder] = {}
+    for folder in folders:
+        found = read_adapter(folder)
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", found.path.resolve().name)
+        if name in out:
+            raise UserError(f"two adapter folders are called {name}; adapters are told apart by folder name")
+        if name == TWIN:
+            raise UserError(
+                f"{folder}: {TWIN} is what the control is called in the results; give the folder another name"
+            )
+        out[name] = found
+    return out
+
+
+def judged_folders(folders: Sequence[str | Path]) -> dict[str, AdapterFolder]:
+    """As `named_folders`; one folder alone is called "adapter", so that the results of all adapters have one shape."""
+    if len(folders) == 1:
+        return {"adapter": read_adapter(folders[0])}
+    return named_folders(folders)
+
+
+def subject_of(names: Sequence[str]) -> dict[str, str]:
+    """Subject of a report -> adapter on the stack."""
+    return {"adapter": "adapter"} if list(names) == ["adapter"] else {f"adapter:{n}": n for n in names}
+
+
+def stack_of(
+    adapters: Mapping[str, AdapterFolder], base: str | None = None, below: Sequence[str | Path] = ()
+) -> ForgetModel:
+    """Base and adapters, loaded. below: what one of them was trained on top of, lowest first; it runs at the strength of that training.
+
+    Raises:
+        UserError: a wrong base, a dependency that is not given, or something under `below` that none of them needs.
+    """
+    lower = {f"below_{i}": read_adapter(resolve_adapter(ref)) for i, ref in enumerate(below)}
+    needed = {d for f in [*lower.values(), *adapters.values()] for d in f.manifest.depends_on}
+    for folder in lower.values():
+        if folder.adapter_id not in needed:
+            raise UserError(f"{folder.path}: none of these adapters was trained on top of it; leave it out of --below")
+    trained = {adapter: strength for f in adapters.values() for adapter, strength in scales_below(f)}
+    scales = {n: trained.get(f.adapter_id, float(f.manifest.scale)) for n, f in lower.items()}
+    return ForgetModel.from_pretrained(base, {n: f.path for n, f in {**lower, **adapters}.items()}, scales=scales)
+
+
+def subjects_on(stack: ForgetModel, names: Sequence[str]) -> dict[str, Any]:
+    """Base and each adapter of a stack as subjects, every adapter together with what it was trained on top of."""
+    return on_one_model(stack.model, {"base": None, **{s: stack.chain(n) for s, n in subject_of(names).items()}})
+
+
+def embedded_ref(manifest: Manifest) -> str | None:
+    """The embedded bundle that all of a manifest's sets came from."""
+    refs = {str(about.get("ref")) for about in manifest.data.values()}
+    return next(iter(refs)) if len(refs) == 1 and embedded.is_embedded(next(iter(refs))) else None
+
+
+def bundle_of(found: AdapterFolder, data: str | None = None) -> ForgetRetain:
+    """The data given, or those that the adapter was trained on, unchecked."""
+    own = embedded_ref(found.manifest)
+    return load_data(found.recipe.get("data"), data) if data or not own else ForgetRetain.load(own)
+
+
+def bundle_for(found: Sequence[AdapterFolder], data: str | None = None) -> ForgetRetain:
+    """The data given, or those of the first adapter; every adapter must have been trained to forget its forget set."""
+    bundle = bundle_of(found[0], data)
+    for folder in found:
+        check_data(bundle, folder.manifest)
+    return bundle
+
+
+def matches(bundle: ForgetRetain, manifest: Manifest) -> bool | None:
+    """Whether the bundle's forget set is the adapter's own; None where the manifest does not say."""
+    wanted = manifest.data.get("forget", {}).get("sha256")
+    return None if not wanted else bundle.sha256["forget"] == wanted
+
+
+def check_data(bundle: ForgetRetain, manifest: Manifest) -> None:
+    """Refuse a bundle whose forget set is not the one the adapter was trained to forget."""
+    if matches(bundle, manifest) is False:
+        raise UserError(
+            "data: this forget set is not the one the adapter was trained on (sha256 "
+            f"{bundle.sha256['forget'][:12]}, the manifest says {manifest.data['forget']['sha256'][:12]}); give the right one with --data"
+        )
+
+
+def twin_folder(base_ref: str, bundle: ForgetRetain) -> Path | None:
+    """The retain-only model of an embedded base, where it is one for this forget set; other bases have none unless someone
+    trained it. Rows in the user's own files must each name somebody whom that model never saw: of anybody else it knows the
+    facts, and every comparison with it would mislead.
+    """
+    path = embedded.twin_for(base_ref, ref := bundle.refs.get("forget"))
+    if path is None or embedded.is_embedded(ref or ""):
+        return path
+    unseen = {str(row["subject"]) for row in ForgetRetain.load(base_ref).forget if row.get("subject")}
+    texts = [" ".join(str(v) for v in row.values()) for row in bundle.forget]
+    return path if all(any(name in text for name in unseen) for text in texts) else None
+
+
+def twin(base_ref: str, bundle: ForgetRetain) -> Callable[[], Any] | None:
+    """`twin_folder` as a subject."""
+    path = twin_folder(base_ref, bundle)
+    return None if path is None else _loading(path)
+
+
+def control(given: str | None) -> AdapterFolder | Path | None:
+    """What --retain-only names: an adapter, or the folder of a model."""
+    if given is None:
+        return None
+    if embedded.is_embedded(given):
+        return embedded.twin_path(embedded.parse(given)[0])
+    if (Path(given).expanduser() / MANIFEST).is_file():
+        return read_adapter(given)
+    try:
+        return resolve_base(given)
+    except UserError as e:
+        raise UserError(f"--retain-only: {e}") from None
+
+
+def loaded_control(path: Path, tokenizer: Any) -> Callable[[], Any]:
+    """A model of its own as a subject; it must read the same tokens."""
+    try:
+        own = load_tokenizer(path)
+    except UserError:  # a folder of weights alone
+        own = None
+    if own is not None and own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--retain-only {path.name}: its tokenizer is not the base's, so its probabilities are not of the same tokens; it must "
+            "be trained from the same base"
+        )
+    return _loading(path)
+
+
+def _loading(path: Path) -> Callable[[], Any]:
+    """A subject that is loaded when its turn comes and let go afterwards."""
+
+    @contextmanager
+    def subject() -> Iterator[Any]:
+        yield load_base(path)
+
+    return subject

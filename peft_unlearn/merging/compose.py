@@ -1,0 +1,312 @@
+"""Arithmetic of adapters: a signed sum of several as one stock adapter, exactly, or cut to a rank with the error said.
+
+sum_i c_i B_i A_i = B A with A = [A_1; A_2; ..] and B = [c_1 B_1, c_2 B_2, ..]: concatenation is exact for any ranks and
+signs, where adding the A's and the B's (PEFT's "linear") also adds the cross terms B_i A_j. Cutting to rank r is the best
+approximation of that sum (Eckart and Young), found from the factors alone: with B = Q_b R_b and A^T = Q_a R_a the singular
+values of B A are those of the small R_b R_a^T, so no matrix of a weight's size is ever formed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import UserError
+from ..folder.atomic import room_for
+from ..folder.base import load_base, load_tokenizer, peft_base_name, resolve_base
+from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
+from ..folder.fetch import resolve_adapter
+from ..folder.manifest import BaseRef, Manifest, probes
+from ..folder.read import CONFIG, MANIFEST, WEIGHTS, AdapterFolder, read_adapter, read_text
+from ..folder.versions import versions
+from ..folder.write import check_destination, write_adapter
+from ..stack.attach import attach, check_loaded, load_by_peft
+from ..stack.fits import check_base, check_tokenizer
+from ..stack.removal import unload
+from .delta import Deltas
+from .summed import Summed, summed
+
+Part = tuple[str | Path, float]
+
+
+@dataclass
+class Composition:
+    """What was written. errors: weight -> |D - D_r| / |D| (Frobenius) where it was cut to a rank, else empty."""
+
+    folder: AdapterFolder
+    parts: list[dict[str, Any]]
+    rank: int
+    n_weights: int
+    errors: dict[str, float] = field(default_factory=dict)
+    probed: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.folder.path), "adapter_id": self.folder.adapter_id, "parts": self.parts, "rank": self.rank,
+            "weights": self.n_weights, "errors": self.errors, "worst_error": max(self.errors.values(), default=None),
+            "probes": self.probed,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        terms = " ".join(
+            f"{p['weight']:+g} {p['name']}" + (f" (at its scale {p['scale']:g})" if p["scale"] != 1 else "")
+            for p in self.parts
+        )
+        lines = [
+            f"{self.folder.path}: {terms}, rank {self.rank}, {self.n_weights} weights, {self.folder.adapter_id[:19]}"
+        ]
+        if self.errors:
+            width = max(map(len, self.errors))
+            lines.append(f"{'weight':<{width}}  relative error")
+            lines += [f"{n:<{width}}  {e:14.2e}" for n, e in self.errors.items()]
+        else:
+            lines.append("exact: the factors stand side by side")
+        return "\n".join(lines)
+
+
+def parse_part(text: str) -> Part:
+    """("DIR", 0.5) of ``DIR:0.5``; without a weight it is 1."""
+    head, sign, tail = text.rpartition(":")
+    try:
+        weight = float(tail)
+    except ValueError:
+        return text, 1.0
+    if not sign or not head:
+        raise UserError(f"compose {text!r}: expected ADAPTER:WEIGHT, for example out/people:-0.5.")
+    if not math.isfinite(weight):
+        raise UserError(f"compose {text!r}: the weight must be a finite number.")
+    return head, weight
+
+
+def compose(
+    parts: Sequence[Part],
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    base: str | Path | None = None,
+    probe: bool = True,
+    name: str = "",
+    description: str = "",
+) -> Composition:
+    """Write the sum of weight times adapter as a forget adapter of its own that plain PEFT loads at scale 1.
+
+    Args:
+        parts: (folder or Hub id, weight); the weight multiplies the adapter at its own manifest's scale, so that weights
+            of 1 are what `ForgetModel.from_pretrained` runs. One adapter alone may be given: -1 negates it.
+        rank: cut every weight's sum to this rank; default the exact sum, whose rank is the sum of ranks.
+        base: of the adapters, for the probes; default the one their manifests name.
+        probe: False where the base cannot be had: the result then holds no probes.
+
+    Raises:
+        UserError: an adapter that is not a plain sum, adapters of different bases, a sum that is zero, or something at
+            `out` that is not a forget adapter. Nothing is written then.
+    """
+    check_destination(out)
+    _refuse_trained(out)
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise UserError(f"compose: rank must be a whole number from 1 on, not {rank!r}.")
+    given = _collected(parts)
+    base_dir = _base_of(given, base, probe)
+    deltas = [Deltas(folder) for folder, _ in given]
+    factors = [w * float(f.manifest.scale) for f, w in given]
+    rows = summed(deltas, factors)
+    errors: dict[str, float] = {}
+    if rank is not None:
+        for weight, row in rows.items():
+            errors[weight] = row.cut(rank)
+    tensors, config = _stock(rows, given)
+    described = [
+        {"adapter": f.adapter_id, "name": f.manifest.name or f.path.resolve().name, "weight": w, "scale": float(f.manifest.scale)}
+        for f, w in given
+    ]  # fmt: skip
+    recipe = {
+        "name": name or " ".join(f"{p['weight']:+g} {p['name']}" for p in described),
+        "description": description or _in_words(described, rank, errors),
+        "base": given[0][0].manifest.base.ref,
+        "compose": {"parts": described, "rank": rank},
+    }
+    manifest = _manifest(given, recipe, rows, errors)
+    tokenizer = _tokenizer(given[0][0], base_dir)
+    with room_for(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as scratch:
+        stage = Path(scratch)
+        _write(stage, tensors, config, manifest.base)
+        manifest = _probed(manifest, stage, base_dir, tokenizer) if probe and not manifest.depends_on else manifest
+
+    def write(stage: Path) -> dict[str, Tensor]:
+        _write(stage, tensors, config, manifest.base)
+        return tensors
+
+    folder = write_adapter(out, None, manifest, recipe, tokenizer=tokenizer, save=write)
+    return Composition(folder, described, int(config["r"]), len(rows), errors, manifest.probes is not None)
+
+
+def _refuse_trained(out: str | Path) -> None:
+    """A sum replaces another sum, which can be made again, and never an adapter that somebody trained."""
+    there = Path(out).expanduser() / MANIFEST
+    if there.is_file() and "compose" not in Manifest.from_json(read_text(there), str(there)).method:
+        raise UserError(f"{out}: holds an adapter that was trained, which a sum does not replace; name another folder.")
+
+
+def _in_words(parts: list[dict[str, Any]], rank: int | None, errors: dict[str, float]) -> str:
+    terms = "; ".join(f"{p['weight']:g} times {p['name']} ({p['adapter'][:19]})" for p in parts)
+    if rank is None:
+        return f"The exact sum of forget adapters: {terms}."
+    return f"A sum of forget adapters, cut to rank {rank} (relative error at most {max(errors.values()):.2g}): {terms}."
+
+
+def _collected(parts: Sequence[Part]) -> list[tuple[AdapterFolder, float]]:
+    """The adapters, each once, with what they weigh together; those of weight zero are left out."""
+    if not parts:
+        raise UserError("compose: give at least one adapter, e.g. A:1 B:-0.5.")
+    found: dict[tuple[str, float], tuple[AdapterFolder, float]] = {}
+    for ref, weight in parts:
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise UserError(f"compose {ref}: the weight must be a finite number, not {weight!r}.")
+        folder = read_adapter(resolve_adapter(ref))
+        key = folder.adapter_id, float(folder.manifest.scale)
+        found[key] = folder, float(weight) + (found[key][1] if key in found else 0.0)
+    given = [(f, w) for f, w in found.values() if w * float(f.manifest.scale) != 0]
+    if not given:
+        raise UserError("compose: the sum is zero, which is the base itself; no adapter was written.")
+    first = given[0][0]
+    for folder, _ in given[1:]:
+        a, b = folder.manifest.base, first.manifest.base
+        if a.digest != b.digest:
+            raise UserError(
+                f"{folder.path}: stands on {a.ref} with digest {a.digest[:12]}, and {first.path} on {b.ref} with digest "
+                f"{b.digest[:12]}; adapters of different bases have no sum."
+            )
+    return given
+
+
+def _base_of(given: list[tuple[AdapterFolder, float]], base: str | Path | None, probe: bool) -> Path | None:
+    ref = given[0][0].manifest.base
+    try:
+        found = resolve_base(ref.ref, override=base, revision=ref.revision)
+    except UserError as e:
+        if base is None and not probe:
+            return None
+        raise UserError(f"{e} The probes need it; without them: --no-probes.") from None
+    digest = digest_checkpoint(found)
+    for folder, _ in given:
+        check_base(folder, found, digest)
+        check_tokenizer(folder.path, found)
+    return found
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------
+
+
+def _stock(
+    rows: dict[str, Summed], given: list[tuple[AdapterFolder, float]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, adapter_config.json) as stock PEFT reads them; one rank for all modules, with scaling 1."""
+    from peft import LoraConfig
+
+    modules = {w: r for w, r in rows.items() if r.like.kind != "parameter"}
+    parameters = {w: r for w, r in rows.items() if r.like.kind == "parameter"}
+    r = max(row.rank for row in (modules or parameters).values())
+    ranks = {w: row.rank for w, row in parameters.items() if row.rank != r}
+    tensors: dict[str, Tensor] = {}
+    for row in modules.values():
+        a, b = row.padded(r)
+        infix, end = ("lora_embedding_", "") if row.like.kind == "embedding" else ("lora_", ".weight")
+        for which, t in (("A", a), ("B", b)):
+            tensors[f"base_model.model.{row.like.module}.{infix}{which}{end}"] = t
+    for weight, row in parameters.items():
+        a, b = row.padded(row.rank)
+        at = row.like.module + ".base_layer" * _depth(weight, row, parameters)
+        for which, t in (("A", a), ("B", b)):
+            tensors[f"base_model.model.{at}.lora_{which}.weight"] = t
+    config = LoraConfig(
+        r=r, lora_alpha=r, target_modules=sorted({row.like.module for row in modules.values()}),
+        target_parameters=sorted(parameters) or None, rank_pattern=ranks, alpha_pattern=dict(ranks),
+        fan_in_fan_out=any(f.config.get("fan_in_fan_out") for f, _ in given),
+        task_type=given[0][0].config.get("task_type"), inference_mode=True,
+    ).to_dict()  # fmt: skip
+    for key, value in config.items():
+        if isinstance(value, set):
+            config[key] = sorted(value)
+    return tensors, config
+
+
+def _depth(weight: str, row: Summed, parameters: dict[str, Summed]) -> int:
+    """How many wrappers stand around this parameter's own: PEFT puts the one its module holds first inmost."""
+    beside = [w for w, r in parameters.items() if r.like.module == row.like.module]
+    order = sorted(beside, key=lambda w: (not w.rpartition(".")[2].startswith("gate_up"), w))  # as `delta` reads them
+    return len(order) - 1 - order.index(weight)
+
+
+def _write(stage: Path, tensors: dict[str, Tensor], config: dict[str, Any], base: BaseRef) -> None:
+    save_file(tensors, str(stage / WEIGHTS), metadata={"format": "pt"})
+    config = {**config, "base_model_name_or_path": peft_base_name(base.ref), "revision": base.revision}
+    (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+
+
+def _manifest(
+    given: list[tuple[AdapterFolder, float]],
+    recipe: dict[str, Any],
+    rows: dict[str, Summed],
+    errors: dict[str, float],
+) -> Manifest:
+    ids = {f.adapter_id for f, _ in given}
+    needs = dict.fromkeys(d for f, _ in given for d in f.manifest.depends_on if d not in ids)
+    data: dict[str, dict[str, Any]] = {}
+    for folder, _ in given:
+        for key, about in folder.manifest.data.items():
+            whose = f"{folder.manifest.name or folder.path.resolve().name}/{key}"
+            free, k = key, 1
+            while data.get(free, about) != about:  # another set of the same name: say whose it is
+                free, k = whose if k == 1 else f"{whose}_{k}", k + 1
+            data[free] = about
+    base = given[0][0].manifest.base
+    method: dict[str, Any] = {"compose": recipe["compose"]["parts"], "rank": recipe["compose"]["rank"]}
+    if errors:
+        method["worst_error"] = max(errors.values())
+    return Manifest(
+        base=replace(base, digest_targeted=None),
+        method=method,
+        data=data,
+        versions=versions(),
+        depends_on=list(needs),
+        targets=sorted({r.like.weight if r.like.kind == "parameter" else r.like.module for r in rows.values()}),
+        name=recipe["name"],
+        description=recipe["description"],
+    )
+
+
+def _tokenizer(folder: AdapterFolder, base_dir: Path | None) -> Any:
+    try:
+        return load_tokenizer(folder.path, *([] if base_dir is None else [base_dir]))
+    except UserError:
+        return None
+
+
+def _probed(manifest: Manifest, stage: Path, base_dir: Path | None, tokenizer: Any) -> Manifest:
+    """`manifest` with the probes of what was composed, and the digest of the weights under it.
+
+    The base is loaded with it by PEFT's own means first, as anyone would; every tensor has to arrive.
+    """
+    if base_dir is None or tokenizer is None:
+        return manifest
+    model = load_by_peft(load_base(base_dir), "default", stage)
+    try:
+        check_loaded(model, "default", stage)
+    except ValueError as e:
+        raise RuntimeError(f"PEFT does not load what was composed: {e}") from None
+    found = probes(model.eval(), tokenizer)
+    folder = AdapterFolder(stage, manifest, {}, json.loads((stage / CONFIG).read_text(encoding="utf-8")), None)
+    modules = targeted_names(attach(unload(model), {"default": folder}))  # the names that a check will ask for
+    try:
+        targeted = digest_targeted(base_dir, modules)
+    except UserError:
+        targeted = None  # the files call these weights otherwise
+    return replace(manifest, probes=found, base=replace(manifest.base, digest_targeted=targeted))

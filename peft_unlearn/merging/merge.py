@@ -1,0 +1,221 @@
+"""Writing adapters into their base's weights: cast(W + D) in float32 with one cast, and what that cast kept.
+
+Rounding to a short dtype can swallow a small delta whole: what was kept is cast(W + D) - cast(W), and the table gives, per
+layer (per expert, where experts are fused), its cosine with the wanted D and the share of weights that changed at all. The
+base's files are streamed into the merged model's (`stream`); no model is built unless `in_memory` asks for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..folder.base import resolve_base
+from ..folder.digest import combined, digest_checkpoint
+from ..folder.fetch import resolve_adapter
+from ..folder.merge_record import RECORD, read_record, write_record
+from ..folder.read import read_adapter
+from ..folder.safetensors_io import WEIGHTS, checkpoint_tensors
+from ..stack.fits import check_base, check_dependencies, check_tokenizer
+from ..stack.model import Adapters, names_of, scales_of
+from ..stack.stackfile import is_stack, load
+from .job import Job, refuse_tied
+from .layout import Layout
+from .report import MIN_COSINE, MergeReport, refuse_lossy, table
+from .report import LayerMerge as LayerMerge
+from .report import MergeRefused as MergeRefused
+from .rounding import DTYPES, ROUNDINGS, Sums
+from .sidecars import write_index, write_sidecars
+from .stage import MergeStage, check_destination
+from .stream import Stream, Unit, free_bytes, shards
+
+
+def merge(
+    adapters: Adapters,
+    base_dir: str | Path | None = None,
+    out: str | Path = "",
+    dtype: str = "float32",
+    scale: float | Sequence[float] | Mapping[str, float] | None = None,
+    min_cosine: float = MIN_COSINE,
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+    onto: str | Path | None = None,
+    in_memory: bool = False,
+    check: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> MergeReport:
+    """Write base + adapters as a plain model to `out`, loadable by AutoModelForCausalLM.
+
+    The folder appears whole or not at all; a run that was cut short is gone on with by the same call.
+
+    Args:
+        adapters: one folder (or Hub id), or several in stacking order; their deltas are summed in one pass. Or a stack file:
+            its active adapters at their scales.
+        base_dir: default the first manifest's base.
+        dtype: float32, bfloat16 or float16; what the class keeps in float32 stays in it.
+        scale: default each manifest's own; one number for one adapter, else a list or name -> number.
+        min_cosine: refuse when a layer's kept delta has a smaller cosine with the wanted one.
+        rounding: "nearest", or "stochastic": the delta in expectation, with noise (`seed`). Its cosine is low by nature and
+            is reported, not refused; refused is a gain further than `MAX_DRIFT` from 1.
+        onto: take the weights from this folder instead of the base: same architecture, other numbers (the base quantized
+            and dequantized, say). Nothing can say then whether the adapter means anything on them.
+        in_memory: build the model; for the rare layouts that cannot be streamed.
+        check: load merged and unmerged model and compare them on the probe prompts (`report.check`).
+
+    Raises:
+        MergeRefused: rounding would lose a layer's delta. UserError: an adapter that is no plain sum, other weights, a
+            value that does not fit the dtype, an `out` that holds anything, a damaged file.
+    """
+    job = _prepare(adapters, base_dir, out, dtype, scale, rounding, seed, onto)
+    if in_memory:
+        from .in_memory import merge_in_memory
+
+        report = merge_in_memory(job, min_cosine)
+    else:
+        report = _stream(job, min_cosine, progress or (lambda *_: None))
+    if check:
+        from .check import check_probes
+
+        probes = next(iter(job.folders.values())).manifest.probes
+        report.check = check_probes(
+            job.out, job.base_path, {n: f.path for n, f in job.folders.items()}, job.scales, probes and probes.prompts
+        ).to_dict()
+    return report
+
+
+def _prepare(
+    adapters: Adapters, base_dir: Any, out: Any, dtype: str, scale: Any, rounding: str, seed: int, onto: Any
+) -> Job:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+    if rounding not in ROUNDINGS:
+        raise UserError(f"rounding {rounding!r}: expected one of {', '.join(ROUNDINGS)}.")
+    if rounding == "stochastic" and dtype == "float32":
+        raise UserError("rounding 'stochastic' is for bfloat16 and float16: nothing is rounded away in float32.")
+    if not str(out):
+        raise UserError("merge: say where to write the merged model (--out).")
+    target = Path(out).expanduser()
+    check_destination(target.resolve() if target.is_symlink() else target)
+    if isinstance(adapters, str | Path) and is_stack(adapters):
+        stack = load(adapters)
+        folders, written = stack.folders(), stack.scales()
+        if not folders:
+            raise UserError(f"{adapters}: no adapter of this stack is active; the base itself is what it describes.")
+        scale = {**written, **scale} if isinstance(scale, Mapping) else scale or written
+    else:
+        folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in names_of(adapters).items()}
+    if isinstance(scale, int | float):
+        scale = [scale]
+    scales = {n: float(v) for n, v in scales_of(folders, scale).items()}
+    for name, value in scales.items():
+        if not math.isfinite(value):
+            raise UserError(f"scale of {name!r}: expected a finite number, found {value!r}.")
+    if not any(scales.values()):
+        raise UserError("merge: every scale is 0, so the result would be the base; name another scale.")
+    check_dependencies(folders, scales)
+    ref = next(iter(folders.values())).manifest.base
+    base_path = resolve_base(ref.ref, override=onto or base_dir, revision=ref.revision)
+    if (earlier := read_record(base_path)) is not None and onto is None:
+        names = ", ".join(str(a.get("name")) for a in earlier.get("adapters", []))
+        raise UserError(
+            f"{base_path}: is itself a merged model ({RECORD}: {names}), and an adapter is merged once, into the base that it "
+            "was trained on. Give that base with --base, and all adapters in one call."
+        )
+    digests = {f.manifest.base.digest for f in folders.values()}
+    if len(digests) > 1:
+        raise UserError(
+            f"These adapters were trained on {len(digests)} different bases; only those of one can be summed."
+        )
+    for folder in folders.values():
+        check_tokenizer(folder.path, base_path)
+    return Job(folders, scales, base_path, None if onto else digests.pop(), target, dtype, rounding, seed)
+
+
+def _stream(job: Job, min_cosine: float, tell: Callable[[str, int, int], None]) -> MergeReport:
+    entries = checkpoint_tensors(job.base_path)
+    layout = Layout(job.base_path, entries)
+    overlay = job.overlay(layout.model)
+    for deltas, _ in overlay.parts:
+        for weight in deltas:
+            refuse_tied(weight, layout.tied(weight))
+    stream = Stream(layout, overlay, job.dtype, job.rounding, job.seed)
+    by_shard = shards(entries)
+    report = job.report()
+    about = {
+        "stage": 1, "base": job.expected or digest_checkpoint(job.base_path), "dtype": job.dtype, "rounding": job.rounding,
+        "seed": job.seed, "adapters": [[f.adapter_id, job.scales[n]] for n, f in job.folders.items()],
+        "files": {Path(s).name: sum(e.end - e.begin for e in es) for s, es in by_shard.items()},
+    }  # fmt: skip
+    with MergeStage(job.out, about) as stage, ThreadPoolExecutor(1) as later:
+        try:
+            flushed = []  # the next shard is under way while the last one reaches the disk
+            records: dict[str, dict[str, Any]] = {}
+            for i, (source, members) in enumerate(by_shard.items()):
+                name = Path(source).relative_to(job.base_path).as_posix()
+                record = stage.done(name)
+                if record is None:
+                    _room(stage.root, stream.shard_bytes(members), name)
+                    record = stream.write(members, stage.model / name)
+                    flushed.append(later.submit(stage.record, name, record))
+                else:
+                    report.resumed += 1
+                records[name] = record
+                tell("shards", i + 1, len(by_shard))
+            for record in flushed:
+                record.result()
+            _account(job, stream, records, report)
+            refuse_lossy(report, min_cosine)
+            _sidecars(job, stage.model, records, report)
+            stage.finish()
+        except UserError:
+            stage.discard()
+            raise
+        except OSError as e:
+            raise UserError(
+                f"{job.out}: cannot be written ({e.strerror}). Whole shards are kept beside it; the same call goes on there."
+            ) from None
+    return report
+
+
+def _room(folder: Path, need: int, shard: str) -> None:
+    if (free := free_bytes(folder)) < need:
+        raise OSError(28, f"{shard} needs {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
+
+
+def _account(job: Job, stream: Stream, records: Mapping[str, dict[str, Any]], report: MergeReport) -> None:
+    """The base's digest, from what was read; the output's; and the table."""
+    read, written = {}, {}
+    units: dict[Unit, Sums] = {u: Sums() for u in stream.units}
+    for record in records.values():
+        for name, row in record["tensors"].items():
+            entry = stream.layout.entries[name]
+            read[name] = (entry.dtype, entry.shape, row["in"])
+            written[name] = (row["dtype"], tuple(row["shape"]), row["out"])
+        for weight, expert, *values in record["sums"]:
+            units[weight, expert].add(Sums(*values))
+    report.base_digest = combined(read)
+    if job.expected is not None:
+        for folder in job.folders.values():
+            check_base(folder, job.base_path, report.base_digest)
+    report.digest = combined(written)
+    report.layers = table(units)
+
+
+def _sidecars(job: Job, model: Path, records: Mapping[str, dict[str, Any]], report: MergeReport) -> None:
+    weight_map = {n: shard for shard, r in records.items() for n in r["tensors"]}
+    if list(records) != [WEIGHTS]:
+        sizes = [(math.prod(row["shape"]), row["dtype"]) for r in records.values() for row in r["tensors"].values()]
+        total = sum((model / shard).stat().st_size - _header(model / shard) for shard in records)
+        write_index(model, weight_map, total, sum(n for n, _ in sizes))
+    write_record(model, job.record(report))
+    write_sidecars(model, job.base_path, job.tokenizers, job.dtype)
+
+
+def _header(path: Path) -> int:
+    with open(path, "rb") as f:
+        return 8 + int.from_bytes(f.read(8), "little")

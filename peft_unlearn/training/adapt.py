@@ -1,0 +1,193 @@
+"""`get_forget_model`: a base model with exactly the adapter that was asked for; what is adapted is listed and asserted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import Errors, UserError, nearest
+from ..folder.card import add_tags
+from ..folder.digest import targeted_names
+from ..stack.attach import add
+from ..tuners.registration import register
+
+# Types whose delta can be trained, saved, switched off and loaded by stock PEFT; the others are refused with the reason.
+_NO = {
+    "PROMPT_TUNING": "soft prompts lengthen every input, so target positions and cached references no longer line up",
+    "PREFIX_TUNING": "it works through the key/value cache, which training passes do not use",
+    "P_TUNING": "soft prompts lengthen every input, so target positions and cached references no longer line up",
+    "MULTITASK_PROMPT_TUNING": "soft prompts lengthen every input, so target positions and cached references no longer line up",
+    "ADAPTION_PROMPT": "it rewrites attention modules and cannot be switched off for the reference model",
+    "CPT": "soft prompts lengthen every input, so target positions and cached references no longer line up",
+    "XLORA": "it mixes trained adapters by a gate over hidden states of a first pass",
+    "POLY": "it needs task ids in every batch",
+    "CARTRIDGE": "it works through the key/value cache, which training passes do not use",
+    "SHADOW": "it changes what passes between the blocks, which losses and hooks on the model read",
+    "ADALORA": "its ranks are pruned by calls from a training loop of its own; without them it is an odd LoRA",
+}
+_LORA_KEYS = {
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+}
+_LORA_KEYS |= {
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "lora_dropout",
+    "init_lora_weights",
+    "target_parameters",
+    "bias",
+}
+
+
+def peft_config(spec: Mapping[str, Any] | None) -> Any:
+    """PEFT config of a recipe's ``adapter`` part (default: LoRA, r 16, alpha 32, all linear layers).
+
+    Raises:
+        UserError: unknown type or key, or a type that cannot be used here.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+    if spec is not None and not isinstance(spec, Mapping):
+        raise UserError(f"adapter: settings are a mapping, e.g. {{type: lora, r: 16}}, not {spec!r}")
+    spec = {"type": "lora", **(spec or {})}
+    kind = str(spec.pop("type")).upper()
+    if kind == "EXPERT_LORA":
+        kind = str(register().value)
+    names = {t.name for t in PeftType}
+    if kind not in names:
+        raise UserError(
+            f"adapter.type {kind.lower()!r} is no PEFT type.{nearest(kind.lower(), [n.lower() for n in names])}"
+        )
+    if kind in _NO:
+        raise UserError(f"adapter.type {kind.lower()} is refused: {_NO[kind]}")
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
+    fields = getattr(cls, "__dataclass_fields__", {})
+    errors = Errors()
+    for key in spec:
+        if key not in fields:
+            known = _LORA_KEYS if kind == "LORA" else set(fields)
+            errors.add(f"adapter: {kind.lower()} has no {key!r}.{nearest(str(key), known)}")
+    errors.raise_if_any("recipe")
+    if kind == "LORA":
+        spec = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **spec}
+    try:
+        config = cls(task_type="CAUSAL_LM", **spec)
+    except (TypeError, ValueError, ImportError) as e:
+        raise UserError(f"adapter: {e}") from e
+    _refuse(config)
+    return config
+
+
+def _refuse(config: Any) -> None:
+    """Raise a `UserError` for a PEFT config that cannot be trained truthfully here."""
+    kind = getattr(config.peft_type, "name", str(config.peft_type))
+    if kind in _NO:
+        raise UserError(f"adapter.type {kind.lower()} is refused: {_NO[kind]}")
+    if getattr(config, "is_prompt_learning", False):
+        raise UserError(f"adapter.type {kind.lower()} is refused: {_NO['PROMPT_TUNING']}")
+    bias = getattr(config, "bias", "none")
+    if bias not in ("none", False, None):
+        raise UserError(
+            f"adapter: bias {bias!r} is refused: it trains the base's own biases, which stay changed when the adapter is off"
+        )
+
+
+def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str = "default", quiet: bool = True) -> Any:
+    """`base` with a trainable adapter, ready for `UnlearnTrainer`.
+
+    Args:
+        config: a PEFT config, a recipe's ``adapter`` mapping, or None for LoRA on all linear layers.
+        adapter_name: name of the adapter to be trained. A PeftModel given as `base` keeps its adapters active and frozen:
+            the new one is trained on top of them.
+        quiet: do not print what is adapted (to stderr).
+
+    Raises:
+        UserError: the config is refused, matches nothing, or PEFT adapted other modules than the config names.
+    """
+    from peft import PeftModel, get_peft_model
+
+    if config is None or isinstance(config, Mapping):
+        config = peft_config(config)
+    _refuse(config)
+    refuse_base(base)
+    # PEFT rewrites the config in place on mixture-of-experts bases: what was asked for has to be kept.
+    asked = getattr(config, "target_modules", None), bool(getattr(config, "target_parameters", None))
+    fused = set(getattr(getattr(base, "base_model", None), "targeted_parameter_names", []))  # of adapters below
+    try:
+        if isinstance(base, PeftModel):
+            tuner: Any = base.base_model
+            frozen = list(tuner.active_adapters)
+            if adapter_name in base.peft_config:
+                raise UserError(f"the model already has an adapter {adapter_name!r}; train under another name")
+            add(base, adapter_name, config)
+            tuner.set_adapter([*frozen, adapter_name])
+            for n, p in base.named_parameters():
+                p.requires_grad_(f".{adapter_name}." in n or n.endswith(f".{adapter_name}"))
+            model: Any = base
+        else:
+            model = get_peft_model(base, config, adapter_name=adapter_name)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as e:
+        raise UserError(f"adapter: PEFT refuses this configuration: {e}") from e
+    _assert_adapted(model, adapter_name, fused, *asked)
+    add_tags(model)
+    if not quiet:
+        print(describe(model, adapter_name), file=sys.stderr)
+    return model
+
+
+def refuse_base(model: Any) -> None:
+    """Raise a `UserError` for bases that cannot be trained truthfully yet."""
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantization is not None:
+        method = getattr(quantization, "quant_method", None) or type(quantization).__name__
+        raise UserError(
+            f"the base is quantized ({getattr(method, 'value', method)}): its digest cannot be compared with the released files and "
+            "adapters trained on rounded weights behave otherwise on the real ones; load the base unquantized"
+        )
+    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+        raise UserError("the base is spread over several devices (device_map); load it on one: adapters fit beside it")
+    if getattr(model, "_tp_size", None) or getattr(getattr(model, "config", None), "_is_expert_parallel", False):
+        raise UserError(
+            "tensor- and expert-parallel bases are not supported yet; load the base on one device per process"
+        )
+
+
+def adapted(model: Any, adapter_name: str | None = None) -> list[str]:
+    """Sorted names of the modules and parameters that carry the adapter being trained; name it where others are below."""
+    tuner = model.base_model
+    if adapter_name is not None and len(model.peft_config) > 1:
+        return targeted_names(model, adapter_name)
+    return sorted({*getattr(tuner, "targeted_module_names", []), *getattr(tuner, "targeted_parameter_names", [])})
+
+
+def _assert_adapted(model: Any, name: str, fused: set[str], wanted: Any, names_parameters: bool) -> None:
+    if not adapted(model, name):
+        raise UserError(f"adapter: target_modules {wanted!r} match no module of the base")
+    extra = [n for n in getattr(model.base_model, "targeted_parameter_names", []) if n not in fused]
+    if extra and not names_parameters:
+        raise UserError(
+            f"adapter: PEFT turned target_modules {wanted!r} into fused parameters ({', '.join(extra[:4])}..): on a mixture-of-experts "
+            "base that adapts every expert and the router. Name the attention modules, e.g. [q_proj, k_proj, v_proj, o_proj]"
+        )
+
+
+def describe(model: Any, adapter_name: str | None = None) -> str:
+    """One line: what the adapter being trained is on, with trainable and total parameter counts, and what is below it."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    by_leaf: dict[str, int] = {}
+    for n in adapted(model, adapter_name):
+        by_leaf[n.rpartition(".")[2]] = by_leaf.get(n.rpartition(".")[2], 0) + 1
+    what = ", ".join(f"{leaf} x{n}" for leaf, n in sorted(by_leaf.items()))
+    below = [n for n in model.peft_config if n != adapter_name] if adapter_name is not None else []
+    on = f"; on top of {', '.join(below)}, frozen" if below else ""
+    return f"adapted: {what} ({trainable:,} trainable of {total:,} parameters, {100 * trainable / total:.2f} %){on}"

@@ -1,0 +1,203 @@
+"""A recipe, understood: everything that can be checked before a base model is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..data.bundle import ForgetRetain
+from ..data.load import DATA_OPTIONS, load_data
+from ..errors import Errors, UserError, nearest
+from ..folder.base import resolve_base
+from .adapt import peft_config
+from .config import METHODS, UnlearnConfig, require_sets
+
+AUTO = "auto"
+_EVAL_KEYS = ("suite", "every", "n", "keep_best", "retain_floor", "stop_below")
+BEST = "forget_at_floor"  # the metric that evaluation adds for keep_best
+CHOOSING = ("per_layer", "top", "layers", "ranking")  # options of experts: auto
+
+
+@dataclass
+class Run:
+    """A recipe, understood: everything that can be known before the base model is loaded."""
+
+    recipe: dict[str, Any]
+    config: UnlearnConfig
+    adapter: Any
+    data: ForgetRetain
+    base: str
+    base_dir: Path
+    negate: float | None = None  # save the adapter's delta times minus this (task vectors)
+    auto: dict[str, Any] | None = None  # how attribution chooses the experts that `adapter` goes into
+
+
+def auto_options(spec: dict[str, Any], errors: Errors) -> dict[str, Any] | None:
+    """The choosing options of ``experts: auto`` (taken out of `spec`), or None where the experts are named."""
+    if spec.get("experts") != AUTO:
+        return None
+    del spec["experts"]
+    out = {k: spec.pop(k) for k in CHOOSING if k in spec}
+    for k in ("per_layer", "top"):
+        if k in out and (not isinstance(out[k], int) or isinstance(out[k], bool) or out[k] < 1):
+            errors.add(f"adapter.{k} must be a whole number from 1 on, not {out[k]!r}")
+    if "per_layer" in out and "top" in out:
+        errors.add("adapter: per_layer and top are two ways of choosing; give one")
+    layers = out.get("layers")
+    if layers is not None and not (
+        isinstance(layers, list) and layers and all(isinstance(k, int) and not isinstance(k, bool) for k in layers)
+    ):
+        errors.add(f"adapter.layers is a list of blocks, e.g. [1, 2], not {layers!r}")
+    if out.get("ranking", "affinity") not in ("affinity", "contrast"):
+        errors.add(f"adapter.ranking={out['ranking']!r} is not one of affinity, contrast")
+    return out
+
+
+def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None, data: str | None = None) -> Run:
+    """Check a recipe as a whole.
+
+    Raises:
+        UserError: every complaint about configuration and adapter at once; then data; then base.
+    """
+    if recipe.get("compose") is not None:
+        raise UserError("this recipe sums adapters and trains nothing: run `peft-unlearn compose` on its parts")
+    errors = Errors()
+    config, adapter = None, None
+    given = recipe.get("adapter")
+    if not isinstance(given, (Mapping, type(None))):
+        errors.add(f"adapter: settings are a mapping, e.g. {{type: lora, r: 16}}, not {given!r}")
+        given = None
+    spec = dict(given or {})
+    negate = spec.pop("negate", None)
+    if negate is not None and (not isinstance(negate, (int, float)) or isinstance(negate, bool) or not negate > 0):
+        errors.add(f"adapter.negate is the strength of the negation, a number above 0, not {negate!r}")
+    if negate is not None and str(spec.get("type", "lora")).lower() != "lora":
+        errors.add("adapter.negate works on LoRA, whose delta changes sign with lora_B")
+    auto = auto_options(spec, errors)
+    if auto is not None:
+        spec["experts"] = {0: [0]}  # stands in until attribution has run, so that everything else is checked now
+    for part in (lambda: from_recipe(recipe, str(out)), lambda: peft_config(spec)):
+        try:
+            made = part()
+            config, adapter = (made, adapter) if isinstance(made, UnlearnConfig) else (config, made)
+        except UserError as e:
+            errors.absorb(e)
+    errors.raise_if_any(f"recipe {recipe.get('name', '')}".strip())
+    assert config is not None
+    bundle = load_data(recipe.get("data"), data)
+    require_sets(config, bundle)
+    named = base or recipe.get("base")
+    path = resolve_base(recipe.get("base"), override=base)
+    _check_layers(config, path)
+    ran = dict(recipe)
+    if data is not None:  # what is saved as the recipe has to name what was trained on; files become hashes there
+        spec = recipe.get("data")
+        options = {k: v for k, v in spec.items() if k in DATA_OPTIONS} if isinstance(spec, Mapping) else {}
+        ran["data"] = {**options, "bundle": str(Path(data).resolve()) if Path(data).expanduser().exists() else data}
+    return Run(ran, config, adapter, bundle, str(named), path, None if negate is None else float(negate), auto)
+
+
+def _check_layers(config: UnlearnConfig, base_dir: Path) -> None:
+    """Refuse block numbers that the base does not have (module names are looked up once the model is there)."""
+    from transformers import AutoConfig
+
+    numbers = [(t.objective.name, k) for t in config.term_list for k in t.layers if isinstance(k, int)]
+    if not numbers:
+        return
+    n = AutoConfig.from_pretrained(str(base_dir)).get_text_config().num_hidden_layers
+    errors = Errors()
+    for name, k in numbers:
+        if not -n <= k < n:
+            errors.add(f"{name}: layer {k} does not exist: the base has blocks 0 to {n - 1}")
+    errors.raise_if_any("terms")
+
+
+def wrong_type(name: str, value: Any) -> str | None:
+    """What the field `name` of `UnlearnConfig` wants, e.g. "a number", where `value` is nothing of the kind."""
+    annotation = next(str(f.type) for f in fields(UnlearnConfig) if f.name == name)
+    words = set(re.findall(r"[A-Za-z_]+", annotation)) - {"class"}
+    if not words <= {"bool", "int", "float", "None", "NoneType", "Optional", "Union", "typing"}:
+        return None  # texts, lists and mappings have checks of their own
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {"bool": isinstance(value, bool), "int": number and isinstance(value, int), "float": number}
+    if any(fits[k] for k in fits if k in words) or (value is None and words & {"None", "NoneType", "Optional"}):
+        return None
+    names = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+    return " or ".join(v for k, v in names.items() if k in words and not (k == "int" and "float" in words))
+
+
+def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
+    """`UnlearnConfig` of a recipe (design.md 5).
+
+    Raises:
+        UserError: everything wrong with it, at once.
+    """
+    errors = Errors()
+    known = {f.name for f in fields(UnlearnConfig) if f.init}
+    for key in ("train", "eval"):
+        if not isinstance(recipe.get(key), (Mapping, type(None))):
+            errors.add(f"{key} is a section with keys, not {recipe[key]!r}")
+            recipe = {**recipe, key: None}
+    train = dict(recipe.get("train") or {})
+    if reserved := sorted(set(train) & {"output_dir", "terms", "rule", "reference"}):
+        errors.add(f"train: {', '.join(reserved)} does not belong there; it has a place of its own")
+        train = {k: v for k, v in train.items() if k not in reserved}
+    data = recipe.get("data")
+    options = {k: data[k] for k in DATA_OPTIONS if isinstance(data, Mapping) and k in data}
+    if recipe.get("selection") is not None:
+        errors.add("selection is not available in this version")
+    if recipe.get("terms") is None:
+        errors.add("terms are missing: say what is forgotten and kept, e.g. {forget: {npo: {}}, retain: {nll: {}}}")
+    options.pop("template", None)
+    evaluation = dict(recipe.get("eval") or {})
+    train = {**eval_options(evaluation, errors), **train}
+    for key in train:
+        if key not in known:
+            errors.add(f"train: TrainingArguments has no {key!r}.{nearest(str(key), known)}")
+    top = {k: recipe[k] for k in ("terms", "reference", "seed", *METHODS) if recipe.get(k) is not None}
+    clean = {k: v for k, v in train.items() if k in known}
+    for section, values in (("train", clean), ("data", options), ("recipe", top)):
+        for key, value in list(values.items()):
+            if wanted := wrong_type(key, value):
+                errors.add(f"{section}: {key} must be {wanted}, not {value!r}")
+                del values[key]
+    try:
+        config = UnlearnConfig(output_dir=output_dir, **{**clean, **options, **top})
+    except UserError as e:
+        errors.absorb(e)
+        config = None
+    except (TypeError, ValueError) as e:  # TrainingArguments' own validation
+        errors.add(f"train: {e}")
+        config = None
+    errors.raise_if_any(f"recipe {recipe.get('name') or ''}".strip())
+    assert config is not None
+    return config
+
+
+def eval_options(evaluation: Mapping[str, Any], errors: Errors) -> dict[str, Any]:
+    """TrainingArguments of a recipe's ``eval`` part: ``{suite, every, n, keep_best, retain_floor, stop_below}``."""
+    for key in evaluation:
+        if key not in _EVAL_KEYS:
+            errors.add(f"eval has no {key!r}.{nearest(str(key), _EVAL_KEYS)}")
+    for key in ("n", "retain_floor", "stop_below"):
+        value = evaluation.get(key)
+        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+            errors.add(f"eval.{key} must be a number, not {value!r}")
+    every = evaluation.get("every")
+    if not every:
+        if evaluation.get("keep_best") or evaluation.get("stop_below") is not None:
+            errors.add(
+                "eval: keep_best and stop_below judge by scores; say every how many steps to evaluate (eval.every)"
+            )
+        return {}
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        errors.add(f"eval.every must be a whole number of steps, not {every!r}")
+        return {}
+    out: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": every}
+    if evaluation.get("keep_best"):
+        out |= {"load_best_model_at_end": True, "metric_for_best_model": BEST, "greater_is_better": False}
+        out |= {"save_strategy": "steps", "save_steps": every, "save_total_limit": 2}
+    return out

@@ -1,0 +1,113 @@
+"""Reference log-probabilities taken once, before training, and cached beside the checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..data.collate import pad
+from ..forward import Pass, Reference
+
+
+@torch.no_grad()
+def precompute(
+    model: Any,
+    sets: Mapping[str, list[dict[str, Any]]],
+    names: Iterable[str],
+    folder: Path,
+    *,
+    reference: Reference,
+    pad_id: int,
+    write: bool = True,
+) -> None:
+    """Give every row of the named sets (and its winner answer) a ``ref_logp``: one value per target, (n,) float32.
+
+    Args:
+        folder: where the cache lies, one file per key (see `cache_key`); made if it is not there.
+        write: whether this process writes the file (the first rank does).
+    """
+    for name in sorted(names):
+        rows = sets[name]
+        both = rows + [r["alternate"] for r in rows if "alternate" in r]
+        if all("ref_logp" in r for r in both):
+            continue
+        path = folder / f"reference-{cache_key(model, both, reference.trained)[:16]}.safetensors"
+        if path.is_file():
+            values = list(load_file(path)["ref_logp"].split([n_targets(r) for r in both]))
+        else:
+            values = reference_logp(model, both, reference, pad_id)
+            if write:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stage = path.with_suffix(f".{os.getpid()}.part")
+                save_file({"ref_logp": torch.cat(values)}, stage)
+                os.replace(stage, path)
+        for row, v in zip(both, values, strict=True):
+            row["ref_logp"] = v
+
+
+def reference_logp(
+    model: Any, rows: list[dict[str, Any]], reference: Reference, pad_id: int, size: int = 32
+) -> list[torch.Tensor]:
+    """Log-probabilities of each row's targets under the reference, in the order of `rows`; batches of like length."""
+    out: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    device = next(model.parameters()).device
+    for at in range(0, len(order), size):
+        part = order[at : at + size]
+        batch = {k: v.to(device) for k, v in pad([rows[i] for i in part], pad_id).items()}
+        p = Pass(model, batch, reference=reference)
+        for i, v in zip(part, p.ref_logp.split(p.mask.sum(1).tolist()), strict=True):
+            out[i] = v.cpu()
+    return out
+
+
+def cache_key(model: Any, rows: list[dict[str, Any]], trained: str) -> str:
+    """sha256 over the base, the active adapters, ids and labels of the rows, and the dtype."""
+    h = hashlib.sha256()
+    # Which adapters are on and how strongly they act (lora_alpha and its like) is not in the weights.
+    others = [a for a in model.base_model.active_adapters if a != trained]
+    settings = [{**model.peft_config[a].to_dict(), "base_model_name_or_path": None} for a in others]
+    h.update(json.dumps([others, settings, *_dials(model, others)], sort_keys=True, default=str).encode())
+    for n, p in model.named_parameters():
+        if not belongs(n, trained):
+            h.update(f"{n}{p.dtype}{tuple(p.shape)}".encode())
+            h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    h.update(json.dumps([[r["input_ids"], r["labels"]] for r in rows]).encode())
+    return h.hexdigest()
+
+
+def stack_digest(model: Any, trained: str) -> str | None:
+    """sha256 over the adapters below the trained one: weights, order and strengths; None where there are none."""
+    others = [a for a in model.peft_config if a != trained]
+    if not others:
+        return None
+    h = hashlib.sha256(json.dumps([others, _dials(model, others)]).encode())
+    for n, p in model.named_parameters():
+        if any(belongs(n, a) for a in others):
+            h.update(n.encode() + p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def _dials(model: Any, adapters: list[str]) -> list[Any]:
+    """Where the strength of each adapter stands, layer by layer."""
+    found = []
+    for n, m in model.named_modules():
+        scaling = getattr(m, "scaling", None)
+        if isinstance(scaling, dict):
+            found += [[n, a, float(scaling[a])] for a in adapters if a in scaling]
+    return found
+
+
+def n_targets(row: Mapping[str, Any]) -> int:
+    return sum(y != -100 for y in row["labels"][1:])
+
+
+def belongs(parameter: str, adapter: str) -> bool:
+    return f".{adapter}." in parameter or parameter.endswith(f".{adapter}")

@@ -1,0 +1,188 @@
+"""The finished adapter of a trainer, written as a folder (docs/format.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..data.formats import layout_of
+from ..errors import UserError
+from ..folder.base import base_reference, peft_base_name, resolve_base
+from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
+from ..folder.manifest import BaseRef, Manifest, probes
+from ..folder.read import AdapterFolder
+from ..folder.versions import versions
+from ..folder.write import write_adapter
+from ..tuners.peft_type import PEFT_TYPE
+from .adapt import adapted
+from .config import METHODS, UnlearnConfig
+from .reference import belongs
+from .trainer import UnlearnTrainer
+
+
+def save_adapter(
+    trainer: UnlearnTrainer,
+    out: str | Path | None = None,
+    *,
+    base: str | Path,
+    recipe: dict[str, Any] | None = None,
+    depends_on: Sequence[str] | None = None,
+) -> AdapterFolder:
+    """Write the trained adapter of `trainer` as a forget adapter's folder and return it as read back.
+
+    Args:
+        out: the folder; default the trainer's `output_dir`.
+        base: where the base model came from: a folder, a Hub id or ``embedded:NAME``. Its files are digested.
+        recipe: what is written as recipe.yaml; default `recipe_of` the trainer.
+        depends_on: ids ("sha256:..") of the frozen adapters that it was trained on top of, lowest first.
+
+    Raises:
+        UserError: other adapters are active and `depends_on` does not say which; something else stands at `out`; or the
+            adapter is zero or not finite.
+    """
+    model, config, data = trainer.bare, trainer.config, trainer.data
+    model.eval()
+    recipe = recipe_of(trainer, base) if recipe is None else recipe
+    below = [n for n in model.base_model.active_adapters if n != trainer.trained_adapter]
+    if len(below) != len(depends_on or ()):
+        raise UserError(
+            f"{trainer.trained_adapter} was trained on top of {', '.join(below) or 'no other adapter'}, and depends_on names "
+            f"{len(depends_on or ())}; give their ids (AdapterFolder.adapter_id), lowest first"
+        )
+    base_dir = resolve_base(base)
+    modules = targeted_names(model, trainer.trained_adapter)
+    rows = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    manifest = Manifest(
+        base=base_reference(base, base_dir, digest_checkpoint(base_dir), _digest_of(base_dir, modules)),
+        method=describe_method(trainer, recipe),
+        data={
+            name: {**{k: v for k, v in about.items() if v is not None}, "format": layout_of(data.sets()[name][0])}
+            for name, about in data.describe().items()
+        },
+        reference=config.reference,
+        effective_batch={
+            "per_device": config.train_batch_size,
+            "accumulation": config.gradient_accumulation_steps,
+            "processes": config.world_size,
+            "rows": rows,
+        },
+        seeds={"seed": config.seed},
+        versions=versions(),
+        probes=probes(model, trainer.processing_class),
+        targets=adapted(model, trainer.trained_adapter),
+        depends_on=list(depends_on or ()),
+        name=str(recipe.get("name", "")),
+        description=str(recipe.get("description", "")),
+    )
+    return write_adapter(
+        out or config.adapter_dir,
+        model,
+        manifest,
+        recipe,
+        tokenizer=trainer.processing_class,
+        adapter_name=trainer.trained_adapter,
+        save=stock_export(model, trainer.trained_adapter, manifest.base),
+    )
+
+
+def _digest_of(base_dir: Path, modules: list[str]) -> str | None:
+    """Digest of the weights under the adapter; None where the files call them otherwise (Mixtral's experts): cannot tell."""
+    try:
+        return digest_targeted(base_dir, modules)
+    except UserError:
+        return None
+
+
+def stock_export(model: Any, name: str, base: BaseRef) -> Callable[[Path], dict[str, torch.Tensor]] | None:
+    """For an expert adapter: stock PEFT files on top, which load without this package, and the compact form in ``expert_lora/``."""
+    if str(model.peft_config[name].peft_type.value) != PEFT_TYPE:
+        return None
+    from ..tuners.expert_lora.export import save_into, stock_tensors
+
+    def save(stage: Path) -> dict[str, torch.Tensor]:
+        save_into(stage, model, name, peft_base_name(base.ref), base.revision)
+        return stock_tensors(model, name)
+
+    return save
+
+
+def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
+    """The recipe that a trainer made in Python amounts to: what differs from the defaults of `UnlearnConfig`."""
+    config, adapter = trainer.config, trainer.bare.peft_config[trainer.trained_adapter]
+    theirs = {f.name for f in fields(TrainingArguments)} - {"output_dir", "seed"} | {"router_learning_rate"}
+    train = {}
+    for f in fields(UnlearnConfig):
+        value = getattr(config, f.name)
+        value = getattr(value, "value", value)
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if f.name in theirs and value != default and isinstance(value, (bool, int, float, str)):
+            train[f.name] = value
+    names = ("r", "lora_alpha", "lora_dropout", "target_parameters", "experts", "router_r")
+    shape = {k: getattr(adapter, k) for k in names if getattr(adapter, k, None)}
+    if getattr(adapter, "train_router", "none") != "none":
+        shape["train_router"] = adapter.train_router
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    modules = getattr(adapter, "target_modules", None)
+    if modules:
+        shape["target_modules"] = modules if isinstance(modules, str) else sorted(modules)
+    methods = {k: getattr(config, k) for k in METHODS if getattr(config, k) is not None}
+    options = {"anchor": config.anchor, "per_anchor": config.per_anchor, "on_overflow": config.on_overflow}
+    refs = {n: about.get("ref") or f"sha256:{about['sha256']}" for n, about in trainer.data.describe().items()}
+    return {
+        "base": str(base),
+        "data": {**({"bundle": refs["forget"]} if len(set(refs.values())) == 1 else refs), **options},
+        "adapter": {"type": "expert_lora" if kind == PEFT_TYPE else kind.lower(), **shape},
+        "reference": config.reference,
+        "terms": config.terms,
+        **methods,
+        "train": train,
+        "seed": config.seed,
+    }
+
+
+@torch.no_grad()
+def negate(model: Any, strength: float, adapter: str = "default") -> None:
+    """Multiply the adapter's delta by minus `strength`, exactly: B changes, A stays. Plain PEFT then runs it at scale 1."""
+    for n, p in model.named_parameters():
+        if ("lora_B" in n or "lora_embedding_B" in n) and belongs(n, adapter):
+            p.mul_(-strength)
+
+
+def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Every hyper-parameter with its default filled in."""
+    config, adapter = trainer.config, trainer.bare.peft_config[trainer.trained_adapter]
+    terms: dict[str, Any] = {}
+    for t in config.term_list:
+        terms.setdefault(t.gradient, {})[t.objective.name] = {**t.hyper, "weight": t.weight, "batch": t.batch}
+    parts = {
+        "rule": (config.rule_method, {"scope": config.scope}),
+        "smoothing": (config.smoothing_method, {"space": config.smoothing_space}),
+        "step_size": (config.step_size_method, {}),
+        "averaging": (config.averaging_method, {}),
+    }
+    return {
+        "terms": terms,
+        **{kind: {m[0].name: {**m[1], **more}} if m else None for kind, (m, more) in parts.items()},
+        "peft_type": getattr(adapter.peft_type, "value", str(adapter.peft_type)),
+        "negate": (recipe.get("adapter") or {}).get("negate"),
+        **({"stack": [{"id": r["adapter"], "scale": r["scale"]} for r in rows]} if (rows := _rows(recipe)) else {}),
+        "optimizer": str(getattr(config.optim, "value", config.optim)),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)),
+        "max_grad_norm": config.max_grad_norm,
+        "weight_decay": config.weight_decay,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "anchor": config.anchor,
+        "per_anchor": config.per_anchor,
+    }
+
+
+def _rows(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = recipe.get("stack")
+    return [r for r in rows if isinstance(r, dict) and {"adapter", "scale"} <= set(r)] if isinstance(rows, list) else []

@@ -1,0 +1,151 @@
+"""From a recipe to a finished adapter folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..attribution.experts_job import choose, describe, measure
+from ..attribution.selection import SelectionOverlap
+from ..data.formats import to_text
+from ..evaluation.callback import ForgetAtFloor, StopOn
+from ..evaluation.generate import other_answers
+from ..evaluation.quick import make_score
+from ..folder.atomic import room_for
+from ..folder.base import load_base, load_tokenizer
+from ..folder.read import AdapterFolder
+from ..folder.write import check_destination
+from ..forward import Reference
+from ..stack.below import read_below
+from .adapt import get_forget_model
+from .config import alternates_of
+from .recipe import CHOOSING, Run, prepare
+from .save import negate, save_adapter
+from .trainer import UnlearnTrainer
+
+Say = Callable[[str], None]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def train(
+    recipe: Mapping[str, Any],
+    out: str | Path,
+    *,
+    base: str | None = None,
+    data: str | None = None,
+    resume: bool = False,
+    stack: str | Path | None = None,
+    say: Say = _say,
+    callbacks: Sequence[Any] = (),
+) -> AdapterFolder | None:
+    """Train a recipe and write the finished adapter to `out`; checkpoints lie in ``<out>.work``.
+
+    stack: a stack file whose adapters lie frozen below the new one (all active ones, or those that the recipe's ``stack``
+        names by id); what is saved then depends on them.
+    callbacks: the Trainer's; one with a method ``on_selection(history)`` is told the selection overlap of an expert adapter.
+
+    Returns:
+        The folder as read back; None on ranks other than the first.
+
+    Raises:
+        UserError: before anything is loaded where possible; nothing already at `out` is touched then.
+    """
+    from transformers import set_seed
+
+    run = prepare(recipe, out, base, data)
+    below = read_below(recipe.get("stack"), stack)
+    below.check(run.base_dir)
+    check_destination(out)
+    dtype = "bfloat16" if run.config.bf16 else "float32"
+    model, tokenizer = load_base(run.base_dir, dtype), load_tokenizer(run.base_dir)
+    generate_alternates(run, model, tokenizer)
+    if run.auto is not None:
+        choose_experts(run, model, tokenizer, say)
+    if below:
+        model = below.put_on(model)
+        run.recipe = {**run.recipe, "stack": below.rows()}
+    set_seed(run.config.seed)  # the adapter's random start
+    model = get_forget_model(model, run.adapter)
+    evaluation = dict(recipe.get("eval") or {})
+    scorer, extra = None, list(callbacks)
+    if run.config.eval_strategy != "no":
+        scorer = make_score(run.data, tokenizer, suite=evaluation.get("suite", "people"), n=evaluation.get("n"))
+        extra += _score_callbacks(evaluation, scorer, model)
+    trainer = UnlearnTrainer(
+        model, run.config, data=run.data, processing_class=tokenizer, callbacks=extra, score=scorer
+    )
+    quiet(trainer)
+    shift = None
+    if hasattr(run.adapter, "experts"):
+        sets = dict(trainer.rows.sets)
+        if "retain" not in sets and run.data.retain:  # no term reads it, and a drift there is what ought to be seen
+            sets["retain"] = run.data.encode("retain", tokenizer, run.config.max_length, run.config.on_overflow)
+        shift = SelectionOverlap(sets, trainer.pad_id)
+        trainer.add_callback(shift)
+    first = trainer.is_world_process_zero()
+    if first:
+        say(trainer.describe())
+    with room_for(Path(out)):
+        trainer.train(resume_from_checkpoint=resume or None)
+    if not first:
+        return None
+    if shift is not None:
+        say(str(shift))
+        for callback in callbacks:
+            if hasattr(callback, "on_selection"):
+                callback.on_selection(shift.history)
+    if run.negate is not None:
+        negate(trainer.bare, run.negate, trainer.trained_adapter)
+    return save_adapter(trainer, out, base=run.base, recipe=run.recipe, depends_on=below.ids)
+
+
+def choose_experts(run: Run, model: Any, tokenizer: Any, say: Say) -> None:
+    """Attribution on the run's own rows; the experts it picks replace ``experts: auto`` in the adapter and in the saved recipe."""
+    found = measure(model, tokenizer, run.data)
+    chosen = choose(found, run.auto or {})
+    say(describe(found, chosen))
+    run.adapter = replace(run.adapter, experts=chosen)
+    kept = {k: v for k, v in run.recipe["adapter"].items() if k not in CHOOSING}
+    run.recipe = {**run.recipe, "adapter": {**kept, "experts": {str(k): v for k, v in chosen.items()}}}
+
+
+def generate_alternates(run: Run, model: Any, tokenizer: Any) -> None:
+    """Winner answers by the base itself, where an objective wants them and the rows have none of their own."""
+    for batch, kinds in alternates_of(run.config.term_list).items():
+        rows = getattr(run.data, batch)
+        if "generated" in kinds and not all("alternate" in r for r in rows):
+            texts = [to_text(r, tokenizer, run.data.template) for r in rows]
+            others = other_answers(model, tokenizer, *zip(*texts, strict=True), seed=run.config.seed)
+            setattr(run.data, batch, [{**r, "alternate": a} for r, a in zip(rows, others, strict=True)])
+
+
+def _score_callbacks(
+    evaluation: Mapping[str, Any], scorer: Callable[[Any], Mapping[str, float]], model: Any
+) -> list[Any]:
+    found: list[Any] = []
+    floor = float(evaluation.get("retain_floor", 0.95))
+    if evaluation.get("keep_best"):
+        with Reference("before").on(model):
+            at_start = dict(scorer(model))
+        found.append(ForgetAtFloor(at_start, floor))
+    if evaluation.get("stop_below") is not None:
+        found.append(StopOn(forget_below=float(evaluation["stop_below"])))
+    return found
+
+
+def quiet(trainer: UnlearnTrainer) -> None:
+    """Take off the Trainer's own printing to standard output, which is for results."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm and trainer.is_world_process_zero():
+        from ..progress import TrainingBar
+
+        trainer.add_callback(TrainingBar())
