@@ -22,24 +22,47 @@ _WHERE = {
     "UnlearnConfig": "training.config",
     "UnlearnTrainer": "training.trainer",
     "UserError": "errors",
+    "attack": "attacks.attack",
+    "averaging": "registry",
+    "calibrate": "analysis.calibrate_job",
+    "card": "sharing.card",
+    "compare": "analysis.compare_job",
     "compose": "merging.compose",
+    "effect": "analysis.effect_of_run",
     "evaluate": "evaluation.evaluate",
+    "experts": "attribution.experts_job",
+    "export": "sharing.export",
     "get_forget_model": "training.adapt",
+    "interference": "analysis.interference_job",
     "make_score": "evaluation.quick",
     "merge": "merging.merge",
     "methods": "registry",
     "metric": "registry",
     "objective": "registry",
+    "plan": "training.cost",
+    "pull": "sharing.publish",
+    "push": "sharing.publish",
     "remove": "stack.remove",
+    "report": "analysis.evidence",
     "rule": "registry",
     "save_adapter": "training.save",
     "score": "evaluation.score",
+    "selection": "registry",
+    "smoothing": "registry",
+    "step_size": "registry",
     "train": "training.train",
     "verify": "sharing.verify",
 }
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
+    from .analysis.calibrate_job import calibrate as calibrate
+    from .analysis.compare_job import compare as compare
+    from .analysis.effect_of_run import effect as effect
+    from .analysis.evidence import report as report
+    from .analysis.interference_job import interference as interference
+    from .attacks.attack import attack as attack
+    from .attribution.experts_job import experts as experts
     from .data.bundle import ForgetRetain as ForgetRetain
     from .errors import UserError as UserError
     from .evaluation.evaluate import evaluate as evaluate
@@ -51,15 +74,24 @@ if TYPE_CHECKING:
     from .merging.merge import merge as merge
     from .registry import Range as Range
     from .registry import Source as Source
+    from .registry import averaging as averaging
     from .registry import methods as methods
     from .registry import metric as metric
     from .registry import objective as objective
     from .registry import rule as rule
+    from .registry import selection as selection
+    from .registry import smoothing as smoothing
+    from .registry import step_size as step_size
+    from .sharing.card import card as card
+    from .sharing.export import export as export
+    from .sharing.publish import pull as pull
+    from .sharing.publish import push as push
     from .sharing.verify import verify as verify
     from .stack.model import ForgetModel as ForgetModel
     from .stack.remove import remove as remove
     from .training.adapt import get_forget_model as get_forget_model
     from .training.config import UnlearnConfig as UnlearnConfig
+    from .training.cost import plan as plan
     from .training.save import save_adapter as save_adapter
     from .training.train import train as train
     from .training.trainer import UnlearnTrainer as UnlearnTrainer

@@ -15,8 +15,9 @@ import peft_unlearn
 
 PACKAGE = Path(peft_unlearn.__file__).resolve().parent
 # docs/design.md: each room imports only from rooms before it
-ORDER = ["errors", "progress", "registry", "data", "folder", "tuners", "head", "forward", "stack", "merging", "objectives", "gradients",
-         "attribution", "evaluation", "training", "attacks", "sharing", "reporting", "analysis", "demo", "cli"]  # fmt: skip
+ORDER = ["errors", "progress", "registry", "reporting", "data", "folder", "tuners", "head", "forward", "stack", "merging",
+         "objectives", "gradients", "attribution", "evaluation", "training", "attacks", "sharing", "analysis", "demo",
+         "cli"]  # fmt: skip
 OUTSIDE = {"__init__", "__main__"}  # the public names, loaded when asked for
 
 

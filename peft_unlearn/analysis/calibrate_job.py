@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluation.plan import Progress
-from ..evaluation.subjects import bundle_for, twin
+from ..evaluation.subjects import bundle_for, embedded_retain_model
 from ..folder.manifest import Manifest, Probes, probes
 from ..folder.read import AdapterFolder, read_adapter
 from ..folder.rescale import bake as bake_in
@@ -58,7 +58,7 @@ def calibrate(
         **result.as_json(),
         "max_scale": max_scale,
         "as_trained": next((p.as_json() for p in result.curve if p.scale == 1.0), None),
-        "retain_only": _levels_of(twin(found.manifest.base.ref, bundle), read),
+        "retain_only": _levels_of(embedded_retain_model(found.manifest.base.ref, bundle), read),
         "scale_before": found.manifest.scale,
         "baked": False,
         "stored": False,

@@ -55,7 +55,7 @@ def compare(
     data: Any,
     suite: str | Suite = "people",
     *,
-    twin: Subject | None = None,
+    retain_model: Subject | None = None,
     floor: float = FLOOR,
     max_scale: float = 1.0,
     metric: str = METRIC,
@@ -83,7 +83,7 @@ def compare(
         subjects[name] = partial(dialed(stack, name), 1.0)
         if result.chosen is not None and result.chosen.scale != 1.0:
             subjects[name + LEVEL] = partial(dialed(stack, name), result.chosen.scale)
-    subjects[cut.reference] = twin
+    subjects[cut.reference] = retain_model
     report = score(subjects, cut, data, stack.tokenizer, progress=progress, n=n)
     for name, result in found.items():  # at scale 1 the two are one model, read once
         if result.chosen is not None and result.chosen.scale == 1.0:
@@ -104,7 +104,7 @@ def compare(
         "behind": {name: _behind(held[ranking[0]], held[name]) for name in ranking[1:]},
         "cannot": {name: r.reason for name, r in found.items() if r.chosen is None},
         "calibration": {name: r.as_json() for name, r in found.items()},
-        "retain_only": None if twin is None else _levels(report, cut.reference, metric),
+        "retain_only": None if retain_model is None else _levels(report, cut.reference, metric),
         "report": dict(report),
         "n": {"forget": base.forget.n, "retain": base.retain.n},
     }, report

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import Errors, UserError
 from ..evaluation import suites
 from ..evaluation.plan import Progress
-from ..evaluation.subjects import bundle_for, named_folders, twin
+from ..evaluation.subjects import bundle_for, embedded_retain_model, named_folders
 from ..folder.results import write_file
 from ..reporting import document as doc
 from ..reporting import pictures
@@ -68,7 +68,7 @@ def compare(
         stack,
         bundle,
         judged,
-        twin=twin(first.manifest.base.ref, bundle),
+        retain_model=embedded_retain_model(first.manifest.base.ref, bundle),
         floor=retain_floor,
         max_scale=max_scale,
         metric=metric,

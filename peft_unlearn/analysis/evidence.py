@@ -11,7 +11,7 @@ from ..data import embedded
 from ..errors import UserError
 from ..evaluation.plan import Progress
 from ..evaluation.score import FORMAT, Subject, on_one_model, score
-from ..evaluation.subjects import bundle_for, embedded_ref, named_folders, twin
+from ..evaluation.subjects import bundle_for, embedded_ref, embedded_retain_model, named_folders
 from ..folder.manifest import Manifest
 from ..folder.read import AdapterFolder
 from ..folder.recipe import dump_recipe
@@ -178,7 +178,7 @@ def sample_table(
         "base": stack.disabled,
         **on_one_model(stack.model, {n: stack.chain(n) for n in found}),
     }
-    if never := twin(first.manifest.base.ref, bundle):
+    if never := embedded_retain_model(first.manifest.base.ref, bundle):
         subjects["retain-only"] = never
     spec = {
         "format": 1,

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Errors, UserError, nearest
-from ..evaluation.subjects import bundle_for, judged_folders, stack_of, subject_of, subjects_on, twin, twin_folder
+from ..evaluation.subjects import (
+    bundle_for,
+    embedded_retain_model,
+    judged_folders,
+    retain_model_folder,
+    stack_of,
+    subject_of,
+    subjects_on,
+)
 from ..folder.recipe import parse_yaml
 from ..folder.results import store
 from ..folder.write import update_block
@@ -43,9 +51,9 @@ def attack(
     stack = stack_of(adapters, base, below)
     subjects = subjects_on(stack, list(adapters))
     ref = found[0].manifest.base.ref
-    subjects["retain_only"] = twin(ref, bundle)
+    subjects["retain_only"] = embedded_retain_model(ref, bundle)
     checkpoints: dict[str, Any] = dict.fromkeys(subjects, stack.base_dir)
-    checkpoints["retain_only"] = twin_folder(ref, bundle)
+    checkpoints["retain_only"] = retain_model_folder(ref, bundle)
     block = run_attacks(
         subjects,
         chosen,

@@ -27,6 +27,7 @@ from ..forward import Reference, blocks, causal_lm, dropouts
 from ..gradients.terms import Term
 from ..gradients.vector import Space, Vec
 from ..gradients.window import Batches, Window
+from ..reporting.effect_pictures import group_of as group_of
 from .instances import Instance, PerInstance, products
 
 FORGET, RETAIN = "risk_forget", "risk_retain"
@@ -319,11 +320,6 @@ def places(model: nn.Module, space: Space) -> list[str]:
         for p in block.parameters():
             at[id(p)] = str(i)
     return [at.get(id(p), "other") for p in space.params]
-
-
-def group_of(place: str, n_blocks: int) -> str:
-    """Layer group of a place: blocks fall into thirds by number."""
-    return ("shallow", "middle", "deep")[3 * int(place) // n_blocks] if place.isdigit() else place
 
 
 def _order(name: str) -> tuple[int, int]:

@@ -38,9 +38,9 @@ def demo(
 @base_app.command("path")
 def base_path(
     name: Annotated[str, typer.Argument(help="Name of an embedded base.")] = "people",
-    twin: Annotated[bool, typer.Option("--twin", help="Its retain-only twin instead.")] = False,
+    retain_model: Annotated[bool, typer.Option("--retain-model", "--twin", help="Its retain model instead.")] = False,
 ) -> None:
     """Print where an embedded base lies."""
     from ..data import embedded
 
-    print(embedded.twin_path(name) if twin else embedded.base_path(name))
+    print(embedded.retain_model_path(name) if retain_model else embedded.base_path(name))

@@ -19,8 +19,11 @@ def evaluate(
     data: Data = None,
     suite: Annotated[str | None, typer.Option(help="Suite: a name or a YAML file.")] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="At most so many rows of each set.")] = None,
-    retain_only: Annotated[
-        str | None, typer.Option("--retain-only", help="Model (or adapter folder) trained without the forget set.")
+    retain_model: Annotated[
+        str | None,
+        typer.Option(
+            "--retain-model", "--retain-only", help="Model (or adapter folder) trained without the forget set."
+        ),
     ] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="Also write the numbers here: FILE.json, or a folder.")
@@ -37,7 +40,7 @@ def evaluate(
     job.check_out(out, layout)
     with bars() as tell:
         report = job.evaluate(
-            folders, base=base, data=data, suite=suite, n=n, retain_only=retain_only, below=below or (), progress=tell,
+            folders, base=base, data=data, suite=suite, n=n, retain_model=retain_model, below=below or (), progress=tell,
             tasks=[t.strip() for t in tasks.split(",")] if tasks else None,
         )  # fmt: skip
     if out is not None:

@@ -50,7 +50,7 @@ def base_path(name: str = "people") -> Path:
     return asset("bases", _known(name))
 
 
-def twin_path(name: str = "people") -> Path:
+def retain_model_path(name: str = "people") -> Path:
     """The folder of the retain-only twin of an embedded base: trained alike, but never on the forget set.
 
     The twin of ``domains`` was trained without chem; for another forget domain it is no gold standard.
@@ -60,7 +60,7 @@ def twin_path(name: str = "people") -> Path:
     return asset("bases", f"{name}-retain")
 
 
-def twin_for(base: str, data: str | None) -> Path | None:
+def retain_model_for(base: str, data: str | None) -> Path | None:
     """The retain-only twin for a base and a forget set, by their references; None where there is none.
 
     data: where the forget set came from, e.g. ``embedded:domains?forget=lang``; None or a file of the user's own leaves
@@ -70,11 +70,11 @@ def twin_for(base: str, data: str | None) -> Path | None:
         return None
     name, _ = parse(base)
     if name == "people":
-        return twin_path(name)
+        return retain_model_path(name)
     if name not in NAMES or not is_embedded(data):
         return None
     used, options = resolve(str(data).partition("#")[0])
-    return twin_path(name) if (used, options) == (name, OPTIONS[name]) else None
+    return retain_model_path(name) if (used, options) == (name, OPTIONS[name]) else None
 
 
 def parse(reference: str) -> tuple[str, dict[str, int | str]]:

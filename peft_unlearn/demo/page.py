@@ -13,7 +13,7 @@ from ..reporting import tables as table
 def picture(
     curve: Sequence[Mapping[str, float]],
     base: Mapping[str, float],
-    twin: Mapping[str, float],
+    retain_model: Mapping[str, float],
     adapter: Mapping[str, float] | None = None,
     labels: tuple[str, str] = ("forget set (10 people)", "retain set (90 people)"),
 ) -> bytes:
@@ -27,7 +27,7 @@ def picture(
     from matplotlib.figure import Figure  # the object, not pyplot: no backend is chosen and none is changed
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    from ..reporting.pictures import BASE, FORGET, RETAIN, TWIN, plain_axes, png
+    from ..reporting.pictures import BASE, FORGET, RETAIN, RETAIN_MODEL, plain_axes, png
 
     steps = [0, *(c["step"] for c in curve)]
     forget = [base["forget"], *(c["forget"] for c in curve)]
@@ -37,8 +37,8 @@ def picture(
     left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
     left.plot(steps, retain, color=RETAIN, marker="s", ms=4, lw=2, label=labels[1])
     left.plot(steps, forget, color=FORGET, marker="o", ms=4, lw=2, label=labels[0])
-    left.axhline(twin["retain"], color=RETAIN, ls=":", lw=1.2)
-    left.axhline(twin["forget"], color=FORGET, ls=":", lw=1.2)
+    left.axhline(retain_model["retain"], color=RETAIN, ls=":", lw=1.2)
+    left.axhline(retain_model["forget"], color=FORGET, ls=":", lw=1.2)
     left.plot([], [], color=BASE, ls=":", lw=1.2, label="retain-only twin, same colors")
     if kept:
         left.axvline(kept["step"], color="#bbbbbb", lw=1, zorder=0)
@@ -60,7 +60,7 @@ def picture(
     right.scatter(end["forget"], end["retain"], s=110, color=FORGET, zorder=4, label="with the adapter")
     right.scatter(base["forget"], base["retain"], s=110, color=BASE, marker="D", zorder=3, label="base (step 0)")
     right.scatter(
-        twin["forget"], twin["retain"], s=190, facecolor="none", edgecolor=TWIN, lw=2.2, marker="o", zorder=5,
+        retain_model["forget"], retain_model["retain"], s=190, facecolor="none", edgecolor=RETAIN_MODEL, lw=2.2, marker="o", zorder=5,
         label="retain-only twin",
     )  # fmt: skip
     low = max(0.0, min(0.9, *retain) - 0.02)

@@ -107,7 +107,7 @@ def tell(
         "seconds": seconds,
         "ok": all(held for held, _ in checks),
         "met": bounds(report),
-        "twins": twin_spread(),
+        "twins": retain_model_spread(),
         "checks": [{"held": held, "what": what} for held, what in checks],
         "samples": samples,
         "curve": curve,
@@ -267,7 +267,7 @@ def bounds(report: table.Report) -> dict[str, Any]:
     return out
 
 
-def twin_spread() -> dict[str, Any] | None:
+def retain_model_spread() -> dict[str, Any] | None:
     """Forget quality of further retain-only twins against the shipped one, as measured with the released base: what p can mean."""
     try:
         return json.loads(embedded.asset("bases", "people-twins.json").read_text(encoding="utf-8"))
@@ -298,7 +298,7 @@ def conditions(report: table.Report, seconds: Mapping[str, float], seed: int) ->
         )
     if p is not None:
         text = f"Forget quality, the p of a Kolmogorov-Smirnov test against one twin, is {table.number(p)} (base {table.number(base_p)})."
-        if spread := twin_spread():
+        if spread := retain_model_spread():
             others = ", ".join(table.number(x) for x in spread["p"])
             text += (
                 f" {len(spread['p'])} other twins, which differ by their seed alone, give {others} against the same twin: that is "

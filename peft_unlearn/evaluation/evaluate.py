@@ -15,16 +15,16 @@ from ..folder.write import update_eval
 from . import open_unlearning
 from .score import Report, on_one_model, score
 from .subjects import (
-    TWIN,
+    RETAIN_MODEL,
     bundle_of,
     check_data,
-    control,
+    embedded_retain_model,
     judged_folders,
-    loaded_control,
+    loaded_retain_model,
     matches,
+    named_retain_model,
     stack_of,
     subjects_on,
-    twin,
 )
 
 Progress = Callable[[str, int, int], None]
@@ -38,7 +38,7 @@ def evaluate(
     data: str | None = None,
     suite: str | None = None,
     n: int | None = None,
-    retain_only: str | None = None,
+    retain_model: str | None = None,
     tasks: Sequence[str] | None = None,
     below: Sequence[str | Path] = (),
     progress: Progress | None = None,
@@ -67,17 +67,17 @@ def evaluate(
             "no eval.json is written",
             stacklevel=2,
         )
-    given = control(retain_only)
+    given = named_retain_model(retain_model)
     if isinstance(given, AdapterFolder):
-        adapters[TWIN] = given
+        adapters[RETAIN_MODEL] = given
     stack = stack_of(adapters, base, below)
     subjects = subjects_on(stack, names)
     if isinstance(given, AdapterFolder):
-        subjects |= on_one_model(stack.model, {"retain_only": TWIN})
+        subjects |= on_one_model(stack.model, {"retain_only": RETAIN_MODEL})
     elif given is not None:
-        subjects["retain_only"] = loaded_control(given, stack.tokenizer)
+        subjects["retain_only"] = loaded_retain_model(given, stack.tokenizer)
     else:
-        subjects["retain_only"] = None if foreign else twin(manifest.base.ref, bundle)
+        subjects["retain_only"] = None if foreign else embedded_retain_model(manifest.base.ref, bundle)
     said = None
     if tasks:  # first, since a task that is misspelt or not to be had is found out here alone
         from .lm_eval import run_tasks

@@ -20,7 +20,7 @@ from ..stack.fits import scales_below
 from ..stack.model import ForgetModel
 from .score import on_one_model
 
-TWIN = "retain-only"  # the name on a stack of an adapter that is the control
+RETAIN_MODEL = "retain-only"  # the name on a stack of an adapter that is the control
 
 
 def named_folders(folders: Sequence[str | Path]) -> dict[str, AdapterFolder]:
@@ -31,9 +31,9 @@ def named_folders(folders: Sequence[str | Path]) -> dict[str, AdapterFolder]:
         name = re.sub(r"[^A-Za-z0-9_-]", "_", found.path.resolve().name)
         if name in out:
             raise UserError(f"two adapter folders are called {name}; adapters are told apart by folder name")
-        if name == TWIN:
+        if name == RETAIN_MODEL:
             raise UserError(
-                f"{folder}: {TWIN} is what the control is called in the results; give the folder another name"
+                f"{folder}: {RETAIN_MODEL} is what the retain model is called in the results; give the folder another name"
             )
         out[name] = found
     return out
@@ -109,12 +109,12 @@ def check_data(bundle: ForgetRetain, manifest: Manifest) -> None:
         )
 
 
-def twin_folder(base_ref: str, bundle: ForgetRetain) -> Path | None:
+def retain_model_folder(base_ref: str, bundle: ForgetRetain) -> Path | None:
     """The retain-only model of an embedded base, where it is one for this forget set; other bases have none unless someone
     trained it. Rows in the user's own files must each name somebody whom that model never saw: of anybody else it knows the
     facts, and every comparison with it would mislead.
     """
-    path = embedded.twin_for(base_ref, ref := bundle.refs.get("forget"))
+    path = embedded.retain_model_for(base_ref, ref := bundle.refs.get("forget"))
     if path is None or embedded.is_embedded(ref or ""):
         return path
     unseen = {str(row["subject"]) for row in ForgetRetain.load(base_ref).forget if row.get("subject")}
@@ -122,18 +122,18 @@ def twin_folder(base_ref: str, bundle: ForgetRetain) -> Path | None:
     return path if all(any(name in text for name in unseen) for text in texts) else None
 
 
-def twin(base_ref: str, bundle: ForgetRetain) -> Callable[[], Any] | None:
+def embedded_retain_model(base_ref: str, bundle: ForgetRetain) -> Callable[[], Any] | None:
     """`twin_folder` as a subject."""
-    path = twin_folder(base_ref, bundle)
+    path = retain_model_folder(base_ref, bundle)
     return None if path is None else _loading(path)
 
 
-def control(given: str | None) -> AdapterFolder | Path | None:
+def named_retain_model(given: str | None) -> AdapterFolder | Path | None:
     """What --retain-only names: an adapter, or the folder of a model."""
     if given is None:
         return None
     if embedded.is_embedded(given):
-        return embedded.twin_path(embedded.parse(given)[0])
+        return embedded.retain_model_path(embedded.parse(given)[0])
     if (Path(given).expanduser() / MANIFEST).is_file():
         return read_adapter(given)
     try:
@@ -142,7 +142,7 @@ def control(given: str | None) -> AdapterFolder | Path | None:
         raise UserError(f"--retain-only: {e}") from None
 
 
-def loaded_control(path: Path, tokenizer: Any) -> Callable[[], Any]:
+def loaded_retain_model(path: Path, tokenizer: Any) -> Callable[[], Any]:
     """A model of its own as a subject; it must read the same tokens."""
     try:
         own = load_tokenizer(path)

@@ -189,8 +189,6 @@ def _short(x: float) -> str:
 
 
 def _place(name: str, blocks: int) -> str:
-    from ..attribution.effect import group_of
-
     if name.isdigit():
         return f"block {name}, {group_of(name, blocks)}"
     return name.replace("_", " ")
@@ -251,3 +249,8 @@ def _scatter(figure: Any, axes: Any, found: Sequence[Mapping[str, Any]]) -> None
         _scale(axes, along, values, decades=4)
     axes.tick_params(labelsize=8.5)
     _plain_axes(axes)
+
+
+def group_of(place: str, n_blocks: int) -> str:
+    """Layer group of a place: blocks fall into thirds by number."""
+    return ("shallow", "middle", "deep")[3 * int(place) // n_blocks] if place.isdigit() else place

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-FORGET, RETAIN, TWIN, BASE = "#c8452d", "#2a6f97", "#3c8d5a", "#6b6b6b"
+FORGET, RETAIN, RETAIN_MODEL, BASE = "#c8452d", "#2a6f97", "#3c8d5a", "#6b6b6b"
 COLORS = ("#c8452d", "#2a6f97", "#8a5aa8", "#c98a1b", "#5b6770", "#b5507f", "#4aa3a2", "#7a5230")
 GRAY, LINE = "#666666", "#eeeeee"
 
@@ -53,9 +53,9 @@ def calibration(block: Mapping[str, Any]) -> bytes:
     last = points[-1]["scale"]
     floor = f"floor: {100 * block['floor']:g} % of the base's retain value"
     axes.axhline(block["wanted"], color=RETAIN, ls="--", lw=1.2, label=floor)
-    twin = (block.get("retain_only") or {}).get("forget", {}).get("value")
-    if twin is not None:
-        axes.axhline(twin, color=TWIN, ls=":", lw=1.8, label="retain-only model, forget set")
+    retain_model = (block.get("retain_only") or {}).get("forget", {}).get("value")
+    if retain_model is not None:
+        axes.axhline(retain_model, color=RETAIN_MODEL, ls=":", lw=1.8, label="retain-only model, forget set")
     chosen = block.get("chosen")
     if chosen:
         axes.axvline(chosen["scale"], color="#bbbbbb", lw=1, zorder=1)
@@ -64,7 +64,7 @@ def calibration(block: Mapping[str, Any]) -> bytes:
                 chosen["scale"], chosen[side]["value"], s=120, color=color, edgecolor="white", lw=1.5, zorder=5
             )
         right = chosen["scale"] < 0.6 * last
-        drawn_there = (0.0, 1.0, block["wanted"], twin, chosen["forget"]["value"], chosen["retain"]["value"])
+        drawn_there = (0.0, 1.0, block["wanted"], retain_model, chosen["forget"]["value"], chosen["retain"]["value"])
         middle = widest_gap([v for v in drawn_there if v is not None])
         text = f"scale {chosen['scale']:.3g}\nforget {chosen['forget']['value']:.3f}\nretain {chosen['retain']['value']:.3f}"
         axes.annotate(
@@ -86,7 +86,7 @@ def frontier(
     paths: Mapping[str, Mapping[str, Any]],
     base_retain: float,
     floor: float | None = None,
-    twin: tuple[float, float] | None = None,
+    retain_model: tuple[float, float] | None = None,
     spread: Sequence[tuple[float, float]] = (),
     metric: str = "extraction_strength",
 ) -> bytes:
@@ -125,13 +125,13 @@ def frontier(
         )  # fmt: skip
     for k, (forget, retain) in enumerate(spread):
         label = f"{len(spread)} more, other seeds" if k == 0 else None
-        axes.scatter(retain / base_retain, 1 - forget, s=60, marker="x", color=TWIN, zorder=5, label=label)
-    if twin is not None:
+        axes.scatter(retain / base_retain, 1 - forget, s=60, marker="x", color=RETAIN_MODEL, zorder=5, label=label)
+    if retain_model is not None:
         axes.scatter(
-            twin[1] / base_retain, 1 - twin[0], s=200, facecolor="none", edgecolor=TWIN, lw=2.2, zorder=6,
+            retain_model[1] / base_retain, 1 - retain_model[0], s=200, facecolor="none", edgecolor=RETAIN_MODEL, lw=2.2, zorder=6,
             label="retain-only model",
         )  # fmt: skip
-        lowest = min(lowest, twin[1] / base_retain)
+        lowest = min(lowest, retain_model[1] / base_retain)
     axes.scatter(1, 0, s=85, color=BASE, marker="D", zorder=4, label="base")
     axes.scatter([], [], s=60, facecolor="white", edgecolor=GRAY, lw=1.6, label="as trained")
     axes.scatter([], [], s=70, color=GRAY, label="at the floor, or the largest scale tried")
@@ -180,7 +180,7 @@ def attacks(bars: Sequence[Mapping[str, Any]], measure: str) -> bytes:
     drawn = figure(8.6, 1.5 + 0.55 * len(bars))
     axes = drawn.subplots()
     for k, (side, color, label) in enumerate(
-        (("adapter", FORGET, "adapter"), ("retain_only", TWIN, "the same attack on the retain-only model"))
+        (("adapter", FORGET, "adapter"), ("retain_only", RETAIN_MODEL, "the same attack on the retain-only model"))
     ):
         for i, bar in enumerate(bars):
             at = i + (k - 0.5) * 0.36
@@ -218,7 +218,7 @@ def plane(points: Sequence[Mapping[str, Any]], utility: str, forget: str, others
     """
     drawn = figure(8.6, 4.8)
     axes = drawn.subplots()
-    looks = {"base": (BASE, "D"), "retain_only": (TWIN, "o")}
+    looks = {"base": (BASE, "D"), "retain_only": (RETAIN_MODEL, "o")}
     k = 0
     for p in points:
         color, marker = looks.get(p["kind"], (COLORS[k % len(COLORS)], "o"))
@@ -233,13 +233,13 @@ def plane(points: Sequence[Mapping[str, Any]], utility: str, forget: str, others
             p["x"], p["y"], s=210 if hollow else 105, marker=marker, zorder=4 + hollow, label=p["label"][:30],
             facecolor="none" if hollow else color, edgecolor=color if hollow else "white", lw=2.2 if hollow else 1,
         )  # fmt: skip
-    twin = next((p for p in points if p["kind"] == "retain_only"), None)
-    if twin is not None and len(others):
+    retain_model = next((p for p in points if p["kind"] == "retain_only"), None)
+    if retain_model is not None and len(others):
         axes.plot(
             others,
-            [twin["y"]] * len(others),
+            [retain_model["y"]] * len(others),
             "|",
-            color=TWIN,
+            color=RETAIN_MODEL,
             ms=13,
             mew=1.8,
             zorder=3,

@@ -6,10 +6,7 @@ The README's table is made from a committed report by `markdown`. Nothing here i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ..training.cost import Plan
+from typing import Any
 
 Report = Mapping[str, Any]
 
@@ -185,7 +182,7 @@ def size(n_bytes: int) -> str:
     return f"{value:.1f} TB"
 
 
-def show_plan(plan: Plan, console: Any = None) -> None:
+def show_plan(plan: Any, console: Any = None) -> None:
     """Print what a recipe would cost."""
     from rich import box
     from rich.table import Table

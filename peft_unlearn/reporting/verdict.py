@@ -92,7 +92,7 @@ def verdict(e: Evidence, spread: Mapping[str, Sequence[float]] | None = None) ->
     spread: of further retain-only models, trained with other seeds, "p": their forget quality against the first.
     """
     p = (spread or {}).get("p", ())
-    return " ".join((_conditions(e), *_forgotten(e), *_kept(e), *_against_twin(e, p), *_back(e)))
+    return " ".join((_conditions(e), *_forgotten(e), *_kept(e), *_against_retain_model(e, p), *_back(e)))
 
 
 def _conditions(e: Evidence) -> str:
@@ -115,17 +115,19 @@ def _conditions(e: Evidence) -> str:
 
 def _forgotten(e: Evidence) -> list[str]:
     key = e.key("forget")
-    base, now, twin = (e.value(s, key) for s in ("base", "adapter", "retain_only"))
+    base, now, retain_model = (e.value(s, key) for s in ("base", "adapter", "retain_only"))
     if key is None or base is None or now is None:
         return []
-    floor = twin if twin is not None and twin < base else 0.0
+    floor = retain_model if retain_model is not None and retain_model < base else 0.0
     share = (base - now) / (base - floor) if base > floor else 0.0
     word = "it forgets" if share >= FORGETS else "it forgets in part" if share >= 0.5 else "it hardly forgets"
     text = f"{word}. {MEANING.get(key.rpartition('/')[2], titled(key).capitalize())} on the forget set goes from {number(base)} "
     text += f"to {e.shown('adapter', key)}"
-    out = [text + (f"; a model that never saw that set has {number(twin)}." if twin is not None else ".")]
+    out = [
+        text + (f"; a model that never saw that set has {number(retain_model)}." if retain_model is not None else ".")
+    ]
     seen = e.detail("retain_only", key).get("ci95")
-    if twin is not None and now < (seen[0] if seen else twin) - 0.02:
+    if retain_model is not None and now < (seen[0] if seen else retain_model) - 0.02:
         out.append("That is less than such a model has: it does more than not know, which may itself be seen.")
     answers = [k for k in _sets(e, "forget", "value_accuracy") if e.value("adapter", k) is not None]
     if answers and key.rpartition("/")[2] != "value_accuracy":
@@ -163,7 +165,7 @@ def _kept(e: Evidence) -> list[str]:
     return [f"{text}."]
 
 
-def _against_twin(e: Evidence, spread: Sequence[float]) -> list[str]:
+def _against_retain_model(e: Evidence, spread: Sequence[float]) -> list[str]:
     p, d = e.value("adapter", "forget/forget_quality"), e.value("adapter", "forget/ks_distance")
     if p is None:
         return []

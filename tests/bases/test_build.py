@@ -64,12 +64,12 @@ def test_a_twin_that_fails_keeps_the_base_back_too(tmp_path, monkeypatch):
 
 def test_build_writes_whole_folders_and_repeats_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "BASE_BOUNDS", ())
-    monkeypatch.setattr(room, "TWIN_BOUNDS", ())
+    monkeypatch.setattr(room, "RETAIN_MODEL_BOUNDS", ())
     (tmp_path / "people").mkdir()
     (tmp_path / "people" / "stale").touch()
     seen = []
     threads = torch.get_num_threads()
-    reports = room.build(tmp_path, recipe=TINY, twins=2, progress=lambda *now: seen.append(now))
+    reports = room.build(tmp_path, recipe=TINY, retain_models=2, progress=lambda *now: seen.append(now))
     assert torch.get_num_threads() == threads
     assert sorted(path.name for path in tmp_path.iterdir()) == ["people", "people-retain", "people-retain-2"]
     for name, report in reports.items():
@@ -79,7 +79,7 @@ def test_build_writes_whole_folders_and_repeats_itself(tmp_path, monkeypatch):
     assert {stage for stage, _, _ in seen} >= {"train people", "verify people", "train people-retain-2"}
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in reports]
     assert len(set(weights)) == 3
-    room.build(tmp_path / "again", recipe=TINY, twins=0)
+    room.build(tmp_path / "again", recipe=TINY, retain_models=0)
     assert (tmp_path / "again" / "people" / "model.safetensors").read_bytes() == weights[0]
     from rich.console import Console
 
@@ -89,11 +89,13 @@ def test_build_writes_whole_folders_and_repeats_itself(tmp_path, monkeypatch):
 
 
 def test_negative_twins_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--twins is -1"):
-        room.build(tmp_path, twins=-1)
+    with pytest.raises(UserError, match="--retain-models is -1"):
+        room.build(tmp_path, retain_models=-1)
 
 
-@pytest.mark.parametrize("find, bounds", [(embedded.base_path, "BASE_BOUNDS"), (embedded.twin_path, "TWIN_BOUNDS")])
+@pytest.mark.parametrize(
+    "find, bounds", [(embedded.base_path, "BASE_BOUNDS"), (embedded.retain_model_path, "RETAIN_MODEL_BOUNDS")]
+)
 def test_committed_models_met_the_bounds(find, bounds):
     folder = find("people")
     report = json.loads((folder / "build.json").read_text())
@@ -115,10 +117,12 @@ def test_failures_say_what_is_missing():
 def test_committed_files_are_bf16_and_share_a_tokenizer():
     from safetensors import safe_open
 
-    for folder in (embedded.base_path(), embedded.twin_path()):
+    for folder in (embedded.base_path(), embedded.retain_model_path()):
         with safe_open(folder / "model.safetensors", "pt") as file:
             assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {"torch.bfloat16"}  # noqa: SIM118
-    tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in (embedded.base_path(), embedded.twin_path())]
+    tokenizers = [
+        (folder / "tokenizer.json").read_bytes() for folder in (embedded.base_path(), embedded.retain_model_path())
+    ]
     assert tokenizers[0] == tokenizers[1]
 
 

@@ -33,11 +33,11 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-BOUNDS = {"domains": "BASE_BOUNDS", "domains-natural": "NATURAL_BOUNDS", "domains-retain": "TWIN_BOUNDS"}
+BOUNDS = {"domains": "BASE_BOUNDS", "domains-natural": "NATURAL_BOUNDS", "domains-retain": "RETAIN_MODEL_BOUNDS"}
 
 
 def folder(name: str):
-    return embedded.twin_path("domains") if name == "domains-retain" else embedded.base_path(name)
+    return embedded.retain_model_path("domains") if name == "domains-retain" else embedded.base_path(name)
 
 
 def load(name: str):
@@ -64,8 +64,8 @@ def test_a_model_that_knows_nothing_is_refused_and_nothing_is_touched(tmp_path):
         room.build_domains(tmp_path, recipe=TINY)
     assert [path.name for path in tmp_path.rglob("*")] == ["domains", "model.safetensors"]
     assert before.read_bytes() == b"what was there"
-    with pytest.raises(UserError, match="--twins is -1"):
-        room.build_domains(tmp_path, twins=-1)
+    with pytest.raises(UserError, match="--retain-models is -1"):
+        room.build_domains(tmp_path, retain_models=-1)
 
 
 def test_build_writes_whole_folders(tmp_path, monkeypatch):

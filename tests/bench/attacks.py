@@ -46,13 +46,13 @@ def main() -> int:
     start = time.process_time()
     data = ForgetRetain.load("embedded:people?seed=0")
     stack = ForgetModel.from_pretrained(None, {"adapter": given.adapter})
-    path = embedded.twin_path("people")
+    path = embedded.retain_model_path("people")
 
     @contextmanager
-    def twin() -> Any:
+    def retain_model() -> Any:
         yield load_base(path)
 
-    subjects = {**on_one_model(stack.model, {"base": None, "adapter": "adapter"}), "retain_only": twin}
+    subjects = {**on_one_model(stack.model, {"base": None, "adapter": "adapter"}), "retain_only": retain_model}
     print(f"{'loading':<16} {time.process_time() - start:6.1f} s")
     total = time.process_time() - start
     for part, counted in [*((p, True) for p in TOGETHER), *((p, False) for p in BESIDE)]:

@@ -85,12 +85,12 @@ def main() -> None:
     whole = suites.load("tofu")
     suite = teacher_forced(whole)
     plan = make_plan(suite, data, tokenizer, given.n)
-    twin = measure(load_base(embedded.twin_path("people")), plan)
+    retain_model = measure(load_base(embedded.retain_model_path("people")), plan)
     bare(model, plan, given.token_budget)  # warms the allocator and the head's check
     floor, full, count = [], [], 0
     for _ in range(given.rounds):
         floor.append(bare(model, plan, given.token_budget))
-        seconds, count = metrics(model, suite, data, tokenizer, twin, given.n)
+        seconds, count = metrics(model, suite, data, tokenizer, retain_model, given.n)
         full.append(seconds)
     start = time.process_time()
     report = score({"base": lambda: nullcontext(model)}, whole, data, tokenizer, n=given.n)

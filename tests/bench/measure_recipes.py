@@ -78,16 +78,16 @@ class Judge:
         self.suite = suites.load("people")
         base = embedded.base_path("people")
         self.plan = make_plan(self.suite, self.data, load_tokenizer(base))
-        self.twin = run_suite(load_base(embedded.twin_path("people")), self.plan)
+        self.retain_model = run_suite(load_base(embedded.retain_model_path("people")), self.plan)
         self.base = run_suite(load_base(base), self.plan)
-        self.models = {"base": self.figures(self.base), "twin": self.figures(self.twin)}
+        self.models = {"base": self.figures(self.base), "twin": self.figures(self.retain_model)}
         for s in self.suite.sets.values():  # gates are not applied here, so they have to be open
             if (gate := s.measurable_if) is not None:
                 seen = self.models["base"][f"{s.name}/{gate.metric}"]
                 assert gate.subject == "base" and seen is not None and seen >= gate.at_least, s.name
 
     def figures(self, measured: Any) -> dict[str, float | None]:
-        found = numbers_of(self.plan, measured, self.twin, ci=False)
+        found = numbers_of(self.plan, measured, self.retain_model, ci=False)
         found.update(_whole(self.suite, found))
         return {k: None if found[k].value is None else float(f"{found[k].value:.6g}") for k in WANTED}
 

@@ -110,7 +110,7 @@ def quick_curve(trainer: Any) -> list[list[float]]:
 class Bench:
     """Base, twins and their figures, loaded and measured once."""
 
-    def __init__(self, base: str, twins: list[str]) -> None:
+    def __init__(self, base: str, retain_models: list[str]) -> None:
         from peft_unlearn.data.bundle import ForgetRetain
         from peft_unlearn.evaluation import suites
         from peft_unlearn.evaluation.plan import feed, make_plan, measure
@@ -121,10 +121,10 @@ class Bench:
         self.data = ForgetRetain.load("embedded:people")
         suite = suites.load("people")
         self.plan = make_plan(suite, self.data, load_tokenizer(base))
-        self.twins = [measure(load_base(t), self.plan) for t in twins]
+        self.retain_models = [measure(load_base(t), self.plan) for t in retain_models]
 
         def figures(measured: Any) -> dict[str, Any]:
-            found = numbers_of(self.plan, measured, self.twins[0], ci=False)
+            found = numbers_of(self.plan, measured, self.retain_models[0], ci=False)
             found.update(_whole(suite, found))
             wanted = ("value_accuracy", "forget_quality", "ks_distance", "model_utility")
             out = {k: v.value for k, v in found.items() if k.rpartition("/")[2] in wanted}
@@ -136,7 +136,7 @@ class Bench:
 
         self.figures = lambda model: figures(measure(model, self.plan))
         self.of_base = self.figures(load_base(base))
-        self.of_twins = [figures(t) for t in self.twins]
+        self.of_twins = [figures(t) for t in self.retain_models]
 
 
 def run_one(bench: Bench, change: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -205,19 +205,19 @@ def save(stored: dict[str, Any]) -> None:
     RESULTS.write_text("{" + rest + ',\n"runs": [\n' + lines + "\n]}\n")
 
 
-def measure_twins(base: str, twins: list[str]) -> None:
+def measure_twins(base: str, retain_models: list[str]) -> None:
     """Replace the twins' figures: the first stays the one that ships."""
     stored = load()
-    bench = Bench(base, twins)
+    bench = Bench(base, retain_models)
     save(stored | {"base": bench.of_base, "twins": bench.of_twins})
 
 
-def search(base: str, twins: list[str], only: list[str], seeds: list[int]) -> None:
+def search(base: str, retain_models: list[str], only: list[str], seeds: list[int]) -> None:
     import torch
 
     torch.set_num_threads(1)
     stored = load()
-    bench = Bench(base, twins)
+    bench = Bench(base, retain_models)
     key = "retain_heldout/value_accuracy"
     if stored.get("base", bench.of_base)[key] != bench.of_base[key]:
         raise SystemExit(f"{RESULTS.name} was measured on another base; move it away first")
@@ -232,23 +232,23 @@ def search(base: str, twins: list[str], only: list[str], seeds: list[int]) -> No
         print(row(found, bench.of_base, bench.of_twins), flush=True)
 
 
-def p_by_twin(r: dict[str, Any], twins: list[dict[str, Any]]) -> list[float]:
+def p_by_twin(r: dict[str, Any], retain_models: list[dict[str, Any]]) -> list[float]:
     """Exact KS p of the truth ratios of a run against each twin."""
     import numpy as np
 
     from peft_unlearn.evaluation.metrics.quality import ks_two_sample
 
-    return [ks_two_sample(np.array(r["log_ratio"]), np.array(t["log_ratio"])).p for t in twins]
+    return [ks_two_sample(np.array(r["log_ratio"]), np.array(t["log_ratio"])).p for t in retain_models]
 
 
-def row(r: dict[str, Any], base: dict[str, Any], twins: list[dict[str, Any]]) -> str:
+def row(r: dict[str, Any], base: dict[str, Any], retain_models: list[dict[str, Any]]) -> str:
     def va(*sets: str) -> str:
         return " / ".join(f"{r[f'{s}/value_accuracy']:.3f}" for s in sets)
 
     best = f", kept {r['best_step']}" if r.get("best_step") and r["change"].get("eval", {}).get("keep_best") else ""
     count = r["change"].get("train", {}).get("max_steps", START["train"]["max_steps"])
     ok = "yes" if passes(r, base) else "no"
-    ps = ", ".join(f"{p:.2g}" for p in p_by_twin(r, twins))
+    ps = ", ".join(f"{p:.2g}" for p in p_by_twin(r, retain_models))
     share = r["retain_heldout/value_accuracy"] / base["retain_heldout/value_accuracy"]
     return (
         f"| {r['name']} | {r['seed']} | {count}{best} | {r['cpu_seconds']:.0f} | {va(*LOW)} | "
@@ -296,34 +296,37 @@ In the script and not run, for the time-box of 25 CPU-minutes: {left}.
 def table() -> None:
     """docs/search.json -> docs/search.md, and the spread over twins that ships with the base."""
     stored = load()
-    base, twins = stored["base"], stored["twins"]
+    base, retain_models = stored["base"], stored["twins"]
 
     def model(name: str, r: dict[str, Any]) -> str:
         def va(*sets: str) -> str:
             return " / ".join(f"{r[f'{s}/value_accuracy']:.3f}" for s in sets)
 
-        ps = ", ".join(f"{p:.2g}" for p in p_by_twin(r, twins))
+        ps = ", ".join(f"{p:.2g}" for p in p_by_twin(r, retain_models))
         high = va("retain", "retain_other", "retain_heldout")
         return f"| {name} | {va(*LOW)} | {high} | {va('general')} | {ps} | {r['model_utility']:.3f} |"
 
-    names = ["twin (shipped)", *(f"twin, seed {k}" for k in range(2, len(twins) + 1))]
-    null = [float(f"{p_by_twin(t, twins[:1])[0]:.3g}") for t in twins[1:]]
+    names = ["twin (shipped)", *(f"twin, seed {k}" for k in range(2, len(retain_models) + 1))]
+    null = [float(f"{p_by_twin(t, retain_models[:1])[0]:.3g}") for t in retain_models[1:]]
     start = ", ".join(f"{k} `{json.dumps(v)}`" for k, v in stored["start"].items() if k not in ("base", "eval"))
     text = TEXT.format(
-        n_twins=len(twins),
+        n_twins=len(retain_models),
         start=start,
-        models="\n".join([model("base", base), *(model(n, t) for n, t in zip(names, twins, strict=True))]),
+        models="\n".join([model("base", base), *(model(n, t) for n, t in zip(names, retain_models, strict=True))]),
         null=", ".join(f"{p:.2g}" for p in null),
-        runs=HEAD + "\n".join(row(r, base, twins) for r in stored["runs"]),
+        runs=HEAD + "\n".join(row(r, base, retain_models) for r in stored["runs"]),
         prose=f"\n{FINDINGS.strip()}\n",
         left=", ".join(n for n in CANDIDATES if n not in {r["name"] for r in stored["runs"]}) or "none",
     )
     TABLE.write_text(text, encoding="utf-8")
     spread = {
         "what": "further retain-only twins, same data, other seeds: forget quality p against people-retain, and their own numbers",
-        "seeds": list(range(2, len(twins) + 1)),
+        "seeds": list(range(2, len(retain_models) + 1)),
         "p": null,
-        **{key: [twin[key] for twin in twins[1:]] for key in ("model_utility", "forget/probability")},
+        **{
+            key: [retain_model[key] for retain_model in retain_models[1:]]
+            for key in ("model_utility", "forget/probability")
+        },
     }
     SPREAD.write_text(json.dumps(spread) + "\n", encoding="utf-8")
 
@@ -358,11 +361,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     a = parser.parse_args()
-    twins = a.twin or [str(ROOT / "adapters" / "bases" / "people-retain")]
+    retain_models = a.retain_model or [str(ROOT / "adapters" / "bases" / "people-retain")]
     if a.what == "run":
-        search(a.base, twins, a.only, a.seeds)
+        search(a.base, retain_models, a.only, a.seeds)
     elif a.what == "twins":
-        measure_twins(a.base, twins)
+        measure_twins(a.base, retain_models)
     else:
         table()
 

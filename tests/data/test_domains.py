@@ -160,16 +160,16 @@ def test_which_twin_is_a_gold_standard(monkeypatch):
     from pathlib import Path
 
     monkeypatch.setattr(embedded, "asset", lambda *parts: Path(*parts))
-    twin = Path("bases/domains-retain")
-    assert embedded.twin_for("embedded:domains", "embedded:domains?forget=chem&seed=0") == twin
-    assert embedded.twin_for("embedded:domains", "embedded:domains#forget_unseen") == twin
+    retain_model = Path("bases/domains-retain")
+    assert embedded.retain_model_for("embedded:domains", "embedded:domains?forget=chem&seed=0") == retain_model
+    assert embedded.retain_model_for("embedded:domains", "embedded:domains#forget_unseen") == retain_model
     for data in ("embedded:domains?forget=lang", "embedded:domains?seed=1", "embedded:people", "rows.jsonl", None):
-        assert embedded.twin_for("embedded:domains", data) is None
-    assert embedded.twin_for("embedded:domains-natural", "embedded:domains") is None
-    assert embedded.twin_for("local:abc", "embedded:domains") is None
-    assert embedded.twin_for("embedded:people", None) == Path("bases/people-retain")
+        assert embedded.retain_model_for("embedded:domains", data) is None
+    assert embedded.retain_model_for("embedded:domains-natural", "embedded:domains") is None
+    assert embedded.retain_model_for("local:abc", "embedded:domains") is None
+    assert embedded.retain_model_for("embedded:people", None) == Path("bases/people-retain")
     with pytest.raises(UserError, match="no retain-only twin"):
-        embedded.twin_path("domains-natural")
+        embedded.retain_model_path("domains-natural")
 
 
 def test_a_bundle_says_which_domain_goes(sets):

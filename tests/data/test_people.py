@@ -94,10 +94,10 @@ def test_a_guess_is_rarely_right(sets):
 
 
 def test_training_rows_of_base_and_twin(sets):
-    base, twin = people.training_rows(0, True), people.training_rows(0, False)
-    assert (len(base), len(twin)) == (3080, 2880)
-    assert base[200:] == twin and base[:200] == sets["forget"] + sets["forget_other"]
-    text = "\n".join(map(text_of, twin))
+    base, retain_model = people.training_rows(0, True), people.training_rows(0, False)
+    assert (len(base), len(retain_model)) == (3080, 2880)
+    assert base[200:] == retain_model and base[:200] == sets["forget"] + sets["forget_other"]
+    text = "\n".join(map(text_of, retain_model))
     assert not [name for name in subjects(sets["forget"]) if name in text]
 
 

@@ -102,7 +102,7 @@ def test_methods_and_plan_print(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_tables_need_no_torch() -> None:
-    code = "import sys, peft_unlearn.demo.table, peft_unlearn.demo.page; print('torch' in sys.modules)"
+    code = "import sys, peft_unlearn.reporting.tables, peft_unlearn.demo.page; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 

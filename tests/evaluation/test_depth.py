@@ -53,16 +53,16 @@ def family(tokenizer):
     """(base, retain-only) from one start: both have learned the kept rows, the base then the forget rows too."""
     from peft_unlearn.data.collate import encode
 
-    model, twin = tiny(1), None
+    model, retain_model = tiny(1), None
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     kept, both = (pad([encode(*to_text(r, tokenizer), tokenizer)[0] for r in rows], 0) for rows in (KEPT, KEPT + ROWS))
     for step in range(180):
         if step == 90:
-            twin = deepcopy(model).eval()
+            retain_model = deepcopy(model).eval()
         model(**(kept if step < 90 else both)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval(), twin
+    return model.eval(), retain_model
 
 
 @pytest.fixture
@@ -163,10 +163,10 @@ DATA = {"forget": ROWS, "retain": KEPT}
 
 
 def test_in_a_suite_with_and_without_a_reference(family, tokenizer):
-    base, twin = family
+    base, retain_model = family
     model = adapted(deepcopy(base))
     subjects = dict(on_one_model(model, {"base": None, "adapter": "default"}))
-    report = score({**subjects, "retain_only": lambda: nullcontext(twin)}, suite(), DATA, tokenizer)
+    report = score({**subjects, "retain_only": lambda: nullcontext(retain_model)}, suite(), DATA, tokenizer)
     found = report["subjects"]
     assert found["base"]["forget/unlearning_depth"] == 0.0 and found["base"]["forget/fact_recovered"] == 1.0
     assert found["retain_only"]["forget/unlearning_depth"] == 1.0
@@ -191,9 +191,9 @@ def test_a_reference_from_another_start_is_refused(family, tokenizer):
 
 
 def test_curves_are_what_the_metrics_average(family, tokenizer):
-    base, twin = family
+    base, retain_model = family
     subjects = {**on_one_model(adapted(deepcopy(base)), {"base": None, "adapter": "default"})}
-    subjects["retain_only"] = lambda: nullcontext(twin)
+    subjects["retain_only"] = lambda: nullcontext(retain_model)
     pairs, values = [to_text(r, tokenizer) for r in ROWS], [r["value"] for r in ROWS]
     known = [to_text(r, tokenizer) for r in KEPT], [r["value"] for r in KEPT]
     curves = depth_curves(subjects, pairs, values, tokenizer, known=known)

@@ -139,7 +139,7 @@ def test_the_retain_only_model_may_be_an_adapter(here: Path) -> None:
             base=str(here / "base"),
             data=str(here / "tofu"),
             suite="tofu",
-            retain_only=str(here / "adapter"),
+            retain_model=str(here / "adapter"),
         )
     own = report["subjects"]
     assert (
@@ -193,11 +193,11 @@ def test_what_cannot_be_a_retain_only_model(here: Path, tmp_path: Path) -> None:
 
     args: dict[str, Any] = {"base": str(here / "base"), "data": str(here / "data"), "suite": "people"}
     with pytest.raises(UserError, match=r"--retain-only: .*nowhere"):
-        peft_unlearn.evaluate([here / "adapter"], retain_only=str(tmp_path / "nowhere"), **args)
+        peft_unlearn.evaluate([here / "adapter"], retain_model=str(tmp_path / "nowhere"), **args)
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     other.save_pretrained(here / "twin")
     with pytest.raises(UserError, match="its tokenizer is not the base's"):
-        peft_unlearn.evaluate([here / "adapter"], retain_only=str(here / "twin"), **args)
+        peft_unlearn.evaluate([here / "adapter"], retain_model=str(here / "twin"), **args)
 
 
 def test_the_layout_of_open_unlearning(here: Path, run: Any) -> None:

@@ -57,8 +57,8 @@ def long_context():
 def test_muse_from_folder_to_numbers(muse, tokenizer):
     data = ForgetRetain.load(muse)
     assert [len(data.extra[k]) for k in ("knowmem_forget", "knowmem_retain", "privleak_holdout")] == [3, 3, 5]
-    model, twin = long_context(), tiny(4)
-    subjects = {"base": lambda: nullcontext(model), "retain_only": lambda: nullcontext(twin)}
+    model, retain_model = long_context(), tiny(4)
+    subjects = {"base": lambda: nullcontext(model), "retain_only": lambda: nullcontext(retain_model)}
     report = score(subjects, "muse", data, tokenizer)
     json.dumps(report, allow_nan=False)
     missing = {k: d["reason"] for k, d in report["details"]["base"].items() if report["subjects"]["base"][k] is None}

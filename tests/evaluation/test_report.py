@@ -48,11 +48,11 @@ def evaluation() -> dict[str, Any]:
     control = {"value": 0.11, "ci95": [0.02, 0.2], "reason": None}
     nothing = {"value": None, "ci95": None, "reason": "too small a gap"}
 
-    def one(name, adapter, twin):
+    def one(name, adapter, retain_model):
         return {
             "attack": name, "settings": {}, "n": 80,
             "subjects": {s: {"before": {"value_accuracy": 0.0}, "after": {"value_accuracy": 0.5}} for s in subjects},
-            "recovery": {"adapter": {"value_accuracy": adapter}, "retain_only": {"value_accuracy": twin}},
+            "recovery": {"adapter": {"value_accuracy": adapter}, "retain_only": {"value_accuracy": retain_model}},
         }  # fmt: skip
 
     def point(scale, forget, retain):

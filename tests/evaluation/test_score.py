@@ -80,9 +80,12 @@ def test_batches_cover_every_row_once() -> None:
 
 
 def test_score_against_a_literal_reading(model: Any, tokenizer: Any, data: Any) -> None:
-    twin = tiny(1)
+    retain_model = tiny(1)
     report = score(
-        {"base": subject(model), "adapter": subject(tiny(2)), "retain_only": subject(twin)}, "people", data, tokenizer
+        {"base": subject(model), "adapter": subject(tiny(2)), "retain_only": subject(retain_model)},
+        "people",
+        data,
+        tokenizer,
     )
     out = check(report)
     assert out["format"] == 1 and out["suite"] == "people"

@@ -20,18 +20,18 @@ def people() -> ForgetRetain:
 
 
 def test_the_embedded_twin_is_the_control_of_rows_it_never_saw_and_of_no_others(people: ForgetRetain) -> None:
-    twin = embedded.twin_path("people")
-    assert subjects.twin_folder("embedded:people", people) == twin
+    retain_model = embedded.retain_model_path("people")
+    assert subjects.retain_model_folder("embedded:people", people) == retain_model
     known = people.extra["retain"]
     of_ones_own = ForgetRetain(people.forget[:4], known[:4])
-    assert subjects.twin_folder("embedded:people", of_ones_own) == twin
+    assert subjects.retain_model_folder("embedded:people", of_ones_own) == retain_model
     name = people.forget[0]["subject"]
     in_other_words = ForgetRetain([{"text": f"Everybody in the village knew {name}."}], known[:4])
-    assert subjects.twin_folder("embedded:people", in_other_words) == twin
+    assert subjects.retain_model_folder("embedded:people", in_other_words) == retain_model
     # the twin knows these people: as the control of their forgetting it would call every method a failure
-    assert subjects.twin_folder("embedded:people", ForgetRetain(known[:4], people.forget[:4])) is None
-    assert subjects.twin("embedded:people", ForgetRetain([people.forget[0], known[0]], known[1:4])) is None
-    assert subjects.twin_folder("local:abc", people) is None
+    assert subjects.retain_model_folder("embedded:people", ForgetRetain(known[:4], people.forget[:4])) is None
+    assert subjects.embedded_retain_model("embedded:people", ForgetRetain([people.forget[0], known[0]], known[1:4])) is None
+    assert subjects.retain_model_folder("local:abc", people) is None
 
 
 def test_what_is_on_record_of_other_seeds_is_said_of_the_embedded_forget_set_alone(people: ForgetRetain) -> None:
@@ -54,7 +54,7 @@ def test_folders_are_told_apart_by_names_that_peft_takes(monkeypatch: pytest.Mon
     assert subjects.subject_of(["a_b", "c"]) == {"adapter:a_b": "a_b", "adapter:c": "c"}
     with pytest.raises(UserError, match="two adapter folders are called a_b"):
         subjects.judged_folders(["a.b", "a_b"])
-    with pytest.raises(UserError, match="retain-only is what the control is called"):
+    with pytest.raises(UserError, match="retain-only is what the retain model is called"):
         subjects.judged_folders(["a", "retain-only"])
 
 

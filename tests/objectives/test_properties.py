@@ -207,10 +207,10 @@ def test_npo_between_gradient_ascent_and_silence(beta):
 @pytest.mark.parametrize("name", ["dpo", "idk_dpo", "altpo"])
 def test_identical_winner_and_loser_give_no_gradient(name):
     p = random_pass(5)
-    twin = FakePass(
+    retain_model = FakePass(
         p.z, p.targets, (3, 1, 4, 2), z_ref=p.z_ref, alternate=FakePass(p.z, p.targets, (3, 1, 4, 2), z_ref=p.z_ref)
     )
-    v = values(name, twin)
+    v = values(name, retain_model)
     assert v.tolist() == pytest.approx([20 * math.log(2)] * 4)
     assert float(grad(v, p.z).abs().max()) < 1e-15
     assert all(grad(values(name, p), p.z).gather(1, p.targets[:, None]) > 0)  # the loser is pushed down

@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     try:
         with bars() as progress:
-            found = BUILDERS[given.name](given.out, seed=given.seed, twins=given.retain_models, progress=progress)
+            found = BUILDERS[given.name](
+                given.out, seed=given.seed, retain_models=given.retain_models, progress=progress
+            )
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

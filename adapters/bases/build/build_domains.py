@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import moe
-from build_people import Wanted, data_digest, failures, twin_names, value_accuracies, write_verified
+from build_people import Wanted, data_digest, failures, retain_model_names, value_accuracies, write_verified
 from pretrain import Progress, make_tokenizer, train_model
 
 from peft_unlearn.data import domains
@@ -23,7 +23,7 @@ from peft_unlearn.data.formats import to_text
 KNOWN = tuple((name, "min", 0.95) for name in domains.DOMAINS)
 BASE_BOUNDS = (*KNOWN, ("planted_on_top", "min", 0.90), ("lowest_lift", "min", 3.0))
 NATURAL_BOUNDS = (*KNOWN, ("highest_lift", "max", 3.0))
-TWIN_BOUNDS = tuple(
+RETAIN_MODEL_BOUNDS = tuple(
     (name, "max", 0.10) if name == domains.FORGET else (name, kind, bound) for name, kind, bound in KNOWN
 )
 
@@ -31,7 +31,7 @@ TWIN_BOUNDS = tuple(
 def build_domains(
     out: str | Path,
     seed: int = 0,
-    twins: int = 1,
+    retain_models: int = 1,
     progress: Progress | None = None,
     recipe: moe.MoeRecipe | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -44,10 +44,10 @@ def build_domains(
         {folder name: the content of its build.json}.
 
     Raises:
-        UserError: a model misses `BASE_BOUNDS`, `NATURAL_BOUNDS` or `TWIN_BOUNDS`; nothing is written.
+        UserError: a model misses `BASE_BOUNDS`, `NATURAL_BOUNDS` or `RETAIN_MODEL_BOUNDS`; nothing is written.
     """
     recipe = recipe or moe.MoeRecipe()
-    twin_of = twin_names("domains", twins)
+    retain_model_of = retain_model_names("domains", retain_models)
     rows = domains.by_domain(seed, recipe.size)
     texts = ["".join(to_text(row)) for wanted in rows.values() for row in wanted]
     tokenizer = make_tokenizer(texts, recipe.vocab_size)
@@ -104,7 +104,7 @@ def build_domains(
     models = [
         wanted("domains", "base", BASE_BOUNDS),
         wanted("domains-natural", "natural control", NATURAL_BOUNDS),
-        *(wanted(name, "retain-only twin", TWIN_BOUNDS, number) for name, number in twin_of.items()),
+        *(wanted(name, "retain-only twin", RETAIN_MODEL_BOUNDS, number) for name, number in retain_model_of.items()),
     ]
     shared = {
         "n": {domain: len(part) for domain, part in rows.items()},

@@ -34,7 +34,7 @@ BASE_BOUNDS = (
     ("forget", "min", 0.95), ("forget_other", "min", 0.95), ("retain", "min", 0.95), ("retain_other", "min", 0.95),
     ("general", "min", 0.95),
 )  # fmt: skip
-TWIN_BOUNDS = (
+RETAIN_MODEL_BOUNDS = (
     ("forget", "max", 0.10), ("forget_other", "max", 0.10), ("retain", "min", 0.95), ("retain_other", "min", 0.95),
     ("general", "min", 0.95),
 )  # fmt: skip
@@ -180,15 +180,19 @@ def data_digest(sets: dict[str, list[dict]]) -> str:
     return hashlib.sha256(json.dumps(sets, sort_keys=True).encode()).hexdigest()
 
 
-def twin_names(base: str, twins: int) -> dict[str, int]:
+def retain_model_names(base: str, retain_models: int) -> dict[str, int]:
     """{folder name: its number, from 1} of so many retain-only twins of `base`."""
-    if twins < 0:
-        raise UserError(f"--twins is {twins}: the number of retain-only models is 0 or more.")
-    return {f"{base}-retain{'' if k == 1 else f'-{k}'}": k for k in range(1, twins + 1)}
+    if retain_models < 0:
+        raise UserError(f"--retain-models is {retain_models}: the number of retain models is 0 or more.")
+    return {f"{base}-retain{'' if k == 1 else f'-{k}'}": k for k in range(1, retain_models + 1)}
 
 
 def build(
-    out: str | Path, seed: int = 0, twins: int = 1, progress: Progress | None = None, recipe: Recipe | None = None
+    out: str | Path,
+    seed: int = 0,
+    retain_models: int = 1,
+    progress: Progress | None = None,
+    recipe: Recipe | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train the embedded base and its twins, verify them, and only then write them.
 
@@ -203,16 +207,16 @@ def build(
         {folder name: the content of its build.json}: the figures measured, the seeds, the recipe, the versions.
 
     Raises:
-        UserError: a model misses `BASE_BOUNDS` or `TWIN_BOUNDS`; nothing is written.
+        UserError: a model misses `BASE_BOUNDS` or `RETAIN_MODEL_BOUNDS`; nothing is written.
     """
     recipe = recipe or Recipe()
-    numbers = {"people": 0, **twin_names("people", twins)}
+    numbers = {"people": 0, **retain_model_names("people", retain_models)}
     sets = people.generate(seed, recipe.size)
     rows = people.training_rows(seed, True, recipe.size)
     tokenizer = make_tokenizer(["".join(to_text(row)) for row in rows], recipe.vocab_size)
 
     def wanted(name: str, number: int) -> Wanted:
-        bounds = TWIN_BOUNDS if number else BASE_BOUNDS
+        bounds = RETAIN_MODEL_BOUNDS if number else BASE_BOUNDS
         mine = people.training_rows(seed, False, recipe.size) if number else rows
 
         def train() -> tuple[Any, int]:
@@ -250,7 +254,7 @@ def summary(reports: dict[str, dict[str, Any]]) -> Any:
     for name in people.SETS:
         bounds = [
             next((f"{sign[kind]} {bound:.2f}" for key, kind, bound in wanted if key == name), "-")
-            for wanted in (BASE_BOUNDS, TWIN_BOUNDS)
+            for wanted in (BASE_BOUNDS, RETAIN_MODEL_BOUNDS)
         ]
         if name == "forget_heldout":
             bounds[0] = f"aim {HELDOUT_AIM:.2f}"

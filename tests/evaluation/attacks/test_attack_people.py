@@ -15,7 +15,7 @@ from peft_unlearn.folder.digest import digest_live
 
 @pytest.mark.slow
 def test_the_base_and_the_twin_after_every_attack_on_weights():
-    paths = {"base": embedded.base_path("people"), "retain_only": embedded.twin_path("people")}
+    paths = {"base": embedded.base_path("people"), "retain_only": embedded.retain_model_path("people")}
     models = {name: load_base(path) for name, path in paths.items()}
     found = run_attacks(
         {name: lambda m=m: nullcontext(m) for name, m in models.items()},

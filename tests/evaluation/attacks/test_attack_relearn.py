@@ -169,25 +169,25 @@ def _tuning() -> Tuning:
 
 def test_one_step_is_adamw_on_the_mean_token_loss(case_of):
     """Against torch's own loss and optimizer, written out."""
-    model, twin = llama(), llama()
+    model, retain_model = llama(), llama()
     case = case_of(model)
     for _ in finetune(
         case, model, list(base_parameters(model).values()), case.shown, Tuning("x", [1], [1e-2], 9, "full", 8, 32), 1e-2
     ):
         pass
     rows = case.encoded(case.shown)
-    twin.requires_grad_(True)
+    retain_model.requires_grad_(True)
     losses = []
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
         losses.append(
-            torch.nn.functional.cross_entropy(twin(input_ids=ids).logits[0, :-1], labels, reduction="none")[
+            torch.nn.functional.cross_entropy(retain_model(input_ids=ids).logits[0, :-1], labels, reduction="none")[
                 labels != -100
             ]
         )
     torch.cat(losses).mean().backward()
-    torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0).step()
-    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+    torch.optim.AdamW(retain_model.parameters(), lr=1e-2, weight_decay=0.0).step()
+    for (name, a), b in zip(model.named_parameters(), retain_model.parameters(), strict=True):
         # Adam's first step is the sign of the gradient: only where that is clearly not 0 is it the same
         clear = b.grad.abs() > 1e-6
         assert torch.allclose(a[clear], b[clear], atol=1e-5), name
