@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from peft_unlearn import registry
-from peft_unlearn.folder.recipe import check_recipe, parse_yaml
+from peft_unlearn.folder.recipe import check_recipe
+from peft_unlearn.folder.yaml_io import parse_yaml
 from peft_unlearn.training.recipe import prepare
 
 ROOT = Path(__file__).resolve().parents[1]

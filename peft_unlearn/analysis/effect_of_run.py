@@ -21,6 +21,7 @@ from ..folder.atomic import write_text
 from ..folder.base import load_base, load_tokenizer
 from ..folder.digest import digest_checkpoint
 from ..folder.read import WEIGHTS, AdapterFolder, read_adapter
+from ..folder.yaml_io import parse_yaml
 from ..gradients.terms import Term
 from ..gradients.vector import Space
 from ..gradients.window import Window
@@ -55,12 +56,7 @@ def parse_objectives(spec: Any) -> dict[str, list[Term]]:
     from .. import registry
 
     if isinstance(spec, str) and spec.lstrip().startswith("{"):
-        import yaml
-
-        try:
-            spec = yaml.safe_load(spec)
-        except yaml.YAMLError as e:
-            raise UserError(f"objectives: not YAML ({str(e).splitlines()[0]})") from None
+        spec = parse_yaml(spec, "objectives")
     if isinstance(spec, str):
         spec = [name.strip() for name in spec.split(",")]
     if not isinstance(spec, Mapping):

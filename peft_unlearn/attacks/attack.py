@@ -16,7 +16,7 @@ from ..evaluation.subjects import (
     subject_of,
     subjects_on,
 )
-from ..folder.recipe import parse_yaml
+from ..folder.yaml_io import parse_yaml
 from ..folder.results import store
 from ..folder.write import update_block
 from ..registry import methods

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from ..evaluation.generate import greedy
 from ..evaluation.measured import Array, Unmeasured
 from ..evaluation.metrics.generation import value_accuracy, words
 from ..evaluation.plan import rows_of
+from ..folder.yaml_io import read_yaml
 from ..head import causal_lm
 from ..registry import Range, Source, attack
 from .case import Case, Outcome, Rows
@@ -56,15 +56,10 @@ def templates(file: str | Path | None = None) -> list[Template]:
     Raises:
         UserError: no such file, or everything that is wrong with it at once.
     """
-    import yaml
-
     if file is not None and not Path(file).is_file():
         raise UserError(f"there is no file of jailbreak templates {file}")
-    source = Path(file) if file is not None else files(__name__.rpartition(".")[0]) / "jailbreak.yaml"
-    try:
-        data = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except yaml.YAMLError as problem:
-        raise UserError(f"{source}: not valid YAML: {problem}") from None
+    source = Path(file) if file is not None else Path(__file__).with_name("jailbreak.yaml")
+    data = read_yaml(source, aliases=True)
     errors, out = Errors(), []
     if not isinstance(data, Mapping) or data.get("format") != FORMAT or not isinstance(data.get("templates"), list):
         raise UserError(f"{source}: wanted a mapping with format: {FORMAT} and a list of templates")

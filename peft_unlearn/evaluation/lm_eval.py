@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..folder.yaml_io import read_yaml
 from .score import Subject
 from .teacher import evaluating
 
@@ -122,8 +123,6 @@ def _version() -> str:
 
 def _named(tasks: Sequence[str], include_path: str | Path | None) -> tuple[list[str], list[Path]]:
     """Task names, and the folders in which lm-eval shall look beside its own."""
-    import yaml
-
     names, folders = [], [Path(include_path).expanduser()] if include_path is not None else []
     for task in tasks:
         if not str(task).endswith((".yaml", ".yml")):
@@ -133,15 +132,8 @@ def _named(tasks: Sequence[str], include_path: str | Path | None) -> tuple[list[
         if not path.is_file():
             raise UserError(f"there is no task file {task}")
 
-        class Loader(yaml.SafeLoader):
-            pass
-
         # such files may call functions (!function utils.f); the name is read without running anything
-        Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
-        try:
-            about = yaml.load(path.read_text(encoding="utf-8"), Loader)
-        except yaml.YAMLError as e:
-            raise UserError(f"{task}: not valid YAML: {e}") from None
+        about = read_yaml(path, str(task), aliases=True, tags=True)
         if not isinstance(about, Mapping) or not isinstance(about.get("task", about.get("group")), str):
             raise UserError(f"{task}: names no task (key 'task')")
         names.append(str(about.get("task", about.get("group"))))

@@ -12,14 +12,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from ..errors import UserError
 from .base import peft_base_name
 from .card_numbers import headline, numbers
 from .manifest import Manifest, path_like
 from .markdown import block, code, inline, one_line, table
-from .read import CARD, AdapterFolder, read_text
+from .read import CARD, AdapterFolder
+from .yaml_io import dump_yaml, parse_yaml, read_text
 
 TAGS = ("forget-adapter", "machine-unlearning", "peft_unlearn")
 BEGIN, END = "<!-- peft-unlearn: generated, edits are lost -->", "<!-- peft-unlearn: end -->"
@@ -108,11 +107,7 @@ def split(text: str) -> tuple[dict[str, Any], str]:
     found = _FRONT.match(text)
     if found is None:
         return {}, text
-    try:
-        front = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        line = one_line(getattr(e, "problem", None) or e)
-        raise UserError(f"README.md: its front matter is not YAML ({line}); mend it, or remove it.") from None
+    front = parse_yaml("\n" + found[1], "README.md: its front matter", aliases=True)  # lines counted as in the file
     if front is not None and not isinstance(front, dict):
         raise UserError("README.md: its front matter is no mapping of keys to values; mend it, or remove it.")
     return front or {}, text[found.end() :]
@@ -142,8 +137,7 @@ def front_matter(card: ForgetCard) -> dict[str, Any]:
 
 
 def _front_text(front: dict[str, Any]) -> str:
-    text = yaml.safe_dump(_flat_strings(front), sort_keys=False, allow_unicode=True, width=10**6)
-    return f"---\n{text}---\n"
+    return f"---\n{dump_yaml(_flat_strings(front), 'README.md', width=10**6)}---\n"
 
 
 def _flat_strings(value: Any) -> Any:
@@ -262,7 +256,7 @@ def _scale(m: Manifest) -> str:
 
 def _flat(value: Any) -> str:
     """One line, keys sorted as in forget.json: a card made of a manifest in memory is that of the same one read back."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=True, allow_unicode=True)
+    text = dump_yaml(value, "the card", width=10**6, flow=True, sort_keys=True)
     return text.strip().removesuffix("...").strip()
 
 

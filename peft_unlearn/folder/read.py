@@ -12,6 +12,7 @@ from ..errors import UserError
 from .manifest import Manifest
 from .recipe import parse_recipe
 from .safetensors_io import plain_name, read_header
+from .yaml_io import read_text
 
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "forget.json"
 RECIPE, EVAL, CARD = "recipe.yaml", "eval.json", "README.md"
@@ -85,16 +86,6 @@ def _check_present(folder: Path) -> None:
     if missing == [RECIPE]:
         raise UserError(f"{folder}: {RECIPE} is missing.")
     raise UserError(f"{folder}: not a forget adapter: {', '.join(missing)} missing.")
-
-
-def read_text(path: Path) -> str:
-    """A file of an adapter as text; `UserError` where it is none, or cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text.") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}).") from None
 
 
 def _json_object(path: Path) -> dict[str, Any]:

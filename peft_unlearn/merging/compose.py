@@ -25,9 +25,10 @@ from ..folder.base import load_base, load_tokenizer, peft_base_name, resolve_bas
 from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
 from ..folder.fetch import resolve_adapter
 from ..folder.manifest import BaseRef, Manifest, probes
-from ..folder.read import CONFIG, MANIFEST, WEIGHTS, AdapterFolder, read_adapter, read_text
+from ..folder.read import CONFIG, MANIFEST, WEIGHTS, AdapterFolder, read_adapter
 from ..folder.versions import versions
 from ..folder.write import check_destination, write_adapter
+from ..folder.yaml_io import read_text
 from ..stack.attach import attach, check_loaded, load_by_peft
 from ..stack.fits import check_base, check_tokenizer
 from ..stack.removal import unload

@@ -7,7 +7,8 @@ from pathlib import Path
 from ..errors import UserError
 from ..folder.atomic import write_text
 from ..folder.card import ForgetCard, card_of, render
-from ..folder.read import CARD, read_adapter, read_text
+from ..folder.read import CARD, read_adapter
+from ..folder.yaml_io import read_text
 from .outgoing import leaks
 
 __all__ = ["ForgetCard", "card"]

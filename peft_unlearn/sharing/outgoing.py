@@ -15,8 +15,8 @@ from ..data.embedded import is_embedded
 from ..errors import Errors, UserError
 from ..folder.card import card_of, current, portable_front, split
 from ..folder.manifest import path_like
-from ..folder.read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder, read_text
-from ..folder.recipe import parse_yaml
+from ..folder.read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder
+from ..folder.yaml_io import parse_yaml, read_text
 from ..folder.safetensors_io import plain_name
 
 SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".txt", ".jinja", ".model")

@@ -19,14 +19,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import Errors, UserError, nearest
 from ..folder.atomic import write_text
 from ..folder.fetch import commit_of, is_hub_id, resolve_adapter, split_reference
 from ..folder.manifest import BaseRef
 from ..folder.read import MANIFEST, AdapterFolder, read_adapter
-from ..folder.recipe import parse_yaml
+from ..folder.yaml_io import dump_yaml, read_yaml
 
 FORMAT = 1
 NAME = "forget-stack.yaml"
@@ -139,14 +137,9 @@ def load(path: str | Path) -> Stack:
         UserError: no file, not a stack, an unknown format; everything wrong with its entries at once.
     """
     path = _file(path)
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such stack file; `peft-unlearn stack add` makes one.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text.") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}).") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such stack file; `peft-unlearn stack add` makes one.")
+    raw = read_yaml(path)
     if not isinstance(raw, dict) or "format" not in raw:
         raise UserError(f"{path}: not a stack file (a mapping with format, base and adapters).")
     if raw["format"] != FORMAT or isinstance(raw["format"], bool):
@@ -216,7 +209,7 @@ def save(stack: Stack) -> None:
     """Write the file whole; `load` reads the same back."""
     try:
         stack.path.parent.mkdir(parents=True, exist_ok=True)
-        body = yaml.safe_dump(stack.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        body = dump_yaml(stack.to_dict(), str(stack.path), width=120)
         write_text(stack.path, f"# The forget adapters of one deployment. Change it with `peft-unlearn stack`.\n{body}")
     except OSError as e:
         raise UserError(f"{stack.path}: cannot be written ({e.strerror}).") from None

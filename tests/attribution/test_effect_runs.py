@@ -180,7 +180,7 @@ def test_without_checkpoints_it_says_so(saved, tmp_path):
     ({"objectives": "npoo"}, "no objective 'npoo'. Did you mean 'npo'"),
     ({"objectives": "{wga: {beta: -1}}"}, "beta=-1 is outside"),
     ({"objectives": "rmu"}, "needs layer"),
-    ({"objectives": "{ga"}, "not YAML"),
+    ({"objectives": "{ga"}, "not valid YAML"),
     ({"space": "weights"}, "adapter, base"),
     ({"batches": 0}, "at least one"),
     ({"data": None}, "--data"),

@@ -269,7 +269,7 @@ def test_marks_and_front_matter_that_cannot_be_read(folder: Path) -> None:
     for broken, words in (
         (text.replace(END, ""), "do not form one pair"),
         (text + text, "do not form one pair"),
-        ("---\na: b: c\n---\n# x\n", "not YAML"),
+        ("---\na: b: c\n---\n# x\n", "front matter: line 2, column 5: not valid YAML"),
         ("---\n- a\n---\n# x\n", "no mapping"),
     ):
         path.write_text(broken)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...errors import Errors, UserError, nearest
+from ...folder.yaml_io import read_yaml
 from ..shapes import EvalSet as EvalSet
 from ..shapes import Gate as Gate
 from ..shapes import Role as Role
@@ -32,20 +33,15 @@ def load(suite: str | Path | Mapping[str, Any] | Suite) -> Suite:
         return suite
     if isinstance(suite, Mapping):
         return _read(suite, str(suite.get("name", "suite")))
-    import yaml
-
     if str(suite).endswith((".yaml", ".yml")):
         if not Path(suite).is_file():
             raise UserError(f"there is no suite file {suite}")
-        text = Path(suite).read_text(encoding="utf-8")
+        path = Path(suite)
     elif suite in names():
-        text = (files(__name__) / f"{suite}.yaml").read_text(encoding="utf-8")
+        path = Path(__file__).with_name(f"{suite}.yaml")
     else:
         raise UserError(f"there is no suite {str(suite)!r}.{nearest(str(suite), names())}")
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
-        raise UserError(f"suite {suite}: not valid YAML: {problem}") from None
+    data = read_yaml(path, f"suite {suite}", aliases=True)
     if not isinstance(data, Mapping):
         raise UserError(f"suite {suite}: holds no mapping")
     return _read(data, str(suite))
