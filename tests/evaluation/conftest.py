@@ -6,24 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from eval_helpers import qa, tiny
+from eval_helpers import byte_tokenizer, qa, tiny
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """Byte-level, no merges: every text can be told, nothing is downloaded."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{c: i + 3 for i, c in enumerate(alphabet)}}
-    tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    tok.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    return byte_tokenizer()
 
 
 @pytest.fixture

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "folder"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import tiny
 import yaml
 

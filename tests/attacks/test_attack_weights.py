@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from eval_helpers import tiny as llama
@@ -14,9 +13,6 @@ from peft import LoraConfig, get_peft_model
 from peft_unlearn.attacks import weights
 from peft_unlearn.attacks.weights import base_parameters, linears, opened, restored
 from peft_unlearn.folder.digest import digest_live
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tuners"))
-import families
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11]])
 

@@ -1,13 +1,27 @@
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
-from eval_helpers import qa
+
+sys.path.extend(str(Path(__file__).resolve().parents[1] / room) for room in ("", "evaluation", "folder", "tuners"))
+from eval_helpers import byte_tokenizer, qa, tiny
 
 from peft_unlearn.attacks.case import Case, split
 from peft_unlearn.data.bundle import ForgetRetain
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny()
 
 
 @pytest.fixture(scope="session")
