@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from .errors import UserError, nearest
@@ -24,7 +25,15 @@ from .errors import UserError, nearest
 KINDS = ("objective", "rule", "smoothing", "averaging", "step_size", "selection", "metric", "attack")
 NEEDS = {"logp", "ref_logp", "logits", "ref_logits", "hidden", "ref_hidden", "router", "ref_router", "alternate"}
 # of metrics; a provider of evaluation adds its own name
-NEEDS |= {"generation", "perturbed", "twin", "pair", "base", "samples", "continuations", "depth", "gradient"}
+NEEDS |= {"generation", "perturbed", "retain_model", "pair", "base", "samples", "continuations", "depth", "gradient"}
+# what a metric needs, by the names of its inputs, and by what such a name begins with
+_FED = {
+    "logp": "logp", "logp_mean": "logp", "logp_std": "logp", "correct": "logits", "letter_logp": "logits",
+    "right_logp": "perturbed", "wrong_logp": "perturbed", "log_ratio": "perturbed", "generation": "generation",
+    "overlap": "continuations", "leaks": "samples", "leak_formats": "samples",
+    "fact_logp": "depth", "patched_logp": "depth", "gradient_norm": "gradient",
+}  # fmt: skip
+_COMPARED = {"against_": "pair", "reference_": "retain_model", "base_": "base"}
 _ROOMS = tuple(f"peft_unlearn.{room}" for room in ("objectives", "gradients", "attribution", "evaluation", "attacks"))
 _ENTRY_POINTS = "peft_unlearn.plugins"
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -128,6 +137,16 @@ class Method:
         # By name: a plug-in's function may be a closure, and checkpoints pickle the arguments of a run.
         return get, (self.kind, self.name)
 
+    @property
+    def title(self) -> str:
+        """What people call it in tables and pictures."""
+        return self.extra.get("title") or self.name.replace("_", " ")
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of its positional parameters: what a metric is fed."""
+        return _inputs(self.fn)
+
     def check(self, hyper: Any) -> list[str]:
         """Every complaint about a set of hyper-parameters: unknown names, types, ranges, missing ones."""
         if not isinstance(hyper, Mapping):
@@ -155,7 +174,7 @@ class Method:
             "summary": self.summary,
             "source": self.source.as_json(),
             "unit": unit,
-            "needs": list(self.needs),
+            "needs": ["twin" if n == "retain_model" else n for n in self.needs],  # as earlier versions wrote it
             "params": {p.name: p.as_json() for p in self.params.values()},
             "faithful": self.faithful,
             **({"better": self.extra["better"]} if "better" in self.extra else {}),
@@ -273,23 +292,51 @@ def metric(
     name: str,
     *,
     source: Source,
-    needs: tuple[str, ...] = (),
+    title: str | None = None,
     better: Mapping[str, str] | None = None,
+    needs: tuple[str, ...] | None = None,
     reference: str | None = None,
     version: int = 1,
     faithful: str = "verified",
 ):
-    """Register a metric; `better` maps a set's role to "lower" or "higher", `reference` names the subject it needs."""
-    return _register(
-        "metric",
-        name,
-        source=source,
-        needs=needs,
-        better=dict(better or {}),
-        reference=reference,
-        version=version,
-        faithful=faithful,
-    )
+    """Register ``fn(input, ..., *, hyper...) -> (rows,) or a number``; the names of its inputs say what it is fed.
+
+    Args:
+        title: what people call it; default the name with blanks.
+        better: a set's role to "lower", "higher" or "reference" (the retain model's value).
+        needs: default what the inputs say (``against_x``: rows of another set, ``reference_x``: the retain model's).
+        reference: the subject whose value it is compared with; default what `better` and the inputs say.
+    """
+    better = dict(better or {})
+
+    def decorate(fn: _F) -> _F:
+        inputs = _inputs(fn)
+        wanted = _needs_of(inputs) if needs is None else ["retain_model" if n == "twin" else n for n in needs]
+        against = reference
+        if against is None and ("reference" in better.values() or any(i.startswith("reference_") for i in inputs)):
+            against = "retain_only"
+        about = {"title": title, "better": better, "reference": against, "version": version, "faithful": faithful}
+        return _register("metric", name, source=source, needs=wanted, **about)(fn)
+
+    return decorate
+
+
+def _inputs(fn: Callable[..., Any]) -> list[str]:
+    return [p.name for p in inspect.signature(fn).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def _needs_of(inputs: list[str]) -> list[str]:
+    """What must be there for a metric to be fed these inputs; inputs of a plug-in's own provider say nothing."""
+    own, compared = [], set()
+    for name in inputs:
+        found = set()
+        while name not in _FED and (prefix := next((p for p in _COMPARED if name.startswith(p)), None)):
+            name = name.removeprefix(prefix)
+            found.add(_COMPARED[prefix])
+        if name in _FED:
+            own.append(_FED[name])
+            compared |= found
+    return list(dict.fromkeys([*own, *(need for need in _COMPARED.values() if need in compared)]))
 
 
 def attack(name: str, *, source: Source, needs: tuple[str, ...] = (), faithful: str = "verified"):
@@ -305,10 +352,28 @@ def _load() -> None:
     for room in _ROOMS:
         if importlib.util.find_spec(room) is not None:
             importlib.import_module(room)
+    _load_plugins()
+
+
+@cache
+def _load_plugins() -> None:
     from importlib.metadata import entry_points  # slow to import, and only look-ups need it
 
     for point in entry_points(group=_ENTRY_POINTS):
         point.load()
+
+
+def title(name: str) -> str:
+    """What people call the metric of that name, e.g. "ROUGE-L recall"; the name with blanks where nobody registered it.
+
+    The metrics' room is imported, which needs numpy but not torch.
+    """
+    if name not in _METHODS["metric"]:
+        importlib.import_module("peft_unlearn.evaluation")
+    if name not in _METHODS["metric"]:
+        _load_plugins()
+    found = _METHODS["metric"].get(name)
+    return found.title if found else name.replace("_", " ")
 
 
 def methods(kind: str | None = None) -> list[Method]:
