@@ -28,6 +28,7 @@ from ..gradients.terms import Term
 from ..gradients.vector import Space, Vec
 from ..gradients.window import Batches, Window
 from ..reporting.effect_pictures import group_of as group_of
+from ..tuners.names import belongs
 from .instances import Instance, PerInstance, products
 
 FORGET, RETAIN = "risk_forget", "risk_retain"
@@ -193,7 +194,7 @@ def undisturbed(model: Any) -> Iterator[None]:
             mine = [
                 (n, p)
                 for n, p in model.named_parameters()
-                if any(f".{a}." in n or n.endswith(f".{a}") for a in names) and p.is_floating_point()
+                if any(belongs(n, a) for a in names) and p.is_floating_point()
             ]
             stack.enter_context(Space(mine).differentiable())
         # Activation checkpointing works in training mode only, so that mode stays where nothing is random.

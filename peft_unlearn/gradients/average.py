@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 
 from ..registry import Range, Source, averaging
+from ..tuners.lowrank import cut
 from .vector import Space, Vec
 
 _SOURCE = Source("Towards LLM Unlearning Resilient to Relearning Attacks", "https://arxiv.org/abs/2502.05374", 2025)
@@ -49,10 +50,5 @@ def _mean_product(kept: list[list[torch.Tensor]], space: Space, theta: Vec) -> V
         if "lora_A" in name and j is not None:
             a = torch.cat([k[i] for k in kept])  # (n r, in)
             b = torch.cat([k[j] for k in kept], 1) / len(kept)  # (out, n r)
-            qb, rb = torch.linalg.qr(b)
-            qa, ra = torch.linalg.qr(a.T)
-            u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-            r = kept[0][i].shape[0]
-            root = s[:r].sqrt()
-            out[i], out[j] = (root[:, None] * vt[:r]) @ qa.T, (qb @ u[:, :r]) * root
+            out[i], out[j], _ = cut(a, b, rank=kept[0][i].shape[0])
     return Vec([t.to(u.device) for t, u in zip(out, theta.tensors, strict=True)])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ..data.collate import pad
 from ..forward import Pass, Reference
+from ..tuners.names import belongs, scalings
 
 
 @torch.no_grad()
@@ -97,17 +98,11 @@ def stack_digest(model: Any, trained: str) -> str | None:
 
 def _dials(model: Any, adapters: list[str]) -> list[Any]:
     """Where the strength of each adapter stands, layer by layer."""
-    found = []
-    for n, m in model.named_modules():
-        scaling = getattr(m, "scaling", None)
-        if isinstance(scaling, dict):
-            found += [[n, a, float(scaling[a])] for a in adapters if a in scaling]
-    return found
+    return [[n, a, float(scaling[a])] for n, scaling in scalings(model) for a in adapters if a in scaling]
 
 
 def n_targets(row: Mapping[str, Any]) -> int:
     return sum(y != -100 for y in row["labels"][1:])
 
 
-def belongs(parameter: str, adapter: str) -> bool:
-    return f".{adapter}." in parameter or parameter.endswith(f".{adapter}")
+

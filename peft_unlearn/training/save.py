@@ -18,10 +18,10 @@ from ..folder.manifest import BaseRef, Manifest, probes
 from ..folder.read import AdapterFolder
 from ..folder.versions import versions
 from ..folder.write import write_adapter
+from ..tuners.names import belongs
 from ..tuners.peft_type import PEFT_TYPE
 from .adapt import adapted
 from .config import METHODS, UnlearnConfig
-from .reference import belongs
 from .trainer import UnlearnTrainer
 
 

@@ -27,12 +27,13 @@ from ..forward import dropouts
 from ..gradients.terms import with_experts
 from ..gradients.vector import Space, Vec
 from ..gradients.window import Step, Window
+from ..tuners.names import belongs
 from ..tuners.peft_type import PREFIX
 from .adapt import describe, get_forget_model, refuse_base
 from .after_step import AfterStep
 from .checkpoints import STATE, fingerprint, last_checkpoint, load_adapter, read_state, write_state
 from .config import UnlearnConfig, encode_set, reference_of, require_sets
-from .reference import belongs, precompute, stack_digest
+from .reference import precompute, stack_digest
 
 
 class UnlearnTrainer(Trainer):
