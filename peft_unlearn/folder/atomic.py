@@ -51,6 +51,26 @@ def write_text(path: Path, text: str) -> None:
     fsync_path(path.parent)
 
 
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `path` against other threads and processes; the system frees it with the process.
+
+    Yields False, without the lock, where somebody else holds it and `wait` is off.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, mode=0o600)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

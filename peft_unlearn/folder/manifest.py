@@ -10,10 +10,11 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Errors, UserError, nearest
+from ..errors import Errors, UserError
+from . import schema as s
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +27,6 @@ PROBE_TOP = 16
 _EMBEDDED = re.compile(r"embedded:[A-Za-z0-9_.-]+(\?[A-Za-z0-9_=&.-]*)?")
 _LOCAL = re.compile(r"local:[0-9a-f]{12}")
 _HUB = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
-_SHA = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -106,20 +106,23 @@ class Manifest:
         sha = self.files.get("adapter_model.safetensors")
         return f"sha256:{sha}" if sha else None
 
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
         """The text of forget.json, keys sorted: equal manifests are equal bytes. Raises `UserError` if invalid."""
         self.check("forget.json")
-        return json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str = "forget.json") -> Manifest:
+    def from_text(cls, text: str, where: str = "forget.json") -> Manifest:
         """Read and check. `where` names the file in messages."""
         try:
             raw = json.loads(text)
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: not JSON ({e}).") from None
         if not isinstance(raw, dict):
-            raise UserError(f"{where}: expected an object, found {_kind(raw)}.")
+            raise UserError(f"{where}: it must be a mapping, not {s.shown(raw)}.")
         version = raw.get("format")
         if version is None:
             raise UserError(f"{where}: no `format` field; this is not the manifest of a forget adapter.")
@@ -128,123 +131,82 @@ class Manifest:
                 f"{where}: manifest format {version!r} is unknown to this version, which reads format {FORMAT}; "
                 "a newer peft-unlearn wrote it (pip install -U peft-unlearn)."
             )
-        errors = Errors()
-        required = ("base", "method", "data", "reference", "scale")
-        known = {f.name for f in fields(cls)}
-        for name in sorted(set(raw) - known):
-            errors.add(f"unknown field {name!r}.{nearest(name, known)}")
-        for name in required:
-            if name not in raw:
-                errors.add(f"the field {name!r} is missing")
-        raw["base"] = _sub(BaseRef, raw.get("base"), "base", ("ref", "digest"), errors)
-        if raw.get("probes") is not None:
-            raw["probes"] = _sub(Probes, raw["probes"], "probes", ("prompts", "base", "adapter"), errors)
-        errors.raise_if_any(where)
-        manifest = cls(**raw)
-        manifest.check(where)
-        return manifest
+        _check(raw, where)
+        probes = raw.get("probes")
+        return cls(**{**raw, "base": BaseRef(**raw["base"]), "probes": None if probes is None else Probes(**probes)})
 
     def check(self, where: str = "forget.json") -> None:
         """Raise one `UserError` naming every field of a wrong type, every path, every number that is not finite."""
-        errors = Errors()
-        for name, kind in _KINDS.items():
-            value = getattr(self, name)
-            ok = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
-            if not ok and not (name == "probes" and value is None):
-                errors.add(f"{name} should be {_NAMES[kind]}, found {_kind(value)}")
-        errors.raise_if_any(where)
-        self._check_parts(errors)
-        for place, value in _leaves(asdict(self), ""):
-            if isinstance(value, float) and not math.isfinite(value):
-                errors.add(f"{place} is {value}; numbers must be finite")
-            elif isinstance(value, str) and path_like(value) and not place.startswith(("probes.prompts", "base.ref")):
-                errors.add(f"{place} holds a path ({value!r}); a published manifest must not name a machine")
-            elif not isinstance(value, str | int | float | bool | None):
-                errors.add(f"{place} holds {_kind(value)}, which JSON cannot")
-        errors.raise_if_any(where)
-
-    def _check_parts(self, errors: Errors) -> None:
-        for name in ("digest", "digest_targeted"):
-            sha = getattr(self.base, name)
-            if not (isinstance(sha, str) and _SHA.fullmatch(sha)) and not (sha is None and name == "digest_targeted"):
-                errors.add(f"base.{name} should be 64 hexadecimal digits, found {sha!r}")
-        if not isinstance(self.base.ref, str):
-            errors.add(f"base.ref should be text, found {_kind(self.base.ref)}")
-        elif problem := check_base_ref(self.base.ref, self.base.revision):
-            errors.add(problem)
-        elif self.base.ref.startswith("local:") and not str(self.base.digest).startswith(self.base.ref[6:]):
-            errors.add(f"base.ref {self.base.ref!r} is not the start of base.digest")
-        for name, row in self.data.items():
-            if not isinstance(row, dict):
-                errors.add(f"data.{name} should be an object, found {_kind(row)}")
-                continue
-            if not _SHA.fullmatch(str(row.get("sha256"))):
-                errors.add(f"data.{name}.sha256 should be 64 hexadecimal digits, found {row.get('sha256')!r}")
-            if not isinstance(row.get("n"), int) or isinstance(row.get("n"), bool):
-                errors.add(f"data.{name}.n should be the number of rows, found {row.get('n')!r}")
-            for key in sorted(set(row) - {"sha256", "n", "ref", "revision", "format"}):
-                errors.add(f"data.{name}.{key} is not a field: hashes and counts only, never texts")
-        for i, dep in enumerate(self.depends_on):
-            if not isinstance(dep, str) or not re.fullmatch(r"sha256:[0-9a-f]{64}", dep):
-                errors.add(f"depends_on[{i}] should be an adapter id (sha256:..), found {dep!r}")
-        for kind in ("effective_batch", "seeds"):
-            for name, value in getattr(self, kind).items():
-                if not isinstance(value, int) or isinstance(value, bool):
-                    errors.add(f"{kind}.{name} should be a whole number, found {_kind(value)}")
-        for name, sha in self.files.items():
-            if sha is not None and not _SHA.fullmatch(str(sha)):
-                errors.add(f"files.{name} should be 64 hexadecimal digits or null, found {sha!r}")
-        if self.probes is not None:
-            for side in ("base", "adapter"):
-                _check_probe_rows(side, getattr(self.probes, side), self.probes.prompts, errors)
+        _check(self.to_dict(), where)
 
 
-_KINDS: dict[str, Any] = {
-    "base": BaseRef, "method": dict, "data": dict, "reference": str, "effective_batch": dict, "seeds": dict,
-    "versions": dict, "depends_on": list, "scale": (int, float), "probes": Probes, "targets": list, "files": dict,
-    "name": str, "description": str, "format": int,
+_SHA = s.matching("[0-9a-f]{64}", "64 hexadecimal digits")
+_DATA = {
+    "sha256": _SHA, "n": s.shape("the number of rows", s.is_whole), "ref": s.ANY, "revision": s.ANY, "format": s.ANY,
 }  # fmt: skip
-_NAMES: dict[Any, str] = {
-    BaseRef: "an object", Probes: "an object", dict: "an object", list: "a list", str: "text", int: "a whole number",
-    (int, float): "a number",
-}  # fmt: skip
+_MANIFEST = s.record(
+    {
+        "base": s.record(
+            {"ref": s.TEXT, "digest": _SHA, "revision": s.ANY, "digest_targeted": s.maybe(_SHA)},
+            required=("ref", "digest"),
+        ),
+        "method": s.MAPPING,
+        "data": s.mapping_of(s.record(_DATA, ("sha256", "n"), unknown=": hashes and counts only, never texts")),
+        "reference": s.TEXT,
+        "effective_batch": s.mapping_of(s.WHOLE),
+        "seeds": s.mapping_of(s.WHOLE),
+        "versions": s.MAPPING,
+        "depends_on": s.list_of(s.matching("sha256:[0-9a-f]{64}", "an adapter id (sha256:..)")),
+        "scale": s.NUMBER,
+        "probes": s.maybe(
+            s.record({"prompts": s.LIST, "base": s.LIST, "adapter": s.LIST}, required=("prompts", "base", "adapter"))
+        ),
+        "targets": s.LIST,
+        "files": s.mapping_of(s.maybe(_SHA)),
+        "name": s.TEXT,
+        "description": s.TEXT,
+        "format": s.WHOLE,
+    },
+    required=("base", "method", "data", "reference", "scale"),
+)
 
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return f"{str(value).lower()}"
-    for kind, name in ((dict, "an object"), (list, "a list"), (str, "text"), (int, "a number"), (float, "a number")):
-        if isinstance(value, kind):
-            return f"{name} ({value!r})" if kind in (str, int, float) else name
-    return f"a {type(value).__name__}"
+def _check(raw: dict[str, Any], where: str) -> None:
+    """`Manifest.check` of its fields as plain values."""
+    errors = Errors()
+    _MANIFEST(raw, "", errors)
+    if not errors.messages:  # of the right shape, so that what the fields mean together can be looked at
+        _check_base(raw["base"], errors)
+        stored = raw.get("probes")
+        for side in ("base", "adapter") if stored is not None else ():
+            _check_probe_rows(side, stored[side], stored["prompts"], errors)
+    for place, value in _leaves(raw, ""):
+        if isinstance(value, float) and not math.isfinite(value):
+            errors.add(f"{place} is {value}; numbers must be finite")
+        elif isinstance(value, str) and path_like(value) and not place.startswith(("probes.prompts", "base.ref")):
+            errors.add(f"{place} holds a path ({value!r}); a published manifest must not name a machine")
+        elif not isinstance(value, str | int | float | bool | None):
+            errors.add(f"{place} holds {s.shown(value)}, which JSON cannot")
+    errors.raise_if_any(where)
 
 
-def _sub(cls: Any, raw: Any, name: str, required: tuple[str, ...], errors: Errors) -> Any:
-    if not isinstance(raw, dict):
-        if raw is not None:
-            errors.add(f"{name} should be an object, found {_kind(raw)}")
-        return None
-    known = [f.name for f in fields(cls)]
-    for key in sorted(set(raw) - set(known)):
-        errors.add(f"unknown field {name}.{key!r}.{nearest(key, known)}")
-    missing = [key for key in required if key not in raw]
-    for key in missing:
-        errors.add(f"the field {name}.{key} is missing")
-    return None if missing else cls(**{k: v for k, v in raw.items() if k in known})
+def _check_base(base: dict[str, Any], errors: Errors) -> None:
+    if problem := check_base_ref(base["ref"], base.get("revision")):
+        errors.add(problem)
+    elif base["ref"].startswith("local:") and not base["digest"].startswith(base["ref"][6:]):
+        errors.add(f"base.ref {base['ref']!r} is not the start of base.digest")
 
 
-def _check_probe_rows(side: str, rows: Any, prompts: Any, errors: Errors) -> None:
-    if not isinstance(prompts, list) or not isinstance(rows, list) or len(rows) != len(prompts):
-        errors.add(f"probes.{side} should be a list with one entry per prompt")
+def _check_probe_rows(side: str, rows: list[Any], prompts: list[Any], errors: Errors) -> None:
+    if len(rows) != len(prompts):
+        errors.add(f"probes.{side} must be a list with one entry per prompt")
         return
     for i, row in enumerate(rows):
         ids, logits = (row.get("ids"), row.get("logits")) if isinstance(row, dict) else (None, None)
         if not isinstance(ids, list) or not isinstance(logits, list) or len(ids) != len(logits):
-            errors.add(f"probes.{side}[{i}] should hold `ids` and `logits` of one length")
+            errors.add(f"probes.{side}[{i}] must hold `ids` and `logits` of one length")
         elif not all(isinstance(n, int) and n >= 0 for n in ids) or not all(isinstance(x, int | float) for x in logits):
-            errors.add(f"probes.{side}[{i}] should hold token ids and numbers")
+            errors.add(f"probes.{side}[{i}] must hold token ids and numbers")
 
 
 def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:

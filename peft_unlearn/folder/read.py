@@ -52,7 +52,7 @@ def read_adapter(folder: str | Path, check_hashes: bool = True) -> AdapterFolder
     if not isinstance(config.get("peft_type"), str):
         raise UserError(f"{folder / CONFIG}: no `peft_type`; this is not the configuration of a PEFT adapter.")
     check_weights(folder / WEIGHTS, config)
-    manifest = Manifest.from_json(read_text(folder / MANIFEST), str(folder / MANIFEST))
+    manifest = Manifest.from_text(read_text(folder / MANIFEST), str(folder / MANIFEST))
     recipe = parse_recipe(read_text(folder / RECIPE), str(folder / RECIPE))
     evaluation = _json_object(folder / EVAL) if (folder / EVAL).is_file() else None
     for name, sha in manifest.files.items():

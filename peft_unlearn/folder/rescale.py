@@ -24,7 +24,7 @@ def set_scale(folder: str | Path, scale: float) -> AdapterFolder:
     """
     found = read_adapter(folder)
     manifest = replace(found.manifest, scale=_checked(scale))
-    write_text(found.path / MANIFEST, manifest.to_json())
+    write_text(found.path / MANIFEST, manifest.text())
     if (card := regenerated(replace(found, manifest=manifest))) is not None:
         write_text(found.path / CARD, card)
     return read_adapter(found.path)
@@ -59,7 +59,7 @@ def bake(folder: str | Path, scale: float, probes: Probes | None = None) -> Adap
         manifest = replace(
             old, scale=1.0, files=files, probes=probes, method={**old.method, "baked_scale": before * scale}
         )
-        (stage / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        (stage / MANIFEST).write_text(manifest.text(), encoding="utf-8")
         if (card := regenerated(read_adapter(stage))) is not None:
             (stage / CARD).write_text(card, encoding="utf-8")
     return read_adapter(found.path)

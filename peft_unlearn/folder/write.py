@@ -73,7 +73,7 @@ def write_adapter(
         config = json.loads((stage / CONFIG).read_text(encoding="utf-8"))
         text = card if card is not None else render(ForgetCard(complete, config, eval_json))
         (stage / CARD).write_text(text, encoding="utf-8")
-        (stage / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
+        (stage / MANIFEST).write_text(complete.text(), encoding="utf-8")
         _refuse_machine_paths(stage, peft_model, out)
         read_adapter(stage)
     return read_adapter(out)

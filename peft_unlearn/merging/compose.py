@@ -152,7 +152,7 @@ def compose(
 def _refuse_trained(out: str | Path) -> None:
     """A sum replaces another sum, which can be made again, and never an adapter that somebody trained."""
     there = Path(out).expanduser() / MANIFEST
-    if there.is_file() and "compose" not in Manifest.from_json(read_text(there), str(there)).method:
+    if there.is_file() and "compose" not in Manifest.from_text(read_text(there), str(there)).method:
         raise UserError(f"{out}: holds an adapter that was trained, which a sum does not replace; name another folder.")
 
 

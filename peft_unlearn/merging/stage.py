@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..folder.atomic import check_free, fsync_path, fsync_tree, make_readable, swap_in, write_text
+from ..folder.atomic import check_free, fsync_path, fsync_tree, locked, make_readable, swap_in, write_text
 from ..folder.safetensors_io import read_header
 
 _KEEP = "is not empty, and a merged model never replaces anything"
@@ -31,7 +31,7 @@ class MergeStage:
         self.fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         self.root = self.out.with_name(f".{self.out.name}.merge-{self.fingerprint[:16]}")
         self.model, self.journal = self.root / "model", self.root / "journal"
-        self._lock: int | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> MergeStage:
         check_free(self.out, lambda _: _KEEP)
@@ -40,19 +40,17 @@ class MergeStage:
             self._sweep()
             self.model.mkdir(parents=True, exist_ok=True)
             self.journal.mkdir(exist_ok=True)
-            self._lock = _locked(self.root)
+            alone = self._held.enter_context(locked(self.root / "lock", wait=False))
         except OSError as e:
             raise UserError(f"{self.out}: cannot be written ({e.strerror}).") from None
-        if self._lock is None:
+        if not alone:
             raise UserError(
                 f"{self.out}: another run is writing this merged model now; wait for it, or name another folder."
             )
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._held.close()
 
     def done(self, shard: str) -> dict[str, Any] | None:
         """What an earlier run recorded of a whole shard, if the file is still exactly that; None: write it (again)."""
@@ -107,25 +105,6 @@ def check_destination(out: Path) -> None:
 
 
 def _remove_dead(stage: Path) -> None:
-    try:
-        lock = _locked(stage) if stage.is_dir() else None
-    except OSError:
-        return
-    if lock is not None:
-        shutil.rmtree(stage, ignore_errors=True)
-        os.close(lock)
-
-
-def _locked(folder: Path) -> int | None:
-    """An open file that holds the folder's lock, or None if another process does. The system frees it with the process."""
-    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        import fcntl
-
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # no such lock on this system
-        pass
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
+    with suppress(OSError), locked(stage / "lock", wait=False) as dead:
+        if dead:
+            shutil.rmtree(stage, ignore_errors=True)

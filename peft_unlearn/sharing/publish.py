@@ -232,7 +232,7 @@ def pull(repo_id: str, out: str | Path, revision: str | None = None) -> Pulled:
     source = resolve_adapter(hub_id, commit or at or revision)
     commit = commit or commit_of(source) or ""
     with staged(out, why_not_replaceable) as stage:
-        manifest = Manifest.from_json((source / MANIFEST).read_text(encoding="utf-8"), f"{hub_id}: {MANIFEST}")
+        manifest = Manifest.from_text((source / MANIFEST).read_text(encoding="utf-8"), f"{hub_id}: {MANIFEST}")
         for name in sorted({*manifest.files, MANIFEST, CARD, EVAL}):
             if plain_name(name) and (source / name).is_file():  # other names are read_adapter's to refuse
                 (stage / name).parent.mkdir(parents=True, exist_ok=True)

@@ -13,14 +13,15 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ..errors import Errors, UserError, nearest
-from ..folder.atomic import write_text
+from ..folder import schema as s
+from ..folder.atomic import locked, write_text
 from ..folder.fetch import commit_of, is_hub_id, resolve_adapter, split_reference
 from ..folder.manifest import BaseRef
 from ..folder.read import MANIFEST, AdapterFolder, read_adapter
@@ -28,7 +29,6 @@ from ..folder.yaml_io import dump_yaml, read_yaml
 
 FORMAT = 1
 NAME = "forget-stack.yaml"
-_ID = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass
@@ -80,14 +80,14 @@ class Stack:
                 resolve_adapter(e.source, e.revision) if e.revision else resolve_adapter(self.path.parent / e.source)
             )
             folder = read_adapter(where)
-            for what, found, locked in (
+            for what, found, added in (
                 ("weights", folder.adapter_id, e.adapter_id),
                 ("files", files_id(folder), e.files),
             ):
-                if found != locked:
+                if found != added:
                     raise UserError(
                         f"{self.path}: {e.name} ({e.source}) is not the adapter that was added: its {what} are {found[:19]}, "
-                        f"the stack has {locked[:19]}. Put the old one back, or revoke {e.name} and add the new one."
+                        f"the stack has {added[:19]}. Put the old one back, or revoke {e.name} and add the new one."
                     )
             out[e.name] = folder
         return out
@@ -148,61 +148,36 @@ def load(path: str | Path) -> Stack:
             "peft-unlearn wrote it (pip install -U peft-unlearn)."
         )
     errors = Errors()
-    for key in sorted(set(raw) - {"format", "base", "adapters"}):
-        errors.add(f"unknown key {key!r}.{nearest(str(key), ('format', 'base', 'adapters'))}")
-    base = raw.get("base")
-    if not isinstance(base, dict) or not isinstance(base.get("ref"), str) or not isinstance(base.get("digest"), str):
-        errors.add("base should hold ref, revision and digest")
-        base = {"ref": "", "digest": ""}
-    rows = raw.get("adapters")
-    if not isinstance(rows, list):
-        errors.add("adapters should be a list")
-        rows = []
-    entries = [e for i, row in enumerate(rows) if (e := _entry(i, row, errors)) is not None]
+    _STACK(raw, "", errors)
+    errors.raise_if_any(str(path))
+    entries = [Entry(**row) for row in raw["adapters"]]
     names = [e.name for e in entries]
     for twice in sorted({n for n in names if names.count(n) > 1}):
         errors.add(f"two adapters are called {twice!r}")
+    for i, e in enumerate(entries):
+        if (e.status == "revoked") != (e.revoked is not None):
+            there = "is missing" if e.revoked is None else "is there"
+            errors.add(f"adapters[{i}]: status is {e.status}, and `revoked` {there}")
     errors.raise_if_any(str(path))
-    return Stack(path, BaseRef(base["ref"], base["digest"], base.get("revision")), entries)
+    return Stack(path, BaseRef(**raw["base"]), entries)
 
 
-def _entry(i: int, row: Any, errors: Errors) -> Entry | None:
-    at = f"adapters[{i}]"
-    known = set(Entry.__dataclass_fields__)
-    if not isinstance(row, dict):
-        errors.add(f"{at} should be a mapping, found {row!r}")
-        return None
-    wrong = [f"{at}: unknown key {k!r}.{nearest(str(k), known)}" for k in sorted(set(row) - known)]
-    wrong += [
-        f"{at}: {k} is missing" for k in ("name", "source", "adapter_id", "files", "request", "status") if k not in row
-    ]
-    if not wrong:
-        wrong += [
-            f"{at}: {k} should be sha256:.., found {row[k]!r}"
-            for k in ("adapter_id", "files")
-            if not _ID.fullmatch(str(row[k]))
-        ]
-        wrong += [
-            f"{at}: {k} should hold {', '.join(need)}"
-            for k, need in (("request", ("id", "date", "reason")), ("revoked", ("date", "reason")))
-            if row.get(k) is not None and not (isinstance(row[k], dict) and set(need) <= set(row[k]))
-        ]
-        scale = row.get("scale", 1.0)
-        if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
-            wrong.append(f"{at}: scale should be a finite number, found {scale!r}")
-        if row["status"] not in ("active", "revoked"):
-            wrong.append(f"{at}: status should be active or revoked, found {row['status']!r}")
-        elif (row["status"] == "revoked") != (row.get("revoked") is not None):
-            wrong.append(
-                f"{at}: status is {row['status']}, and `revoked` {'is missing' if row.get('revoked') is None else 'is there'}"
-            )
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(row["name"])) or row["name"] == "__base__":
-            wrong.append(f"{at}: name {row['name']!r}: letters, digits, _ and - only")
-        if not isinstance(row.get("depends_on", []), list):
-            wrong.append(f"{at}: depends_on should be a list of adapter ids")
-    for message in wrong:
-        errors.add(message)
-    return None if wrong else Entry(**row)
+def _holding(*keys: str) -> s.Shape:
+    return s.shape(f"a mapping with {', '.join(keys)}", lambda v: isinstance(v, dict) and set(keys) <= set(v))
+
+
+_ID = s.matching("sha256:[0-9a-f]{64}", "sha256:..")
+_NAME = r"(?!__base__\Z)[A-Za-z0-9_-]+"
+_ENTRY = s.record(
+    {
+        "name": s.matching(_NAME, "letters, digits, _ and - only"), "source": s.TEXT, "adapter_id": _ID, "files": _ID,
+        "request": _holding("id", "date", "reason"), "revision": s.maybe(s.TEXT), "scale": s.FINITE,
+        "status": s.one_of("active", "revoked"), "depends_on": s.list_of(_ID), "revoked": s.maybe(_holding("date", "reason")),
+    },
+    required=("name", "source", "adapter_id", "files", "request", "status"),
+)  # fmt: skip
+_BASE = s.record({"ref": s.TEXT, "digest": s.TEXT, "revision": s.maybe(s.TEXT)}, required=("ref", "digest"))
+_STACK = s.record({"format": s.ANY, "base": _BASE, "adapters": s.list_of(_ENTRY)}, required=("base", "adapters"))
 
 
 def save(stack: Stack) -> None:
@@ -249,7 +224,7 @@ def add(
     strength = float(folder.manifest.scale if scale is None else scale)
     if not math.isfinite(strength):
         raise UserError(f"stack: scale should be a finite number, found {scale!r}.")
-    if label == "__base__" or not re.fullmatch(r"[A-Za-z0-9_-]+", label):
+    if not re.fullmatch(_NAME, label):
         raise UserError(
             f"stack: the name {label!r} cannot be used: letters, digits, _ and - only; give another (--name)."
         )
@@ -356,18 +331,10 @@ def _file(path: str | Path) -> Path:
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Writers of one stack wait for each other, else the later one would drop what the earlier one added."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: there the last writer wins
+    with ExitStack() as held:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(file.with_name(f".{file.name}.lock")))
+        except OSError as e:
+            raise UserError(f"{file}: cannot be written ({e.strerror}).") from None
         yield
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(file.parent, os.O_RDONLY)
-    except OSError as e:
-        raise UserError(f"{file}: cannot be written ({e.strerror}).") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

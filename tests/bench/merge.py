@@ -100,7 +100,7 @@ def adapter(out: Path, shapes: dict[str, tuple[int, ...]], kinds: list[str], dig
     manifest = Manifest(
         BaseRef(f"local:{digest[:12]}", digest), {"terms": {}}, {"forget": {"sha256": "a" * 64, "n": 1}}, files=files
     )
-    (out / "forget.json").write_text(manifest.to_json())
+    (out / "forget.json").write_text(manifest.text())
     (out / "recipe.yaml").write_text(dump_recipe(recipe))
     return out
 

@@ -4,10 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_unlearn.analysis.effect_of_run import parse_objectives
-from peft_unlearn.attacks.jailbreak import templates
 from peft_unlearn.errors import UserError
-from peft_unlearn.evaluation import suites
 from peft_unlearn.folder import yaml_io
 from peft_unlearn.folder.card import split
 from peft_unlearn.folder.yaml_io import dump_yaml, parse_yaml, read_yaml
@@ -18,7 +15,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 def test_a_bomb_is_refused() -> None:
-    with pytest.raises(UserError, match=r"f: line 1.*aliases") as _:
+    with pytest.raises(UserError, match=r"f: line 1.*aliases"):
         parse_yaml("*a", "f")
     with pytest.raises(UserError, match=r"f: line \d, column \d+: more than 200,000 values"):
         parse_yaml(BOMB, "f", aliases=True)
@@ -57,6 +54,10 @@ def test_foreign_tags_are_read_as_nothing_where_they_are_allowed() -> None:
 
 
 def test_every_file_reads_a_number_as_a_number(tmp_path: Path) -> None:
+    from peft_unlearn.analysis.effect_of_run import parse_objectives
+    from peft_unlearn.attacks.jailbreak import templates
+    from peft_unlearn.evaluation import suites
+
     assert parse_objectives("{ga: {weight: 1e-1}}")["ga"][0].weight == 0.1
     suite = tmp_path / "s.yaml"
     suite.write_text(
