@@ -6,7 +6,6 @@ holds; so that is extended in place first. This module imports neither torch nor
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,10 +31,12 @@ def register() -> Any:
 
     kind = peft_type()
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        # By dotted name: the tuner's own modules import this one.
-        config_cls = importlib.import_module(".expert_lora.config", __package__).ExpertLoraConfig
-        model_cls = importlib.import_module(".expert_lora.model", __package__).ExpertLoraModel
-        register_peft_method(name=PEFT_TYPE.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+        from .expert_lora.config import ExpertLoraConfig
+        from .expert_lora.model import ExpertLoraModel
+
+        register_peft_method(
+            name=PEFT_TYPE.lower(), config_cls=ExpertLoraConfig, model_cls=ExpertLoraModel, prefix=PREFIX
+        )
     return kind
 
 

@@ -8,7 +8,6 @@ factors as they are, a whole delta D as ``I D`` (or ``D I``), which is exact.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Iterator
@@ -18,25 +17,24 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...errors import UserError
 from ...folder.atomic import staged
+from ...folder.read import CONFIG, WEIGHTS
 from ..peft_type import PREFIX
+from ..stock import COMPACT, write_stock
 from .blocks import MoeBlock, innermost, is_llama4, moe_blocks
 from .config import ExpertLoraConfig
 from .layer import PROJECTIONS, ExpertsLayer, RouterLayer, TunerLayer
-
-COMPACT = "expert_lora"  # the compact form's subfolder
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def export_stock(peft_model: nn.Module, out_dir: str | Path, adapter_name: str = "default") -> Path:
     """Write `adapter_name` as a stock PEFT folder, atomically, with the compact form in its subfolder ``expert_lora/``.
 
     The folder loads by ``PeftModel.from_pretrained`` and ``model.load_adapter`` where this package is not installed. It
-    names no base model, and holds the adapter at scale 1 wherever its dial stands. Never replaces a folder that is not empty.
+    names no base model, and holds the adapter at scale 1 wherever its scale stands. Never replaces a folder that is not empty.
 
     Raises:
         UserError: the model has no such expert adapter, or something stands at `out_dir`.
@@ -55,37 +53,26 @@ def save_into(
     base_name, revision: what both configurations call the base; a Hub id or nothing, never a path.
     """
     config = _config(model, adapter_name)
-    _write(stage, stock_config(model, adapter_name), stock_tensors(model, adapter_name), base_name, revision)
+    stock = stock_config(model, adapter_name)
+    write_stock(stage, stock, stock_tensors(model, adapter_name), base_name, revision)
+    compact = {f"base_model.model.{path}.{f}": _plain(t) for path, f, t in _values(model, adapter_name)}
     (stage / COMPACT).mkdir()
-    _write(stage / COMPACT, config, compact_tensors(model, adapter_name), base_name, revision)
-
-
-def compact_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """The compact form's tensors by their names on disk; the same that ``save_pretrained`` writes."""
-    _config(model, adapter_name)
-    out = {}
-    for path, layer in _layers(model, adapter_name):
-        for factor in layer.adapter_layer_names:
-            if adapter_name in getattr(layer, factor):
-                out[f"base_model.model.{path}.{factor}"] = _plain(getattr(layer, factor)[adapter_name])
-    return out
+    write_stock(stage / COMPACT, config, compact, base_name, revision)  # as ``save_pretrained`` names them
 
 
 def stock_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The stock form's tensors by their names on disk."""
     _config(model, adapter_name)
-    out = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for path, layer in _layers(model, adapter_name):
         if isinstance(layer, ExpertsLayer):
             for projection, inside in _nesting(layer.get_base_layer(), PROJECTIONS):
-                a, b = _widened(layer, adapter_name, projection)
-                out[f"base_model.model.{path}{inside}.lora_A.weight"] = a
-                out[f"base_model.model.{path}{inside}.lora_B.weight"] = b
+                pairs[path + inside] = _widened(layer, adapter_name, projection)
         elif isinstance(layer, RouterLayer):
-            a, b = _router_factors(layer, adapter_name)
-            out[f"base_model.model.{path}.lora_A.weight"] = a
-            out[f"base_model.model.{path}.lora_B.weight"] = b
-    return out
+            pairs[path] = _router_factors(layer, adapter_name)
+    return {
+        f"base_model.model.{at}.lora_{f}.weight": t for at, p in pairs.items() for f, t in zip("AB", p, strict=True)
+    }
 
 
 def stock_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
@@ -93,7 +80,7 @@ def stock_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
     config = _config(model, adapter_name)
     targets: list[str] = []
     ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+    alphas: dict[str, Any] = {}
     for path, layer in _layers(model, adapter_name):
         if isinstance(layer, ExpertsLayer):
             targets += [f"{path}.{p}_proj" for p in PROJECTIONS]
@@ -104,14 +91,9 @@ def stock_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
             ranks[name] = rank
             alphas[name] = rank if config.train_router == "full" else config.lora_alpha
     return LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-        target_modules=[],
-        target_parameters=targets,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,  # type: ignore[arg-type]
-        task_type=config.task_type,
-    )
+        r=config.r, lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        target_modules=[], target_parameters=targets, rank_pattern=ranks, alpha_pattern=alphas, task_type=config.task_type,
+    )  # fmt: skip
 
 
 def import_stock(folder: str | Path, base: nn.Module, adapter_name: str = "default") -> Any:
@@ -160,10 +142,8 @@ def read_stock(folder: str | Path, base: nn.Module) -> tuple[ExpertLoraConfig, d
 def fill(model: nn.Module, adapter_name: str, values: dict[tuple[str, str], Tensor]) -> None:
     """Copy the values of `read_stock` into the adapter that was made with its config."""
     with torch.no_grad():
-        for path, layer in _layers(model, adapter_name):
-            for factor in layer.adapter_layer_names:
-                if adapter_name in getattr(layer, factor):
-                    getattr(layer, factor)[adapter_name].copy_(values[path, factor.removeprefix(PREFIX)])
+        for path, factor, tensor in _values(model, adapter_name):
+            tensor.copy_(values[path, factor.removeprefix(PREFIX)])
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------
@@ -184,6 +164,14 @@ def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, TunerLayer) and adapter_name in module.scaling:
             yield name.removeprefix("base_model.model."), module
+
+
+def _values(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Tensor]]:
+    """(module path, name of the factor, its tensor) of everything that the adapter trains."""
+    for path, layer in _layers(model, adapter_name):
+        for factor in layer.adapter_layer_names:
+            if adapter_name in getattr(layer, factor):
+                yield path, factor, getattr(layer, factor)[adapter_name]
 
 
 def _nesting(experts: nn.Module, projections: Any) -> list[tuple[str, str]]:
@@ -223,20 +211,6 @@ def _router_factors(layer: RouterLayer, adapter_name: str) -> tuple[Tensor, Tens
     if experts <= hidden:
         return delta, torch.eye(experts, dtype=delta.dtype)
     return torch.eye(hidden, dtype=delta.dtype), delta
-
-
-def _write(folder: Path, config: Any, tensors: dict[str, Tensor], base_name: str, revision: str | None) -> None:
-    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
-    config = copy.deepcopy(config)
-    config.inference_mode = True
-    config.base_model_name_or_path = base_name
-    config.revision = revision
-    config.save_pretrained(str(folder))
-    written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    for name, value in written.items():
-        if isinstance(value, list) and isinstance(getattr(config, name, None), set):
-            written[name] = sorted(value)  # a set's order changes from process to process
-    (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -316,14 +290,8 @@ class _Stock:
         if trained:
             mode = self._routers(blocks, trained, r * scaling, values)
         layers = {**{layer: [] for layer in trained}, **chosen}
-        config = ExpertLoraConfig(
-            experts=layers,  # type: ignore[arg-type]
-            r=r,
-            lora_alpha=r * scaling,
-            task_type=self.config.get("task_type"),
-            **mode,
-        )
-        return config, values
+        task = self.config.get("task_type")
+        return ExpertLoraConfig(experts=layers, r=r, lora_alpha=r * scaling, task_type=task, **mode), values  # type: ignore[arg-type]
 
     def _routers(
         self, blocks: dict[int, MoeBlock], trained: dict[int, Factors], alpha: float, values: dict[Any, Tensor]
