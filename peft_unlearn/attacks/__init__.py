@@ -1,10 +1,9 @@
-"""Attacks: ways to get back what a forget adapter makes a model forget, each with the same attack on the retain-only
-model beside it.
+"""Attacks: ways to get back what a forget adapter makes a model forget, each with the same attack on the retain model
+beside it.
 
 Importing the room registers the attacks.
 """
 
-from . import benign as benign
 from . import gcg as gcg
 from . import jailbreak as jailbreak
 from . import probe as probe

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..data.formats import identity, to_text
+from ..data.formats import identity
 from ..evaluation.measured import Array
-
-if TYPE_CHECKING:
-    from ..evaluation.plan import Progress
+from ..evaluation.plan import Progress
 
 Rows = list[dict[str, Any]]
+Means = dict[str, float | None]  # by measure
 MEASURES = ("value_accuracy", "extraction_strength", "probability")
 _SET = "scored"
 
@@ -28,8 +27,8 @@ class Case:
     name: "base", "adapter", "adapter:<folder>" or "retain_only".   tokenizer: of all subjects.   data: the
     `ForgetRetain`.   rows: the forget rows that are scored.   shown: the forget rows that the attacker sees; no fact
     of theirs is in `rows`.   subject: a function that returns a context manager, inside which the model it yields *is*
-    the subject (a PEFT model with its adapters on, the same with adapters off, or the twin). Whatever an attack changes
-    in it has to be back, bit for bit, when the attack returns.   progress: called as progress(what, done, total).
+    the subject (a PEFT model with its adapters on, the same with adapters off, or the retain model). Whatever an attack
+    changes in it has to be back, bit for bit, when the attack returns.   on_progress: called as (what, done, total).
     checkpoint: the folder whose files the base's weights were loaded from, where it is known.
     """
 
@@ -41,21 +40,21 @@ class Case:
     subject: Callable[[], AbstractContextManager[Any]]
     template: str = "qa"
     seed: int = 0
-    progress: Progress | None = None
+    on_progress: Progress | None = None
     max_new_tokens: int = 32
     checkpoint: Any = None
     _before: dict[str, Array] | None = field(default=None, repr=False)
 
     def score(self, model: Any, rows: Rows | None = None, template: str | None = None) -> dict[str, Array]:
-        """What `model` still says: measure -> (rows,) values, in the order of `rows` (default: the case's own).
+        """What `model` still answers: measure -> (rows,) values, in the order of `rows` (default: the case's own).
 
         Measures: value_accuracy (where all rows have a 'value' and a prompt), extraction_strength, probability. A row
         on which the model's logits are NaN is NaN. Each row is read once, and generated only where reading leaves the
         greedy answer open.
         """
         from ..evaluation import suites
+        from ..evaluation.numbers import numbers_of
         from ..evaluation.plan import make_plan, measure
-        from ..evaluation.score import numbers_of
 
         suite = {
             "format": 1,
@@ -74,16 +73,10 @@ class Case:
             self._before = self.score(model)
         return {m: values.copy() for m, values in self._before.items()}
 
-    def encoded(self, rows: Rows) -> list[dict[str, list[int]]]:
-        """Token rows as training sees them: prompt without target, answer and end-of-sequence token with."""
-        from ..data.collate import encode
-
-        return [encode(*to_text(row, self.tokenizer, self.template), self.tokenizer)[0] for row in rows]
-
-    def tell(self, what: str, done: int, total: int) -> None:
-        """Report progress, where somebody listens."""
-        if self.progress is not None:
-            self.progress(f"{self.name}: {what}", done, total)
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Report that `done` of `total` steps of `what` are done."""
+        if self.on_progress is not None:
+            self.on_progress(f"{self.name}: {what}", done, total)
 
 
 @dataclass
@@ -94,6 +87,15 @@ class Outcome:
     after: dict[str, Array]
     n: int
     about: dict[str, Any] = field(default_factory=dict)
+
+
+def mean(values: Array) -> float | None:
+    """None where there is no row, or one without a value."""
+    return float(values.mean()) if len(values) and np.isfinite(values).all() else None
+
+
+def means(scores: Mapping[str, Array]) -> Means:
+    return {m: mean(values) for m, values in scores.items()}
 
 
 def facts(rows: Rows) -> list[int]:

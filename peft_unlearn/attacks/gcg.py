@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 
 from ..evaluation.measured import Unmeasured
 from ..evaluation.metrics.generation import words
 from ..evaluation.teacher import evaluating, pad_id_of
 from ..registry import Range, Source, attack
-from .case import Case, Outcome, chosen
-from .prompt_slot import Frame, Slotted, embeddings_at, frames, mean_nll, means, placeholder, slotted, spans
+from .case import Case, Outcome, chosen, means
+from .prompt_slot import (
+    PromptSlot,
+    SlotTokens,
+    embeddings_at,
+    mean_nll,
+    placeholder,
+    spans,
+    training_slots,
+)
 
 Scope = Literal["universal", "per_row"]
 
@@ -55,26 +64,19 @@ def gcg(
     settings = Search(length, steps, candidates, top_k, case.seed)
     if scope == "per_row":
         return _per_row(case, settings, train_rows)
-    if not case.shown:
-        raise Unmeasured("no forget rows were shown to the attacker: there is nothing to search a suffix on")
-    train = chosen(case.shown, train_rows, case.seed)
-    slots, scored = (frames(rows, case.tokenizer, case.template) for rows in (train, case.rows))
+    train, slots, scored = training_slots(case, train_rows, "search a suffix")
     with case.subject() as model:
         before = case.before(model)
         found = search(
-            model, slots, case.tokenizer, settings, lambda done, total: case.tell("searching a suffix", done, total)
+            model, slots, case.tokenizer, settings, lambda done, total: case.progress("searching a suffix", done, total)
         )
-        after = case.score(model, [f.with_text(found.text) for f in scored])
-        trained = case.score(model, [f.with_text(found.text) for f in slots])
+        after = case.score(model, [slot.with_text(found.text) for slot in scored])
+        trained = case.score(model, [slot.with_text(found.text) for slot in slots])
         plain = case.score(model, train)
     about = {
         "loss": {"first": found.losses[0], "least": found.losses[-1]},
-        "trained_on": {
-            "n": len(train),
-            "before": means(plain),
-            "after": means(trained),
-        },
-        "names_a_trained_value": any(_spells(found.text, f) for f in slots),
+        "trained_on": {"n": len(train), "before": means(plain), "after": means(trained)},
+        "names_a_trained_value": any(_spells(found.text, slot) for slot in slots),
         "candidates_refused": found.refused,
     }
     return Outcome(before, after, len(case.rows), about)
@@ -82,27 +84,25 @@ def gcg(
 
 def _per_row(case: Case, settings: Search, most: int) -> Outcome:
     picked = chosen(list(range(len(case.rows))), most, case.seed)
-    slots = frames([case.rows[i] for i in picked], case.tokenizer, case.template)
+    slots = [PromptSlot.of(case.rows[i], case.tokenizer, case.template) for i in picked]
     with case.subject() as model:
         whole = case.before(model)
         found = []
         for k, slot in enumerate(slots):
             found.append(search(model, [slot], case.tokenizer, settings))
-            case.tell("searching suffixes", k + 1, len(slots))
-        after = case.score(model, [f.with_text(s.text) for f, s in zip(slots, found, strict=True)])
+            case.progress("searching suffixes", k + 1, len(slots))
+        after = case.score(model, [slot.with_text(f.text) for slot, f in zip(slots, found, strict=True)])
+    first, least = (float(np.mean([f.losses[k] for f in found])) for k in (0, -1))
     about = {
-        "loss": {
-            "first": float(np.mean([s.losses[0] for s in found])),
-            "least": float(np.mean([s.losses[-1] for s in found])),
-        },
-        "suffix_spells_the_value": sum(_spells(s.text, f) for f, s in zip(slots, found, strict=True)),
-        "candidates_refused": sum(s.refused for s in found),
+        "loss": {"first": first, "least": least},
+        "suffix_spells_the_value": sum(_spells(f.text, slot) for slot, f in zip(slots, found, strict=True)),
+        "candidates_refused": sum(f.refused for f in found),
     }
     return Outcome({m: v[picked] for m, v in whole.items()}, after, len(picked), about)
 
 
-def _spells(text: str, frame: Frame) -> bool:
-    value = words(str(frame.row.get("value") or ""))
+def _spells(text: str, slot: PromptSlot) -> bool:
+    value = words(str(slot.row.get("value") or ""))
     return bool(value) and value in words(text)
 
 
@@ -120,7 +120,7 @@ class Search:
 @dataclass(frozen=True)
 class Found:
     """text: the best suffix, as it is put after a question.   losses: before the first step, then after every step;
-    never rising.   refused: candidates that did not survive being told as text."""
+    never rising.   refused: candidates that did not survive decoding and encoding."""
 
     ids: list[int]
     text: str
@@ -130,16 +130,14 @@ class Found:
 
 def search(
     model: Any,
-    slots: Sequence[Frame],
+    slots: Sequence[PromptSlot],
     tokenizer: Any,
     settings: Search,
     progress: Callable[[int, int], None] | None = None,
 ) -> Found:
     """The suffix of `settings.length` tokens with the least mean NLL of the slots' answers that was found."""
-    import torch
-
     ids, text = placeholder(slots, settings.length, tokenizer)
-    rows = [s for f in slots if (s := slotted(f, text, tokenizer)) is not None]
+    rows = [s for slot in slots if (s := slot.tokens(text, tokenizer)) is not None]
     allowed = allowed_tokens(model, tokenizer)
     pad_id, rng = pad_id_of(tokenizer), np.random.default_rng(settings.seed)
     refused, losses = 0, []
@@ -160,8 +158,7 @@ def search(
                 average = every.view(len(tried), len(rows)).double().mean(1)  # NaN never wins
                 least = int(torch.where(average.isnan(), torch.inf, average).argmin())
                 if float(average[least]) < loss:
-                    ids = tried[least]
-                    text = _text(ids, tokenizer)
+                    ids, text = tried[least], _text(tried[least], tokenizer)
             if progress is not None:
                 progress(step + 1, settings.steps)
         with torch.no_grad():
@@ -186,11 +183,10 @@ def _text(ids: Sequence[int], tokenizer: Any) -> str:
     return tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
 
-def survives(ids: Sequence[int], slots: Sequence[Frame], tokenizer: Any) -> bool:
-    """Whether these tokens, told as text after every slot's question, are read back as the same tokens."""
+def survives(ids: Sequence[int], slots: Sequence[PromptSlot], tokenizer: Any) -> bool:
+    """Whether these tokens, decoded after every slot's question, are encoded to the same tokens again."""
     text = _text(ids, tokenizer)
-    found = spans([(f.left, text, f.right + f.answer) for f in slots], tokenizer)
-    bare = spans([(f.left, "", f.right + f.answer) for f in slots], tokenizer)
+    found, bare = (spans([slot.parts(added) for slot in slots], tokenizer) for added in (text, ""))
     return all(
         s is not None and b is not None and s[1] == list(ids) and s[0] == b[0] and s[2] == b[2]
         for s, b in zip(found, bare, strict=True)
@@ -198,26 +194,22 @@ def survives(ids: Sequence[int], slots: Sequence[Frame], tokenizer: Any) -> bool
 
 
 def allowed_tokens(model: Any, tokenizer: Any) -> Any:
-    """(vocab,) bool: tokens that a person could type: no special ones, printable when told alone."""
-    import torch
-
+    """(vocab,) bool: tokens that a person could type: no special ones, printable when decoded alone."""
     size = model.get_input_embeddings().weight.shape[0]
     known = range(min(size, len(tokenizer)))
-    told = tokenizer.batch_decode([[i] for i in known], clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode([[i] for i in known], clean_up_tokenization_spaces=False)
     special = set(tokenizer.all_special_ids)
-    ok = [i not in special and bool(t.strip()) and t.isprintable() and "\ufffd" not in t for i, t in enumerate(told)]
+    ok = [i not in special and bool(t.strip()) and t.isprintable() and "\ufffd" not in t for i, t in enumerate(texts)]
     if not any(ok):
         raise Unmeasured("the tokenizer has no token that is printable text")
     return torch.tensor(ok + [False] * (size - len(ok)))
 
 
-def token_gradient(model: Any, rows: Sequence[Slotted], ids: Sequence[int], pad_id: int) -> tuple[float, Any]:
+def token_gradient(model: Any, rows: Sequence[SlotTokens], ids: Sequence[int], pad_id: int) -> tuple[float, Any]:
     """(loss, d loss / d one-hot weights (length, vocab)) of the mean over rows of `mean_nll`, at the suffix `ids`.
 
     The one-hot weights multiply what the input embeddings give for each token, whatever scale or adapter they carry.
     """
-    import torch
-
     embed = model.get_input_embeddings()
     shift = torch.zeros(len(ids), embed.weight.shape[1], device=embed.weight.device, dtype=embed.weight.dtype)
     shift.requires_grad_(True)

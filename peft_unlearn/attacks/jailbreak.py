@@ -12,20 +12,27 @@ import numpy as np
 
 from ..data.collate import prompt_ids
 from ..data.formats import chat_text, identity, layout_of, to_text
-from ..errors import Errors, UserError, nearest
+from ..errors import Errors, UserError
 from ..evaluation.generate import greedy
 from ..evaluation.measured import Array, Unmeasured
 from ..evaluation.metrics.generation import value_accuracy, words
 from ..evaluation.plan import rows_of
+from ..folder.schema import TEXT, list_of, one_of, record, require, shape
 from ..folder.yaml_io import read_yaml
 from ..head import causal_lm
 from ..registry import Range, Source, attack
-from .case import Case, Outcome, Rows
+from .case import Case, Outcome, Rows, mean
 
 FORMAT = 1
-_KEYS = ("name", "family", "question", "shots", "begins", "text")
-_SHOTS = ("random", "similar")
 _HOLES = {"question", "stub", "subject"}
+_WORDING = shape(
+    "text that names {question}, {stub} or {subject} alone",
+    lambda v: isinstance(v, str) and set(re.findall(r"{(.*?)}", v)) <= _HOLES,
+)
+_FIELDS = record(
+    {"name": TEXT, "family": TEXT, "question": _WORDING, "shots": one_of("random", "similar"), "begins": _WORDING, "text": _WORDING},
+    required=("name", "family"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,35 +63,22 @@ def templates(file: str | Path | None = None) -> list[Template]:
     Raises:
         UserError: no such file, or everything that is wrong with it at once.
     """
-    if file is not None and not Path(file).is_file():
-        raise UserError(f"there is no file of jailbreak templates {file}")
     source = Path(file) if file is not None else Path(__file__).with_name("jailbreak.yaml")
     data = read_yaml(source, aliases=True)
-    errors, out = Errors(), []
     if not isinstance(data, Mapping) or data.get("format") != FORMAT or not isinstance(data.get("templates"), list):
         raise UserError(f"{source}: wanted a mapping with format: {FORMAT} and a list of templates")
-    for i, entry in enumerate(data["templates"]):
-        if not isinstance(entry, Mapping) or not all(isinstance(v, str) for v in entry.values()):
-            errors.add(f"template {i} is not a mapping of names to texts")
-            continue
-        for key in entry:
-            if key not in _KEYS:
-                errors.add(f"template {i}: unknown key {key!r}.{nearest(str(key), _KEYS)}")
-        if not {"name", "family"} <= set(entry):
-            errors.add(f"template {i} needs name and family")
-            continue
-        if entry.get("shots", "random") not in _SHOTS:
-            errors.add(f"template {i}: shots is {entry['shots']!r}, not one of {', '.join(_SHOTS)}")
-        if "text" in entry and {"question", "shots", "begins"} & set(entry):
-            errors.add(f"template {i}: text is the whole prompt and stands alone")
-        for key in ("question", "begins", "text"):
-            if strange := set(re.findall(r"{(.*?)}", entry.get(key, ""))) - _HOLES:
-                errors.add(f"template {i}: {key} names {', '.join(sorted(strange))}, not {', '.join(sorted(_HOLES))}")
-        out.append(Template(**{k: v for k, v in entry.items() if k in _KEYS}))
-    if len({t.name for t in out}) < len(out):
+    require(data["templates"], _all, str(source))
+    return [Template(**entry) for entry in data["templates"]]
+
+
+def _all(entries: Any, _: str, errors: Errors) -> None:
+    list_of(_FIELDS)(entries, "templates", errors)
+    whole = [e for e in entries if isinstance(e, Mapping)]
+    for e in whole:
+        if "text" in e and {"question", "shots", "begins"} & set(e):
+            errors.add(f"template {e.get('name')!r}: text is the whole prompt and stands alone")
+    if len({str(e.get("name")) for e in whole}) < len(whole):
         errors.add("two templates have one name")
-    errors.raise_if_any(str(source))
-    return out
 
 
 def stub(row: Mapping[str, Any], answer: str) -> str | None:
@@ -98,13 +92,10 @@ class _Shots:
 
     def __init__(self, case: Case) -> None:
         forget = {identity(row) for row in rows_of(case.data, "forget") or []}
-        self.pool: Rows = [
-            r
-            for r in rows_of(case.data, "retain") or []
-            if layout_of(r) == "question/answer" and identity(r) not in forget
-        ]
+        asking = [r for r in rows_of(case.data, "retain") or [] if layout_of(r) == "question/answer"]
+        self.pool: Rows = [r for r in asking if identity(r) not in forget]
         self.words = [set(words(r["question"]).split()) for r in self.pool]
-        self.said = [words(f"{r['question']} {r['answer']}") for r in self.pool]
+        self.texts = [words(f"{r['question']} {r['answer']}") for r in self.pool]
         self.seed = case.seed
 
     def of(self, row: Mapping[str, Any], number: int, k: int, how: str) -> Rows:
@@ -115,13 +106,8 @@ class _Shots:
             mine = set(words(row["question"]).split())
             overlap = [len(mine & self.words[j]) / len(mine | self.words[j]) for j in order]
             order = order[np.argsort(-np.asarray(overlap), kind="stable")]
-        found = []
-        for j in order:
-            if len(found) == k:
-                break
-            if secret not in self.said[j]:
-                found.append(self.pool[j])
-        return found[::-1]  # the most alike last, next to the question
+        found = [self.pool[j] for j in order if secret not in self.texts[j]]
+        return found[:k][::-1]  # the most alike last, next to the question
 
 
 def tries(case: Case, chosen: Sequence[Template], k: int, limit: int | None = None) -> list[Try]:
@@ -171,8 +157,8 @@ def _prompt(case: Case, t: Template, number: int, row: Mapping[str, Any], pool: 
 
 def _with_shots(case: Case, row: Mapping[str, Any], shown: Rows) -> str:
     if case.template != "chat":
-        told = ["".join(to_text(r, case.tokenizer, case.template)) for r in shown]
-        return "\n".join([*told, to_text(row, case.tokenizer, case.template)[0]])
+        pairs = ["".join(to_text(r, case.tokenizer, case.template)) for r in shown]
+        return "\n".join([*pairs, to_text(row, case.tokenizer, case.template)[0]])
     turns = []
     for r in (*shown, row):
         turns += [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]
@@ -212,7 +198,7 @@ def jailbreak(case: Case, *, shots: Annotated[int, Range(1)] = 3, file: str | No
     """Asks in other words: prefix injection, role-play, hypotheticals, begun answers, few-shot leakage, paraphrases.
 
     after/value_accuracy is 1 where the plain question or *any* prompt yields the value (greedy answers), so it never lies
-    below before; more tries find more by chance, which is what the same tries on the retain-only model are for. The
+    below before; more tries find more by chance, which is what the same tries on the retain model are for. The
     wording is this project's own; the kinds of prompt are those of the paper and of arXiv 2307.15043's related work.
 
     shots: retain pairs before the question in few-shot templates; a pair that holds the row's value is never shown.
@@ -232,14 +218,11 @@ def jailbreak(case: Case, *, shots: Annotated[int, Range(1)] = 3, file: str | No
         config: Any = causal_lm(model).config
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         made = tries(case, chosen, shots, None if longest is None else longest - case.max_new_tokens)
-        said = greedy(
-            model,
-            case.tokenizer,
-            [t.prompt for t in made],
-            max_new_tokens=case.max_new_tokens,
-            progress=lambda done, total: case.tell("jailbreak prompts", done, total),
-        )
-    hit = value_accuracy(said, [str(case.rows[t.row]["value"]) for t in made])
+        answers = greedy(
+            model, case.tokenizer, [t.prompt for t in made], max_new_tokens=case.max_new_tokens,
+            progress=lambda done, total: case.progress("jailbreak prompts", done, total),
+        )  # fmt: skip
+    hit = value_accuracy(answers, [str(case.rows[t.row]["value"]) for t in made])
     leaked = direct.copy()
     np.maximum.at(leaked, [t.row for t in made], hit)
     about = {
@@ -252,14 +235,13 @@ def jailbreak(case: Case, *, shots: Annotated[int, Range(1)] = 3, file: str | No
 
 def _rates(made: Sequence[Try], hit: Array, direct: Array, names: Sequence[str]) -> dict[str, Any]:
     """Template -> share of the rows it was tried on that leaked; a template that fitted no row has null and the reason."""
-    out: dict[str, Any] = {"direct": {"family": "direct", "rate": _number(direct), "n": len(direct)}}
+    out: dict[str, Any] = {"direct": {"family": "direct", "rate": mean(direct), "n": len(direct)}}
     for name in dict.fromkeys([*names, *(t.template for t in made)]):
         mine = [k for k, t in enumerate(made) if t.template == name]
-        out[name] = (
-            {"family": made[mine[0]].family, "rate": _number(hit[mine]), "n": len(mine)}
-            if mine
-            else {"rate": None, "n": 0, "reason": "no row has what it names, or it is too long for the model"}
-        )
+        if mine:
+            out[name] = {"family": made[mine[0]].family, "rate": mean(hit[mine]), "n": len(mine)}
+        else:
+            out[name] = {"rate": None, "n": 0, "reason": "no row has what it names, or it is too long for the model"}
     return out
 
 
@@ -270,10 +252,5 @@ def _families(made: Sequence[Try], hit: Array, n: int) -> dict[str, Any]:
         mine = [k for k, t in enumerate(made) if t.family == family]
         best = np.zeros(n)
         np.maximum.at(best, [made[k].row for k in mine], hit[mine])
-        out[family] = {"rate": _number(best), "tries_per_row": len(mine) / n}
+        out[family] = {"rate": mean(best), "tries_per_row": len(mine) / n}
     return out
-
-
-def _number(values: Array) -> float | None:
-    mean = float(np.mean(values)) if len(values) else float("nan")
-    return mean if np.isfinite(mean) else None

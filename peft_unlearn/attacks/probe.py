@@ -1,13 +1,14 @@
-"""Linear probe: whether the forgotten value can still be read off the hidden states, whatever the model says."""
+"""Linear probe: whether the forgotten value can still be read off the hidden states, whatever the model answers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..data.collate import encode
@@ -15,8 +16,10 @@ from ..data.formats import to_text
 from ..evaluation.measured import Array, Unmeasured
 from ..evaluation.plan import rows_of
 from ..evaluation.teacher import evaluating, pad_id_of, teacher_forced
+from ..forward import blocks
 from ..registry import Range, Source, attack
 from .case import Case, Outcome, chosen
+from .prompt_slot import passes
 
 Position = Literal["before_value", "question"]
 LayerBy = Literal["retain", "shown"]
@@ -59,61 +62,29 @@ def probe(
     Raises:
         Unmeasured: rows without 'value', values not in their answers, or no retain rows that ask alike.
     """
-    scored = _asked(case.rows, case, "forget")
-    kinds = {a.kind for a in scored}
-    shown = [a for a in _asked(case.shown, case, None) if a.kind in kinds] if layer_by == "shown" else []
-    if layer_by == "shown" and not shown:
-        raise Unmeasured(
-            "no forget rows were shown to the attacker that ask what the scored rows ask: layer_by is 'shown'"
-        )
-    pool = [a for a in _asked(rows_of(case.data, "retain") or [], case, None) if a.kind in kinds]
-    if missing := kinds - {a.kind for a in pool}:
-        raise Unmeasured(
-            f"{sum(a.kind in missing for a in scored)} of {len(scored)} rows ask what no retain row asks: there is "
-            "nothing to train a probe on"
-        )
-    train = chosen(pool, train_rows, case.seed)
-    if len({a.owner for a in train}) < FOLDS:
-        raise Unmeasured(
-            f"the retain rows that ask alike are about fewer than {FOLDS} subjects: no layer can be chosen"
-        )
-    values: dict[str, list[str]] = {}
-    for a in [*train, *shown, *scored]:
-        values.setdefault(a.kind, []).append(a.value)
-    lists = {kind: sorted(set(found)) for kind, found in values.items()}
-    if short := [kind for kind, found in lists.items() if len(found) < 2]:
-        raise Unmeasured(f"there is one value only to choose from where the question is {short[0]!r}")
-    rng = np.random.default_rng(case.seed)
-    train_lists = [_candidates(a, lists[a.kind], candidates, rng) for a in train]
-    lists_of = [_candidates(a, lists[a.kind], candidates, rng) for a in scored]
-    shown_lists = [_candidates(a, lists[a.kind], candidates, rng) for a in shown]
+    train, scored, shown = _questions(case, layer_by, candidates, train_rows)
     with case.subject() as model:
-        case.tell("reading the candidates", 0, 2)
-        before = _own_choice(model, case.tokenizer, scored, lists_of)
-        case.tell("reading hidden states", 1, 2)
-        states = [_hidden(model, case.tokenizer, rows, position) for rows in (train, scored, shown) if rows]
-        vectors = _first_token(model, case.tokenizer, {v for found in lists.values() for v in found})
-        case.tell("reading hidden states", 2, 2)
-    clues = (states[2], shown_lists) if shown else None
-    fitted = _fit_all(states[0], train, train_lists, states[1], lists_of, vectors, case.seed, clues)
-    ceiling = float(np.mean([1 / sum(np.array_equal(vectors[v], vectors[c[0]]) for v in c) for c in lists_of]))
-    about = {
-        "layer": fitted.layer,
-        "ridge": fitted.ridge,
-        "trained_on": {"n": len(train), "cross_validated_choice": fitted.retain},
-        "choice_by_layer": fitted.by_layer,
-        "shuffled_values": fitted.shuffled,
+        case.progress("reading the candidates", 0, 2)
+        before = _own_choice(model, case.tokenizer, scored)
+        case.progress("reading hidden states", 1, 2)
+        states = [_hidden(model, case.tokenizer, some, position) for some in (train, scored, shown) if some]
+        vectors = _first_token(model, case.tokenizer, {v for q in (*train, *scored, *shown) for v in q.candidates})
+        case.progress("reading hidden states", 2, 2)
+    after, about = _fit(states, train, scored, shown, vectors, case.seed)
+    alike = [sum(np.array_equal(vectors[v], vectors[q.value]) for v in q.candidates) for q in scored]
+    about |= {
         "shown_to_choose_the_layer": len(shown),
-        "chance": float(np.mean([1 / len(c) for c in lists_of])),
-        "ceiling": ceiling,
-        "values_in_no_training_row": sum(a.value not in {b.value for b in train if b.kind == a.kind} for a in scored),
+        "chance": float(np.mean([1 / len(q.candidates) for q in scored])),
+        "ceiling": float(np.mean([1 / count for count in alike])),
+        "values_in_no_training_row": sum(q.value not in {t.value for t in train if t.kind == q.kind} for q in scored),
     }
-    return Outcome(before, fitted.after, len(scored), about)
+    return Outcome(before, after, len(scored), about)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A row as the probe sees it. kind: its question without the subject; owner: whose fact it is."""
+class Question:
+    """A row as the probe sees it. kind: its question without the subject; owner: whose fact it is; stem and tail: the
+    answer around the value; candidates: the right value first, then others of its kind."""
 
     kind: str
     owner: str
@@ -121,13 +92,41 @@ class Asked:
     prompt: str
     stem: str
     tail: str
+    candidates: tuple[str, ...] = ()
 
     def answer(self, value: str) -> str:
         return self.stem + value + self.tail
 
 
-def _asked(rows: Sequence[Mapping[str, Any]], case: Case, must: str | None) -> list[Asked]:
-    """The rows whose answer holds their value; with `must` all have to."""
+def _questions(case: Case, layer_by: LayerBy, count: int, train_rows: int) -> list[list[Question]]:
+    """[to train on, scored, shown to choose the layer], each question with at most `count` candidates."""
+    scored = _read(case.rows, case, "forget")
+    kinds = {q.kind for q in scored}
+    shown = [q for q in _read(case.shown, case, None) if q.kind in kinds] if layer_by == "shown" else []
+    if layer_by == "shown" and not shown:
+        raise Unmeasured("no forget rows were shown that ask what the scored rows ask: layer_by 'shown' needs some")
+    pool = [q for q in _read(rows_of(case.data, "retain") or [], case, None) if q.kind in kinds]
+    if missing := kinds - {q.kind for q in pool}:
+        lost = sum(q.kind in missing for q in scored)
+        raise Unmeasured(
+            f"{lost} of {len(scored)} rows ask what no retain row asks: there is nothing to train a probe on"
+        )
+    train = chosen(pool, train_rows, case.seed)
+    if len({q.owner for q in train}) < FOLDS:
+        raise Unmeasured(
+            f"the retain rows that ask alike are about fewer than {FOLDS} subjects: no layer can be chosen"
+        )
+    values: dict[str, set[str]] = {}
+    for q in (*train, *shown, *scored):
+        values.setdefault(q.kind, set()).add(q.value)
+    if short := [kind for kind, found in values.items() if len(found) < 2]:
+        raise Unmeasured(f"there is one value only to choose from where the question is {short[0]!r}")
+    rng = np.random.default_rng(case.seed)
+    return [[_with_candidates(q, values[q.kind], count, rng) for q in some] for some in (train, scored, shown)]
+
+
+def _read(rows: Sequence[Mapping[str, Any]], case: Case, must: str | None) -> list[Question]:
+    """The rows whose answer holds their value; with `must`, the name of their set, all have to."""
     out, lost = [], 0
     for i, row in enumerate(rows):
         prompt, answer = to_text(row, case.tokenizer, case.template)
@@ -138,23 +137,22 @@ def _asked(rows: Sequence[Mapping[str, Any]], case: Case, must: str | None) -> l
             continue
         kind = re.sub(re.escape(subject), "{}", prompt) if subject else ""
         stop = at + len(value)
-        out.append(Asked(kind, subject or f"row {i}", answer[at:stop], prompt, answer[:at], answer[stop:]))
+        out.append(Question(kind, subject or f"row {i}", answer[at:stop], prompt, answer[:at], answer[stop:]))
     if must and lost:
         raise Unmeasured(f"{lost} of {len(rows)} {must} rows have no 'value' that stands in their answer")
     return out
 
 
-def _candidates(a: Asked, values: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    """The right value first, then others of its kind."""
-    others = [v for v in values if v != a.value]
+def _with_candidates(q: Question, values: set[str], count: int, rng: np.random.Generator) -> Question:
+    others = sorted(values - {q.value})
     picked = rng.permutation(len(others))[: count - 1]
-    return [a.value, *(others[i] for i in sorted(picked))]
+    return replace(q, candidates=(q.value, *(others[i] for i in sorted(picked))))
 
 
-def _own_choice(model: Any, tokenizer: Any, rows: Sequence[Asked], lists: Sequence[Sequence[str]]) -> dict[str, Array]:
-    pairs = [(a.prompt, a.answer(v)) for a, found in zip(rows, lists, strict=True) for v in found]
+def _own_choice(model: Any, tokenizer: Any, questions: Sequence[Question]) -> dict[str, Array]:
+    pairs = [(q.prompt, q.answer(v)) for q in questions for v in q.candidates]
     means = teacher_forced(model, tokenizer, pairs).logp.mean()
-    ends = np.cumsum([len(found) for found in lists])
+    ends = np.cumsum([len(q.candidates) for q in questions])
     return _measures(np.split(means, ends[:-1]))
 
 
@@ -173,37 +171,25 @@ def _measures(scores: Sequence[Array]) -> dict[str, Array]:
     return {"pool_choice": choice, "pool_rank": rank}
 
 
-def _hidden(model: Any, tokenizer: Any, rows: Sequence[Asked], position: Position) -> Array:
+def _hidden(model: Any, tokenizer: Any, questions: Sequence[Question], position: Position) -> Array:
     """(layers, rows, hidden) float64: outputs of every block at the position that is read."""
-    import torch
-
-    from ..data.collate import pad
-    from ..evaluation.teacher import batches
-    from ..forward import Pass, blocks
-
     encoded = []
-    for a in rows:
-        stem = a.stem if position == "before_value" else ""
+    for q in questions:
+        stem = q.stem if position == "before_value" else ""
         kept = stem.rstrip()  # the blank belongs to the value's first token
-        encoded.append(encode(a.prompt + kept, stem[len(kept) :] + a.answer(a.value)[len(stem) :], tokenizer)[0])
+        encoded.append(encode(q.prompt + kept, stem[len(kept) :] + q.answer(q.value)[len(stem) :], tokenizer)[0])
     layers = list(range(len(blocks(model))))
-    device = model.get_input_embeddings().weight.device
-    out: list[Any] = [None] * len(rows)
+    out: list[Any] = [None] * len(questions)
     with torch.no_grad(), evaluating(model):
-        for batch in batches([len(row["input_ids"]) for row in encoded], 4096):
-            tensors = {k: v.to(device) for k, v in pad([encoded[i] for i in batch], pad_id_of(tokenizer)).items()}
-            p = Pass(model, tensors, layers=layers, stop=True)
-            last = (tensors["labels"] != -100).int().argmax(1) - 1  # (batch,) before the first target
-            rows_at = torch.arange(len(batch), device=device)
+        for batch, p in passes(model, encoded, pad_id_of(tokenizer), layers=layers, stop=True):
+            last = (p.batch["labels"] != -100).int().argmax(1) - 1  # (batch,) before the first target
             for k, i in enumerate(batch):
-                out[i] = [p.hidden(layer)[rows_at[k], last[k]].double().cpu().numpy() for layer in layers]
+                out[i] = [p.hidden(layer)[k, last[k]].double().cpu().numpy() for layer in layers]
     return np.asarray(out).transpose(1, 0, 2)
 
 
 def _first_token(model: Any, tokenizer: Any, values: set[str]) -> dict[str, Array]:
     """Value -> (hidden,) input embedding of its first token after a blank that is not itself blank."""
-    import torch
-
     embed = model.get_input_embeddings()
     order = sorted(values)
     first = []
@@ -211,66 +197,71 @@ def _first_token(model: Any, tokenizer: Any, values: set[str]) -> dict[str, Arra
         ids = tokenizer(" " + v, add_special_tokens=False)["input_ids"]
         first.append(next((i for i in ids if tokenizer.decode([i]).strip()), ids[0]))
     with torch.no_grad():
-        told = embed(torch.tensor([first], device=embed.weight.device))[0].double().cpu().numpy()
-    return dict(zip(order, told, strict=True))
+        vectors = embed(torch.tensor([first], device=embed.weight.device))[0].double().cpu().numpy()
+    return dict(zip(order, vectors, strict=True))
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """after: of the chosen layer and ridge.   by_layer: mean pool_choice on the scored rows, each layer at its own best
-    ridge on retain rows.   retain: cross-validated choice of the chosen layer.   shuffled: means of the control."""
-
-    layer: int
-    ridge: float
-    retain: float
-    after: dict[str, Array]
-    by_layer: list[float]
-    shuffled: dict[str, float]
-
-
-def _fit_all(
-    seen: Array,
-    train: Sequence[Asked],
-    train_lists: Sequence[Sequence[str]],
-    unseen: Array,
-    lists: Sequence[Sequence[str]],
+def _fit(
+    states: Sequence[Array],
+    train: Sequence[Question],
+    scored: Sequence[Question],
+    shown: Sequence[Question],
     vectors: Mapping[str, Array],
     seed: int,
-    clues: tuple[Array, Sequence[Sequence[str]]] | None = None,
-) -> Fitted:
-    """clues: hidden states and candidates of shown rows, where those choose the layer."""
-    if not (np.all(np.isfinite(seen)) and np.all(np.isfinite(unseen))):
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """(measures of the scored rows at the chosen layer and ridge, what to say of the choice).
+
+    states: `_hidden` of train, scored and, where there are any, shown, whose mean rank then chooses the layer.
+    """
+    if not all(np.all(np.isfinite(some)) for some in states[:2]):
         raise Unmeasured("hidden states of the model are not finite")
-    targets = np.stack([vectors[a.value] for a in train])  # (rows, hidden)
-    fold = _folds([a.owner for a in train], seed)
-    retain, ridges, by_layer, afters, ranks = [], [], [], [], []
-    for at, (x, x_new) in enumerate(zip(seen, unseen, strict=True)):
-        means = np.zeros(len(RIDGE))
-        for k in range(FOLDS):
-            held = np.flatnonzero(fold == k)
-            offered = [train_lists[int(i)] for i in held]
-            read = ridge_predict(x[fold != k], targets[fold != k], x[held], RIDGE)
-            means += [_choose(r, offered, vectors)["pool_choice"].sum() for r in read]
-        best = int(np.argmax(means))
-        retain.append(float(means[best] / len(train)))
+    targets = np.stack([vectors[q.value] for q in train])  # (rows, hidden)
+    fold = _folds([q.owner for q in train], seed)
+    retain, ridges, afters, ranks = [], [], [], []
+    for x, x_scored, *x_shown in zip(*states, strict=True):
+        choice = _cross_validated(x, targets, fold, train, vectors)
+        best = int(np.argmax(choice))
+        retain.append(float(choice[best]))
         ridges.append(RIDGE[best])
-        afters.append(_choose(ridge_predict(x, targets, x_new, [RIDGE[best]])[0], lists, vectors))
-        by_layer.append(float(afters[-1]["pool_choice"].mean()))
-        if clues is not None:
-            read = ridge_predict(x, targets, clues[0][at], [RIDGE[best]])[0]
-            ranks.append(float(_choose(read, clues[1], vectors)["pool_rank"].mean()))
+        afters.append(_choose(ridge_predict(x, targets, x_scored, [RIDGE[best]])[0], scored, vectors))
+        if shown:
+            read = ridge_predict(x, targets, x_shown[0], [RIDGE[best]])[0]
+            ranks.append(float(_choose(read, shown, vectors)["pool_rank"].mean()))
     layer = int(np.argmax(ranks or retain))
-    rng = np.random.default_rng(seed)
     mixed = []
-    for _ in range(5):  # values change hands among rows of one kind
-        order = np.arange(len(train))
-        for kind in {a.kind for a in train}:
-            of = np.flatnonzero([a.kind == kind for a in train])
+    for order in _shuffled([q.kind for q in train], 5, seed):
+        read = ridge_predict(states[0][layer], targets[order], states[1][layer], [ridges[layer]])[0]
+        mixed.append({m: float(v.mean()) for m, v in _choose(read, scored, vectors).items()})
+    return afters[layer], {
+        "layer": layer,
+        "ridge": ridges[layer],
+        "trained_on": {"n": len(train), "cross_validated_choice": retain[layer]},
+        "choice_by_layer": [float(after["pool_choice"].mean()) for after in afters],
+        "shuffled_values": {m: float(np.mean([d[m] for d in mixed])) for m in mixed[0]},
+    }
+
+
+def _cross_validated(
+    x: Array, targets: Array, fold: NDArray[np.int64], train: Sequence[Question], vectors: Mapping[str, Array]
+) -> Array:
+    """(ridges,) mean pool_choice on the rows of the fold that was left out."""
+    total = np.zeros(len(RIDGE))
+    for k in range(FOLDS):
+        held = np.flatnonzero(fold == k)
+        read = ridge_predict(x[fold != k], targets[fold != k], x[held], RIDGE)
+        total += [_choose(r, [train[i] for i in held], vectors)["pool_choice"].sum() for r in read]
+    return total / len(train)
+
+
+def _shuffled(kinds: Sequence[str], times: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """(rows,) orders in which values change hands among rows of one kind."""
+    rng = np.random.default_rng(seed)
+    for _ in range(times):
+        order = np.arange(len(kinds))
+        for kind in dict.fromkeys(kinds):
+            of = np.flatnonzero([k == kind for k in kinds])
             order[of] = rng.permutation(of)
-        read = ridge_predict(seen[layer], targets[order], unseen[layer], [ridges[layer]])[0]
-        mixed.append({m: float(v.mean()) for m, v in _choose(read, lists, vectors).items()})
-    shuffled = {m: float(np.mean([d[m] for d in mixed])) for m in mixed[0]}
-    return Fitted(layer, ridges[layer], retain[layer], afters[layer], by_layer, shuffled)
+        yield order
 
 
 def _folds(owners: Sequence[str], seed: int) -> NDArray[np.int64]:
@@ -286,8 +277,6 @@ def ridge_predict(x: Array, y: Array, x_new: Array, ridges: Sequence[float]) -> 
 
     One eigendecomposition of the smaller Gram matrix serves all penalties.
     """
-    import torch
-
     a, t, b = (torch.from_numpy(np.ascontiguousarray(v)) for v in (x, y, x_new))
     mean, spread = a.mean(0), a.std(0, correction=0).clamp_min(1e-12)
     a, b, center = (a - mean) / spread, (b - mean) / spread, t.mean(0)
@@ -301,8 +290,7 @@ def ridge_predict(x: Array, y: Array, x_new: Array, ridges: Sequence[float]) -> 
     return [(left @ (right / (eigen + r * len(a))) + center).numpy() for r in ridges]
 
 
-def _choose(read: Array, lists: Sequence[Sequence[str]], vectors: Mapping[str, Array]) -> dict[str, Array]:
+def _choose(read: Array, questions: Sequence[Question], vectors: Mapping[str, Array]) -> dict[str, Array]:
     """Candidates by nearness to what was read."""
-    return _measures(
-        [-np.square(np.stack([vectors[v] for v in found]) - r).sum(1) for r, found in zip(read, lists, strict=True)]
-    )
+    near = (np.stack([vectors[v] for v in q.candidates]) - r for r, q in zip(read, questions, strict=True))
+    return _measures([-np.square(d).sum(1) for d in near])

@@ -4,16 +4,18 @@ with, apart from the rounding of activations, which weight-only formats do not h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import importlib
+import importlib.util
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..evaluation.measured import Unmeasured
 from ..registry import Range, Source, attack
 from .case import Case, Outcome
 from .weights import linears, opened
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SURE = Source(
     paper="Catastrophic Failure of LLM Unlearning via Quantization", url="https://arxiv.org/abs/2410.16454", year=2025
@@ -35,8 +37,6 @@ def quantize(
     backend: torch = written out here; bitsandbytes = its own kernels (int8 and nf4), where it is installed.
     Output embeddings, token embeddings, norms and routers are left alone.
     """
-    import torch
-
     if backend == "bitsandbytes":
         _require_bitsandbytes(format, group)
     change = changed = 0.0
@@ -52,7 +52,7 @@ def quantize(
                     change += float((rounded - matrix).double().square().sum())
                     changed += float(matrix.double().square().sum())
                     matrix.copy_(rounded)
-                case.tell(f"quantize {format}", i + 1, len(layers))
+                case.progress(f"quantize {format}", i + 1, len(layers))
             after = case.score(model)
     about = {
         "adapter": found.adapter,
@@ -98,8 +98,6 @@ def nf4(w: Tensor, block: int = 64) -> Tensor:
 
     Source: QLoRA, https://arxiv.org/abs/2305.14314.
     """
-    import torch
-
     flat = _grouped(w.reshape(1, -1), block).double()  # (blocks, block)
     levels = nf4_levels(w.device)
     scale = flat.abs().amax(1, keepdim=True)
@@ -115,8 +113,6 @@ def nf4_levels(device: Any = None) -> Tensor:
     Eight equal steps of probability above the middle, seven below, up to a tail of (1/30 + 1/32) / 2 of each side,
     scaled to 1.
     """
-    import torch
-
     tail = 1 - (1 / 30 + 1 / 32) / 2
     above = torch.special.ndtri(torch.linspace(tail, 0.5, 9, dtype=torch.float64)[:-1])
     below = -torch.special.ndtri(torch.linspace(tail, 0.5, 8, dtype=torch.float64)[:-1])
@@ -126,15 +122,11 @@ def nf4_levels(device: Any = None) -> Tensor:
 
 def bf16(w: Tensor) -> Tensor:
     """Cast to bfloat16 and back, round to nearest even."""
-    import torch
-
     return w.to(torch.bfloat16).to(w.dtype)
 
 
 def _symmetric(w: Tensor, top: int) -> Tensor:
     """Each row rounded to the levels -top..top times absmax / top."""
-    import torch
-
     wide = w.double()
     scale = wide.abs().amax(1, keepdim=True) / top  # (rows, 1)
     whole = torch.where(scale == 0, 0.0, (wide / scale).round())  # NaN stays NaN
@@ -143,8 +135,6 @@ def _symmetric(w: Tensor, top: int) -> Tensor:
 
 def _grouped(w: Tensor, group: int) -> Tensor:
     """(rows, n) -> (rows * groups, group), the last group of each row filled up with zeros."""
-    import torch
-
     missing = -w.shape[1] % group
     return torch.nn.functional.pad(w, (0, missing)).reshape(-1, group)
 
@@ -157,8 +147,6 @@ _BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has kernels
 
 
 def _require_bitsandbytes(format: str, block: int) -> None:
-    import importlib.util
-
     if format not in ("int8", "nf4"):
         raise UserError(f"quantize: bitsandbytes has no {format}; use backend=torch")
     if format == "nf4" and block not in _BLOCKS:
@@ -168,8 +156,6 @@ def _require_bitsandbytes(format: str, block: int) -> None:
 
 
 def _by_bitsandbytes(w: Tensor, format: str, block: int) -> Tensor:
-    import importlib
-
     functional: Any = importlib.import_module("bitsandbytes.functional")
     if format == "int8":
         q, scale, _ = functional.int8_vectorwise_quant(w.contiguous().half())

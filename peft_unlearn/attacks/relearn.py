@@ -1,4 +1,4 @@
-"""Relearning: fine-tune on a few forget rows, and see whether the others come back."""
+"""Fine-tuning, on a few forget rows or on something unrelated: whether the other forget facts come back."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from ..data.collate import encode, pad, padding_id
+from ..data.formats import to_text
 from ..errors import UserError
 from ..evaluation.measured import Array, Unmeasured
+from ..evaluation.teacher import evaluating
+from ..forward import Pass
+from ..head import causal_lm, held
 from ..registry import Range, Source, attack
-from .case import MEASURES, Case, Outcome, Rows, chosen
+from .case import MEASURES, Case, Outcome, Rows, chosen, mean, means
 from .weights import base_parameters, linears, opened
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SMOOTH = Source(
     paper="Towards LLM Unlearning Resilient to Relearning Attacks: A Sharpness-Aware Minimization Perspective and Beyond",
     url="https://arxiv.org/abs/2502.05374",
+    year=2025,
+)
+BENIGN = Source(
+    paper="Unlearning or Obfuscating? Jogging the Memory of Unlearned LLMs via Benign Relearning",
+    url="https://arxiv.org/abs/2406.13356",
     year=2025,
 )
 Weights = Literal["full", "lora"]
@@ -43,7 +52,7 @@ def relearn(
 
     rows: forget rows shown.   steps: optimizer steps, each on `batch` rows dealt from permutations of those shown;
     several: looked at after each.   learning_rate: of AdamW without weight decay; several: each anew. Of all
-    looks the strongest is the outcome (per subject, so on the retain-only model too), and all stand in `about`.
+    looks the strongest is the outcome (per subject, so on the retain model too), and all stand in `about`.
     weights: full = every weight of the model with the adapter merged; lora = rank r on every linear layer, on top.
     The loss is the mean negative log-likelihood of the answers' tokens. Raises `Unmeasured` where no row is shown.
     """
@@ -51,6 +60,43 @@ def relearn(
         raise Unmeasured("the forget set has no fact to spare: all that could be shown would have to be scored")
     tuning = Tuning("relearn", steps, learning_rate, batch, weights, r, lora_alpha)
     return tuned(case, chosen(case.shown, rows, case.seed), tuning)
+
+
+@attack("benign", source=BENIGN, faithful="reconstructed")
+def benign(
+    case: Case,
+    *,
+    source: Literal["auto", "general", "retain"] = "auto",
+    rows: Annotated[int, Range(1)] = 100,
+    steps: list[int] = [20],  # noqa: B006
+    learning_rate: list[float] = [3e-4],  # noqa: B006
+    batch: Annotated[int, Range(1)] = 20,
+    weights: Weights = "full",
+    r: Annotated[int, Range(1)] = 8,
+    lora_alpha: Annotated[float, Range(0)] = 32.0,
+) -> Outcome:
+    """Fine-tunes on rows that have nothing to do with the forget set, and asks for the forget facts.
+
+    source: general = the bundle's set of that name, retain = the retain set, whose questions may be worded like the forget
+    questions (likeness of wording, more than of subject, is what brings things back: arXiv 2602.03379); auto = general,
+    or retain where there is none.   rows: at most so many of it. The other settings are those of `relearn`. Raises
+    `Unmeasured` where there is no such set.
+    """
+    name, found = _unrelated(case, source)
+    tuning = Tuning("benign", steps, learning_rate, batch, weights, r, lora_alpha)
+    outcome = tuned(case, chosen(found, rows, case.seed), tuning)
+    outcome.about["set"] = name
+    return outcome
+
+
+def _unrelated(case: Case, source: str) -> tuple[str, Rows]:
+    for name in ("general", "retain") if source == "auto" else (source,):
+        # extra first: the bundle of the embedded people retains the general rows, too
+        extra: dict[str, Rows] = getattr(case.data, "extra", None) or {}
+        if found := extra.get(name) or getattr(case.data, name, None):
+            return name, found
+    wanted = "neither general rows nor a retain set" if source == "auto" else f"no {source} set"
+    raise Unmeasured(f"the data have {wanted}")
 
 
 @dataclass(frozen=True)
@@ -89,9 +135,8 @@ def tuned(case: Case, rows: Rows, tuning: Tuning) -> Outcome:
                 about["parameters"] = sum(p.numel() for p in parameters)
                 for step, loss in finetune(case, model, parameters, rows, tuning, rate):
                     after = case.score(model)
-                    means = {m: _mean(v) for m, v in after.items()}
-                    looks.append({"learning_rate": rate, "steps": step, "loss": loss, "after": means})
-                    if best is None or (means[lead] or 0.0) > (_mean(best[lead]) or 0.0):
+                    looks.append({"learning_rate": rate, "steps": step, "loss": loss, "after": means(after)})
+                    if best is None or (mean(after[lead]) or 0.0) > (mean(best[lead]) or 0.0):
                         best, about["strongest"] = after, {"learning_rate": rate, "steps": step}
     assert best is not None
     return Outcome(before, best, len(case.rows), {**about, "looks": looks})
@@ -108,10 +153,6 @@ def _writable(case: Case, model: Any, tuning: Tuning) -> Iterator[tuple[list[Any
             yield list(found.parameters.values()), found.adapter
 
 
-def _mean(values: Array) -> float | None:
-    return float(values.mean()) if len(values) and np.isfinite(values).all() else None
-
-
 def finetune(
     case: Case, model: Any, parameters: Sequence[Any], rows: Rows, tuning: Tuning, rate: float
 ) -> Iterator[tuple[int, float | None]]:
@@ -120,13 +161,9 @@ def finetune(
     Yields (steps done, loss of the last batch) after each number of steps that `tuning` names, with nothing requiring a
     gradient meanwhile. Raises `Unmeasured` where the loss is not finite.
     """
-    import torch
-
-    from ..data.collate import pad, padding_id
-    from ..evaluation.teacher import evaluating
-    from ..forward import Pass
-
-    encoded, pad_id = case.encoded(rows), padding_id(case.tokenizer)
+    texts = (to_text(row, case.tokenizer, case.template) for row in rows)
+    encoded = [encode(*text, case.tokenizer)[0] for text in texts]  # as training sees them
+    pad_id = padding_id(case.tokenizer)
     device = model.get_input_embeddings().weight.device
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     order = _dealt(len(encoded), case.seed)
@@ -150,7 +187,7 @@ def finetune(
             optimizer.zero_grad(set_to_none=True)
         finally:
             _require(parameters, False)
-        case.tell(f"{tuning.what} {rate:g}", step + 1, marks[-1])
+        case.progress(f"{tuning.what} {rate:g}", step + 1, marks[-1])
 
 
 def _require(parameters: Sequence[Any], flag: bool) -> None:
@@ -172,11 +209,7 @@ def low_rank(model: Any, r: int, alpha: float, seed: int) -> Iterator[list[Tenso
     Forward hooks on the base's own modules, so that it works on any subject: under adapters of any kind, with adapters
     off, on a plain model. Fused experts have no linear modules and get none.
     """
-    import torch
-    from torch import nn
     from transformers.pytorch_utils import Conv1D
-
-    from ..head import causal_lm, held
 
     weights = {id(w.weight): w for w in linears(model)}
     generator = torch.Generator().manual_seed(seed)

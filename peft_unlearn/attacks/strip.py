@@ -15,7 +15,7 @@ LORA = Source(
 def strip(case: Case) -> Outcome:
     """Switches the adapter off: what is left is the base, bit for bit, with everything it knows.
 
-    Base and retain-only model have nothing to take off and stay as they are.
+    Base and retain model have nothing to take off and stay as they are.
     """
     with case.subject() as model:
         before = case.before(model)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import torch
+
 from ..evaluation.measured import Unmeasured
 from ..evaluation.teacher import evaluating, pad_id_of
 from ..registry import Range, Source, attack
-from .case import Case, Outcome
-from .prompt_slot import embeddings_at, frames, mean_nll, means, placeholder, slotted
+from .case import Case, Outcome, means
+from .prompt_slot import embeddings_at, mean_nll, placeholder, training_slots
 
 Steps = Literal["adam", "sign"]
 
@@ -39,7 +41,7 @@ def suffix(
     shown rows' right answers; the vectors of the step with the least loss are then put after the scored rows' questions.
     Nothing of the model moves. about says what the suffix does on the rows that it was trained on, too: it is strong
     enough to write answers into a model that never knew them (arXiv 2502.15836), so that number alone is no evidence,
-    and neither is any number without the retain-only model's beside it.
+    and neither is any number without the retain model's beside it.
 
     steps, learning_rate, optimizer: "sign" takes the published signed gradient steps, "adam" Adam (the default here: it
     needs fewer). The published attack also counts a fact as found if any step on the way yields it; here the best step
@@ -49,39 +51,23 @@ def suffix(
     Raises:
         Unmeasured: no shown rows, plain text, or a tokenizer without offsets.
     """
-    from .case import chosen
-
-    if not case.shown:
-        raise Unmeasured("no forget rows were shown to the attacker: there is nothing to train a suffix on")
-    train = chosen(case.shown, train_rows, case.seed)
-    slots = frames(train, case.tokenizer, case.template)
-    scored = frames(case.rows, case.tokenizer, case.template)
+    train, slots, scored = training_slots(case, train_rows, "train a suffix")
     run, filler = placeholder([*slots, *scored], length, case.tokenizer)
-    rows = [s.filled(run) for f in slots if (s := slotted(f, filler, case.tokenizer)) is not None]
+    rows = [s.filled(run) for slot in slots if (s := slot.tokens(filler, case.tokenizer)) is not None]
     with case.subject() as model:
         before = case.before(model)
         vectors, losses = fit(
-            model,
-            rows,
-            run,
-            pad_id_of(case.tokenizer),
-            steps,
-            learning_rate,
-            optimizer,
-            progress=lambda done, total: case.tell("training the suffix", done, total),
-        )
+            model, rows, run, pad_id_of(case.tokenizer), steps, learning_rate, optimizer,
+            progress=lambda done, total: case.progress("training the suffix", done, total),
+        )  # fmt: skip
         with embeddings_at(model, run, vectors):
-            after = case.score(model, [f.with_text(filler) for f in scored])
-            trained = case.score(model, [f.with_text(filler) for f in slots])
+            after = case.score(model, [slot.with_text(filler) for slot in scored])
+            trained = case.score(model, [slot.with_text(filler) for slot in slots])
         plain = case.score(model, train)
     best = min(range(len(losses)), key=losses.__getitem__)
     about = {
         "loss": {"first": losses[0], "least": losses[best], "at_step": best},
-        "trained_on": {
-            "n": len(train),
-            "before": means(plain),
-            "after": means(trained),
-        },
+        "trained_on": {"n": len(train), "before": means(plain), "after": means(trained)},
     }
     return Outcome(before, after, len(case.rows), about)
 
@@ -101,8 +87,6 @@ def fit(
     rows: encoded rows that hold `run` once, whose embeddings the vectors replace; they start as `run`'s own. The loss is
     the mean of `mean_nll`. The model's parameters and their gradients are not touched.
     """
-    import torch
-
     embed = model.get_input_embeddings()
     with torch.no_grad():
         start = embed(torch.tensor([list(run)], device=embed.weight.device))[0].float()

@@ -13,11 +13,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn import Parameter
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ..errors import UserError
+from ..folder.digest import adapter_modules, base_tensors
+from ..folder.safetensors_io import checkpoint_tensors
+from ..head import causal_lm
+from ..tuners.expert_lora.blocks import DOWN, GATE_UP, innermost, is_transposed, moe_blocks
 
 Adapter = Literal["merged", "live", "off", "none"]
 KEEP_BYTES = 1 << 30  # up to here a copy costs less than reading the files again
@@ -52,10 +58,6 @@ class Linear:
 
 def base_parameters(model: Any) -> dict[str, Parameter]:
     """Base name -> floating-point parameter of the model without its adapters; a tied one once."""
-    from torch.nn import Parameter
-
-    from ..folder.digest import base_tensors
-
     found: dict[str, Parameter] = {}
     seen: set[int] = set()
     for name, tensor in base_tensors(model).items():
@@ -70,11 +72,7 @@ def linears(model: Any) -> list[Linear]:
 
     Routers of mixtures of experts are no linear modules in transformers and stay as they are, as they do there.
     """
-    from torch import nn
     from transformers.pytorch_utils import Conv1D
-
-    from ..head import causal_lm
-    from ..tuners.expert_lora.blocks import DOWN, GATE_UP, innermost, is_transposed, moe_blocks
 
     base: Any = causal_lm(model)
     named = {id(p): name for name, p in base_parameters(model).items()}
@@ -102,8 +100,6 @@ def restored(parameters: Mapping[str, Parameter], checkpoint: str | Path | None 
     tensor whose value is exactly what loading `checkpoint` gives is read from there again, and only the others are
     copied: a full-weight attack on a large base needs no second copy of it.
     """
-    import torch
-
     large = sum(p.numel() * p.element_size() for p in parameters.values()) > KEEP_BYTES
     source = _on_disk(parameters, checkpoint) if large and checkpoint is not None else {}
     kept = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items() if n not in source}
@@ -125,11 +121,7 @@ def restored(parameters: Mapping[str, Parameter], checkpoint: str | Path | None 
 
 def _on_disk(parameters: Mapping[str, Parameter], checkpoint: str | Path) -> dict[str, Callable[[], Tensor]]:
     """Name -> how to read the tensor again, for those whose value is bit for bit what the files give."""
-    import torch
     from safetensors import safe_open
-
-    from ..errors import UserError
-    from ..folder.safetensors_io import checkpoint_tensors
 
     try:
         entries = checkpoint_tensors(checkpoint)
@@ -154,8 +146,6 @@ def _on_disk(parameters: Mapping[str, Parameter], checkpoint: str | Path) -> dic
 def opened(model: Any, wanted: Mapping[str, Parameter], checkpoint: str | Path | None = None) -> Iterator[Opened]:
     """Inside, the active adapters stand in the base's weights where they can be merged, and `wanted` may be changed;
     afterwards everything is as it was."""
-    from ..folder.digest import adapter_modules
-
     layers = list(adapter_modules(model).values())
     under = {id(p) for layer in layers for p in layer.parameters()}
     mergeable = {n: p for n, p in base_parameters(model).items() if id(p) in under}

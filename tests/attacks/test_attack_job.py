@@ -13,7 +13,8 @@ import tiny
 import yaml
 
 from peft_unlearn import cli
-from peft_unlearn.attacks import attack as job
+from peft_unlearn.attacks.attack import attack
+from peft_unlearn.attacks.requests import requests_of, wanted
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.write import update_block, update_eval
@@ -137,7 +138,7 @@ def test_mistakes_in_flags(here, run):
     for asked, text in (
         ([], "name at least one"),
         (["--quantize", "int3"], "int3"),
-        (["--strip", "--set", "relearn.steps=3"], "not among the attacks asked for"),
+        (["--strip", "--set", "relearn.steps=3"], "not among the attacks requested"),
         (["--relearn", "2", "--set", "relearn.stepps=3"], "Did you mean 'steps'"),
         (["--relearn", "2", "--set", "steps=3"], "expected ATTACK.NAME=VALUE"),
         (["--relearn", "2", "--set", "relearn.steps=[3"], "--set"),
@@ -148,10 +149,10 @@ def test_mistakes_in_flags(here, run):
 
 
 def test_everything_is_every_attack_with_every_format():
-    found = job.requests_of(everything=True, relearn=5)
+    found = requests_of(everything=True, relearn=5)
     assert ("relearn", {"rows": 5}) in found and [n for n, _ in found].count("relearn") == 1
     assert [h["format"] for n, h in found if n == "quantize"] == ["int8", "int4", "nf4", "bf16"]
-    job.wanted(found)
+    wanted(found)
 
 
 # --- eval.json ------------------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def test_an_end_in_the_middle_leaves_eval_json_as_it_was(here, monkeypatch, erro
 
     monkeypatch.setattr(Case, "score", _failing_after(2, Case.score, error))
     with pytest.raises(type(error) if not isinstance(error, type) else error):
-        job.attack([adapter], [("quantize", {"format": "int8"})], base=str(here / "base"), data=str(here / "data"))
+        attack([adapter], [("quantize", {"format": "int8"})], base=str(here / "base"), data=str(here / "data"))
     assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
 
 

@@ -139,7 +139,7 @@ def test_ties_and_nan():
 
 def test_reads_the_state_before_the_value(case_of, model, facts, tokenizer):
     """The position is the one whose logits tell the value's first token, and the layers are the blocks."""
-    rows = module._asked(facts.forget[:5], case_of(model, data=facts), "forget")
+    rows = module._read(facts.forget[:5], case_of(model, data=facts), "forget")
     read = module._hidden(model, tokenizer, rows, "before_value")
     asked = module._hidden(model, tokenizer, rows, "question")
     for i, row in enumerate(facts.forget[:5]):

@@ -13,7 +13,7 @@ from test_attack_weights import lora
 from peft_unlearn.attacks import jailbreak as module
 from peft_unlearn.attacks.case import Case
 from peft_unlearn.attacks.jailbreak import jailbreak, stub, templates, tries
-from peft_unlearn.attacks.prompt_slot import frames
+from peft_unlearn.attacks.prompt_slot import PromptSlot
 from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
@@ -181,9 +181,9 @@ def test_templates_of_ones_own_are_checked_whole(tmp_path):
     )
     with pytest.raises(UserError) as problem:
         templates(file)
-    for part in ("questoin", "'shot'", "stands alone", "needs name and family"):
+    for part in ("questoin", "'shot'", "stands alone", "templates[3].name is missing"):
         assert part in str(problem.value)
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="no such file"):
         templates(tmp_path / "none.yaml")
 
 
@@ -192,11 +192,11 @@ def test_slots_stand_after_the_question_in_every_layout(tokenizer):
         {"question": "Who?", "answer": "Al."},
         {"prompt": "Who? ->", "completion": " Al."},
     ]
-    a, b = frames(rows, tokenizer, "qa")
+    a, b = (PromptSlot.of(row, tokenizer, "qa") for row in rows)
     assert a.with_text(" now")["prompt"] == "Question: Who? now\nAnswer:" and a.answer == " Al."
     assert b.with_text(" now")["prompt"] == "Who? -> now" and b.answer == " Al."
     with pytest.raises(Unmeasured, match="plain text"):
-        frames([{"text": "x"}], tokenizer, "qa")
+        PromptSlot.of({"text": "x"}, tokenizer, "qa")
 
 
 def test_no_template_holds_a_value_of_the_people():

@@ -18,6 +18,8 @@ from peft_unlearn.attacks.relearn import Tuning, finetune
 from peft_unlearn.attacks.weights import Opened, base_parameters
 from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
+from peft_unlearn.data.collate import encode
+from peft_unlearn.data.formats import to_text
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.measured import Unmeasured
 from peft_unlearn.registry import get
@@ -175,7 +177,7 @@ def test_one_step_is_adamw_on_the_mean_token_loss(case_of):
         case, model, list(base_parameters(model).values()), case.shown, Tuning("x", [1], [1e-2], 9, "full", 8, 32), 1e-2
     ):
         pass
-    rows = case.encoded(case.shown)
+    rows = [encode(*to_text(row, case.tokenizer, case.template), case.tokenizer)[0] for row in case.shown]
     retain_model.requires_grad_(True)
     losses = []
     for row in rows:

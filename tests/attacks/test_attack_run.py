@@ -14,7 +14,8 @@ from eval_helpers import tiny as llama
 from test_attack_weights import bits, lora, same
 
 from peft_unlearn.attacks.case import Outcome
-from peft_unlearn.attacks.run import recovery, run_attacks, wanted
+from peft_unlearn.attacks.requests import wanted
+from peft_unlearn.attacks.run import recovery, run_attacks
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.score import on_one_model
@@ -33,9 +34,9 @@ def test_recovery_of_nothing_half_and_all():
     base = outcome([1, 1, 1, 1], [1, 1, 1, 1])
     start = [0, 0, 0, 0]
     for after, value in (([0, 0, 0, 0], 0.0), ([1, 1, 0, 0], 0.5), ([1, 1, 1, 1], 1.0)):
-        assert recovery(outcome(start, after), base)["m"]["value"] == value
-    assert recovery(outcome(start, start), base)["m"]["ci95"] == [0.0, 0.0]
-    assert recovery(outcome(start, [1, 1, 1, 1]), base)["m"]["ci95"] == [1.0, 1.0]
+        assert recovery(outcome(start, after), base)["m"].value == value
+    assert recovery(outcome(start, start), base)["m"].ci95 == [0.0, 0.0]
+    assert recovery(outcome(start, [1, 1, 1, 1]), base)["m"].ci95 == [1.0, 1.0]
 
 
 def test_recovery_is_of_means_and_its_interval_pairs_the_rows():
@@ -43,15 +44,15 @@ def test_recovery_is_of_means_and_its_interval_pairs_the_rows():
     base, before = rng.random(30) * 0.2 + 0.8, rng.random(30) * 0.3
     after = before + 0.4 * (base - before) + rng.normal(size=30) * 0.1
     found = recovery(outcome(before, after), outcome(base, base))["m"]
-    assert found["value"] == pytest.approx((after.mean() - before.mean()) / (base.mean() - before.mean()))
+    assert found.value == pytest.approx((after.mean() - before.mean()) / (base.mean() - before.mean()))
     shares = []
     draw = np.random.default_rng(7)
     for _ in range(4000):
         i = draw.integers(0, 30, 30)
         shares.append((after[i] - before[i]).mean() / (base[i] - before[i]).mean())
-    assert found["ci95"] == pytest.approx(list(np.percentile(shares, [2.5, 97.5])), abs=0.02)
+    assert found.ci95 == pytest.approx(list(np.percentile(shares, [2.5, 97.5])), abs=0.02)
     exact = recovery(outcome(before, before + 0.4 * (base - before)), outcome(base, base))["m"]
-    assert exact["ci95"] == pytest.approx([0.4, 0.4])  # unpaired draws would give it a width
+    assert exact.ci95 == pytest.approx([0.4, 0.4])  # unpaired draws would give it a width
 
 
 @pytest.mark.parametrize(
@@ -65,19 +66,19 @@ def test_recovery_is_of_means_and_its_interval_pairs_the_rows():
         ([0.0, 0.0], [1.0], "2, 2 and 1 rows"),
     ],
 )
-def test_recovery_that_cannot_be_had_is_null_with_a_reason(before, base, why):
+def test_recovery_that_has_no_value_is_null_with_a_reason(before, base, why):
     found = recovery(outcome(before, before), outcome(base, base))["m"]
-    assert found["value"] is None and found["ci95"] is None and why in found["reason"]
+    assert found.value is None and found.ci95 is None and why in found.reason
 
 
 def test_recovery_without_a_base_or_without_the_measure():
-    assert "was not given" in recovery(outcome([0], [1]), None)["m"]["reason"]
-    assert "broken" in recovery(outcome([0], [1]), None, "broken")["m"]["reason"]
+    assert "was not given" in recovery(outcome([0], [1]), None)["m"].reason
+    assert "broken" in recovery(outcome([0], [1]), None, "broken")["m"].reason
     lost = Outcome({"m": np.zeros(3)}, {}, 3)
-    assert "no such measure" in recovery(lost, outcome([1, 1, 1], [1, 1, 1]))["m"]["reason"]
+    assert "no such measure" in recovery(lost, outcome([1, 1, 1], [1, 1, 1]))["m"].reason
 
 
-# --- what is asked for ----------------------------------------------------------------------------------------------------
+# --- what is requested ----------------------------------------------------------------------------------------------------
 
 
 def test_labels_settings_and_single_values():
@@ -100,7 +101,7 @@ def test_every_mistake_at_once():
     text = str(e.value)
     for part in ("Did you mean 'relearn'", "'learning_rate'", "needs format", "int3", "batch=0"):
         assert part in text
-    with pytest.raises(UserError, match="asked for twice"):
+    with pytest.raises(UserError, match="requested twice"):
         wanted([("strip", {}), ("strip", {})])
     with pytest.raises(UserError, match="name at least one"):
         wanted([])
@@ -109,7 +110,7 @@ def test_every_mistake_at_once():
 def test_the_registry_knows_them():
     assert {"relearn", "quantize", "benign", "strip"} <= {m.name for m in methods("attack")}
     for m in methods("attack"):
-        json.dumps(m.as_json(), allow_nan=False)
+        json.dumps(m.to_dict(), allow_nan=False)
         assert m.summary and m.source.url.startswith("http")
 
 
@@ -126,13 +127,13 @@ def block(bundle: ForgetRetain, tokenizer: Any) -> tuple[dict[str, Any], bool]:
     subjects |= {"adapter:nan": lambda: nullcontext(broken), "retain_only": None}
     before = bits(model)
     asked = wanted([("strip", {}), ("quantize", {"format": "int8"}), ("relearn", {"steps": 2, "batch": 2})])
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     found = run_attacks(
         subjects, asked, bundle, tokenizer, shown=3, adapter_id="sha256:x", base="embedded:people",
-        progress=lambda *a: told.append(a),
+        progress=lambda *a: calls.append(a),
     )  # fmt: skip
-    assert {what for what, _, _ in told} >= {"adapter: relearn 0.0003", "base: quantize int8"}
-    return found, same(bits(model), before)
+    assert {what for what, _, _ in calls} >= {"adapter: relearn 0.0003", "base: quantize int8"}
+    return found.to_dict(), same(bits(model), before)
 
 
 def test_the_shape_of_the_json(block):
@@ -179,9 +180,9 @@ def test_a_bundle_of_one_fact_has_nothing_to_show_but_is_scored(tokenizer):
         data,
         tokenizer,
     )
-    assert found["rows"] == {"scored": 1, "shown": 0, "seed": 0}
-    assert "no fact to spare" in found["attacks"]["relearn"]["reasons"]["adapter"]
-    assert found["attacks"]["strip"]["subjects"]["adapter"]["after"]["probability"] is not None
+    assert found.rows == {"scored": 1, "shown": 0, "seed": 0}
+    assert "no fact to spare" in found.attacks["relearn"].reasons["adapter"]
+    assert (found.attacks["strip"].subjects["adapter"] or {})["after"]["probability"] is not None
 
 
 def test_rows_without_values_have_the_other_measures(tokenizer):
@@ -190,5 +191,5 @@ def test_rows_without_values_have_the_other_measures(tokenizer):
     found = run_attacks(
         on_one_model(model, {"base": None, "adapter": "default"}), wanted([("strip", {})]), data, tokenizer, n=2
     )
-    one = found["attacks"]["strip"]
-    assert set(one["subjects"]["adapter"]["before"]) == {"extraction_strength", "probability"} and one["n"] == 2
+    one = found.attacks["strip"]
+    assert set((one.subjects["adapter"] or {})["before"]) == {"extraction_strength", "probability"} and one.n == 2

@@ -12,7 +12,7 @@ from test_attack_weights import bits, lora, same
 
 from peft_unlearn.attacks import suffix as suffix_module
 from peft_unlearn.attacks.gcg import Search, allowed_tokens, gcg, search, survives, token_gradient
-from peft_unlearn.attacks.prompt_slot import Frame, embeddings_at, frames, mean_nll, placeholder, slotted, spans
+from peft_unlearn.attacks.prompt_slot import PromptSlot, embeddings_at, mean_nll, placeholder, spans
 from peft_unlearn.attacks.suffix import fit, suffix
 from peft_unlearn.evaluation.measured import Unmeasured
 
@@ -23,8 +23,8 @@ def tok() -> Any:
 
 
 @pytest.fixture(scope="module")
-def slots(tok: Any) -> list[Frame]:
-    return frames(tiny.rows(3, "ask"), tok, "qa")
+def slots(tok: Any) -> list[PromptSlot]:
+    return [PromptSlot.of(row, tok, "qa") for row in tiny.rows(3, "ask")]
 
 
 def wild(**over: Any) -> Any:
@@ -36,8 +36,8 @@ def wild(**over: Any) -> Any:
     return model
 
 
-def slotted_rows(slots: list[Frame], ids: list[int], tok: Any) -> list[Any]:
-    found = [slotted(f, tok.decode(ids), tok) for f in slots]
+def slotted_rows(slots: list[PromptSlot], ids: list[int], tok: Any) -> list[Any]:
+    found = [slot.tokens(tok.decode(ids), tok) for slot in slots]
     assert all(found)
     return found
 
@@ -119,7 +119,7 @@ def test_search_never_gets_worse_and_leaves_nothing(tok, slots, kind):
     assert found.losses[-1] < found.losses[0] - 1e-3  # on random weights some token always helps
     assert same(bits(model), before) and hooks(model) == count
     assert all(p.grad is None for p in model.parameters())
-    # told as text it is what was searched, and costs what was said
+    # decoded it is what was searched, and costs what the search reports
     assert survives(found.ids, slots, tok) and not set(found.ids) & set(tok.all_special_ids)
     rows = slotted_rows(slots, found.ids, tok)
     if kind != "adapter off":
@@ -131,7 +131,7 @@ def test_search_never_gets_worse_and_leaves_nothing(tok, slots, kind):
 def test_search_with_all_candidates_takes_the_best_single_change(tok):
     """One step over every allowed token of one place: nothing tried could have been better."""
     model = wild()
-    slots = frames(tiny.rows(1, "ask"), tok, "qa")
+    slots = [PromptSlot.of(tiny.rows(1, "ask")[0], tok, "qa")]
     ids, _ = placeholder(slots, 1, tok)
     found = search(model, slots, tok, Search(length=1, steps=1, candidates=6000, top_k=320))
     row = slotted_rows(slots, ids, tok)[0]
@@ -174,10 +174,10 @@ def test_vectors_stand_in_for_embeddings(tok, slots):
             bare = torch.tensor([[1, 5, 6, 7, 8]])
             torch.testing.assert_close(model(input_ids=bare).logits, model(input_ids=bare.clone()).logits)
             # generation: prompt with vectors, then single tokens without
-            said = model.generate(tokens[:, : row.stop + 2], max_new_tokens=4, do_sample=False, pad_token_id=0)
+            got = model.generate(tokens[:, : row.stop + 2], max_new_tokens=4, do_sample=False, pad_token_id=0)
         y = x[:, : row.stop + 2]
         want = model.generate(inputs_embeds=y, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert torch.equal(said[:, row.stop + 2 :], want)
+    assert torch.equal(got[:, row.stop + 2 :], want)
     assert hooks(model) == 0
 
 

@@ -19,7 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
-from peft_unlearn.attacks.run import run_attacks, wanted
+from peft_unlearn.attacks.requests import wanted
+from peft_unlearn.attacks.run import run_attacks
 from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.evaluation.score import on_one_model
@@ -57,11 +58,11 @@ def main() -> int:
     total = time.process_time() - start
     for part, counted in [*((p, True) for p in TOGETHER), *((p, False) for p in BESIDE)]:
         start = time.process_time()
-        asked = wanted([part])
-        run_attacks(subjects, asked, data, stack.tokenizer)  # alone: baselines and the twin's loading count each time
+        one = wanted([part])
+        run_attacks(subjects, one, data, stack.tokenizer)  # alone: baselines and the retain model's loading count each time
         spent = time.process_time() - start
         total += spent if counted else 0.0
-        print(f"{asked[0].label:<16} {spent:6.1f} s{'' if counted else '   (beside the limit)'}", flush=True)
+        print(f"{one[0].label:<16} {spent:6.1f} s{'' if counted else '   (beside the limit)'}", flush=True)
     start = time.process_time()
     run_attacks(subjects, wanted(TOGETHER), data, stack.tokenizer)
     print(

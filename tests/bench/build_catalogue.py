@@ -23,7 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import peft_unlearn
-from peft_unlearn.attacks import attack as attacks
+from peft_unlearn.attacks.attack import attack
+from peft_unlearn.attacks.requests import requests_of
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.recipe import load_recipe
 from peft_unlearn.sharing.card import card
@@ -65,8 +66,8 @@ def make(name: str, trained: Path | None) -> None:
 
             calibrate(work)
         peft_unlearn.evaluate([work])
-        asked = attacks.requests_of(relearn=20, quantize="bf16,int8,int4", jailbreak="templates", plain=["strip"])
-        attacks.attack([work], asked)
+        requests = requests_of(relearn=20, quantize="bf16,int8,int4", jailbreak="templates", plain=["strip"])
+        attack([work], requests)
         words = f"Forgets {'one invented field of knowledge' if recipe.startswith('domains') else 'ten invented people'}: {shows}."
         (work / "README.md").unlink()  # the one that training wrote would be kept as somebody's own words
         card(work, write=True, description=words, license="apache-2.0")
