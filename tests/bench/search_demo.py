@@ -1,12 +1,12 @@
 """The search behind the demo's recipe, so that anybody can run it again or go on with it.
 
-    python tests/bench/search_demo.py run --base BASE --twin TWIN [--twin TWIN2 ..] [--only NAME ..] [--seeds 0 1 2]
-    python tests/bench/search_demo.py twins --twin TWIN [--twin TWIN2 ..]      # measures further twins
+    python tests/bench/search_demo.py run --base BASE --retain-model MODEL [--retain-model OTHER ..] [--only NAME ..] [--seeds 0 1 2]
+    python tests/bench/search_demo.py twins --retain-model MODEL [--retain-model OTHER ..]      # measures further retain models
     python tests/bench/search_demo.py table          # docs/search.json -> docs/search.md, adapters/bases/people-twins.json
 
 `run` trains every candidate of CANDIDATES with the package's own trainer, evaluates it with the whole people suite, and
 appends one line of figures to docs/search.json at once; what is there already is not run again. Failures stay in.
-The first --twin is the one that ships; further twins (same data, other seeds: `peft-unlearn base build --twins N`) say
+The first --retain-model is the one that ships; further retain models (same data, other seeds: `python adapters/bases/build people --retain-models N`) say
 what a p of forget quality can mean at all: the p of each against the first is written beside.
 """
 
@@ -108,13 +108,14 @@ def quick_curve(trainer: Any) -> list[list[float]]:
 
 
 class Bench:
-    """Base, twins and their figures, loaded and measured once."""
+    """Base, retain models and their figures, loaded and measured once."""
 
     def __init__(self, base: str, retain_models: list[str]) -> None:
         from peft_unlearn.data.bundle import ForgetRetain
         from peft_unlearn.evaluation import suites
-        from peft_unlearn.evaluation.plan import feed, make_plan, measure
-        from peft_unlearn.evaluation.score import _whole, numbers_of
+        from peft_unlearn.evaluation.feed import Reading, feed
+        from peft_unlearn.evaluation.numbers import numbers_of, whole_of
+        from peft_unlearn.evaluation.plan import make_plan, measure
         from peft_unlearn.folder.base import load_base, load_tokenizer
 
         self.base = base
@@ -125,13 +126,13 @@ class Bench:
 
         def figures(measured: Any) -> dict[str, Any]:
             found = numbers_of(self.plan, measured, self.retain_models[0], ci=False)
-            found.update(_whole(suite, found))
+            found.update(whole_of(suite, found))
             wanted = ("value_accuracy", "forget_quality", "ks_distance", "model_utility")
             out = {k: v.value for k, v in found.items() if k.rpartition("/")[2] in wanted}
             out["forget/probability"] = found["forget/probability"].value
             out["forget/truth_ratio"] = found["forget/truth_ratio"].value
             forget = self.plan.sets["forget"]
-            ratio = feed("log_ratio", forget, measured, forget.chosen, None)
+            ratio = feed("log_ratio", Reading(forget, measured, forget.chosen))
             return {**{k: float(f"{v:.4g}") for k, v in out.items()}, "log_ratio": [round(float(x), 4) for x in ratio]}
 
         self.figures = lambda model: figures(measure(model, self.plan))
@@ -146,7 +147,7 @@ def run_one(bench: Bench, change: dict[str, Any], seed: int) -> dict[str, Any]:
     from peft_unlearn.folder.base import load_base, load_tokenizer
     from peft_unlearn.training.adapt import get_forget_model
     from peft_unlearn.training.recipe import prepare
-    from peft_unlearn.training.train import _score_callbacks, quiet
+    from peft_unlearn.training.train import quiet, score_callbacks
     from peft_unlearn.training.trainer import UnlearnTrainer
 
     change = dict(change)
@@ -163,7 +164,7 @@ def run_one(bench: Bench, change: dict[str, Any], seed: int) -> dict[str, Any]:
         model = get_forget_model(load_base(run.base_dir), run.adapter)
         ev = recipe["eval"]
         scorer = make_score(run.data, tokenizer, suite=ev["suite"], n=ev.get("n"))
-        callbacks = _score_callbacks(ev, scorer, model)
+        callbacks = score_callbacks(ev, scorer, model)
         trainer = UnlearnTrainer(
             model, run.config, data=run.data, processing_class=tokenizer, score=scorer, callbacks=callbacks
         )
@@ -206,7 +207,7 @@ def save(stored: dict[str, Any]) -> None:
 
 
 def measure_twins(base: str, retain_models: list[str]) -> None:
-    """Replace the twins' figures: the first stays the one that ships."""
+    """Replace the retain models' figures: the first stays the one that ships."""
     stored = load()
     bench = Bench(base, retain_models)
     save(stored | {"base": bench.of_base, "twins": bench.of_twins})
@@ -233,7 +234,7 @@ def search(base: str, retain_models: list[str], only: list[str], seeds: list[int
 
 
 def p_by_twin(r: dict[str, Any], retain_models: list[dict[str, Any]]) -> list[float]:
-    """Exact KS p of the truth ratios of a run against each twin."""
+    """Exact KS p of the truth ratios of a run against each retain model."""
     import numpy as np
 
     from peft_unlearn.evaluation.metrics.quality import ks_two_sample
@@ -258,7 +259,7 @@ def row(r: dict[str, Any], base: dict[str, Any], retain_models: list[dict[str, A
 
 
 HEAD = """\
-| candidate | seed | steps | CPU-s | forget 1 / 2 / 3 | retain 1 / 2 / 3 (share of base) | general | p by twin | MU | meets |
+| candidate | seed | steps | CPU-s | forget 1 / 2 / 3 | retain 1 / 2 / 3 (share of base) | general | p by retain model | MU | meets |
 |---|---|---|---|---|---|---|---|---|---|
 """
 TEXT = """\
@@ -272,17 +273,17 @@ What is asked of a recipe, as value accuracy (the answer names the right value):
 phrasings; retain phrasings 1 and 2 and the general questions at least .97 of the base's own; retain phrasing 3, which was
 trained for neither these people nor the forgotten ones, at least .85 of the base's own. *meets* says whether all of that
 holds. Forget quality, the p of an exact two-sided Kolmogorov-Smirnov test on 100 truth ratios each, stands beside; it is
-given against {n_twins} retain-only twins, the shipped one first. Unlearning sees phrasing 1 of the forget people; the retain
+given against {n_twins} retain models, the shipped one first. Unlearning sees phrasing 1 of the forget people; the retain
 pool is phrasing 1 of the retain people and the general questions unless the row says otherwise.
 
 Unless a row says otherwise: {start}
 
-| model | forget 1 / 2 / 3 | retain 1 / 2 / 3 | general | p by twin | MU |
+| model | forget 1 / 2 / 3 | retain 1 / 2 / 3 | general | p by retain model | MU |
 |---|---|---|---|---|---|
 {models}
 
-What p can mean: retain-only twins are what exact unlearning would give and differ by their seed alone. Against the
-shipped twin the others have p = {null}. That is what "cannot be told from retraining" looks like here; .05 is the customary
+What p can mean: retain models are what exact unlearning would give and differ by their seed alone. Against the
+shipped one the others have p = {null}. That is what "cannot be told from retraining" looks like here; .05 is the customary
 bound and a weaker one.
 
 ## Runs
@@ -294,7 +295,7 @@ In the script and not run, for the time-box of 25 CPU-minutes: {left}.
 
 
 def table() -> None:
-    """docs/search.json -> docs/search.md, and the spread over twins that ships with the base."""
+    """docs/search.json -> docs/search.md, and the spread over retain models that ships with the base."""
     stored = load()
     base, retain_models = stored["base"], stored["twins"]
 
@@ -306,7 +307,7 @@ def table() -> None:
         high = va("retain", "retain_other", "retain_heldout")
         return f"| {name} | {va(*LOW)} | {high} | {va('general')} | {ps} | {r['model_utility']:.3f} |"
 
-    names = ["twin (shipped)", *(f"twin, seed {k}" for k in range(2, len(retain_models) + 1))]
+    names = ["retain model (shipped)", *(f"retain model, seed {k}" for k in range(2, len(retain_models) + 1))]
     null = [float(f"{p_by_twin(t, retain_models[:1])[0]:.3g}") for t in retain_models[1:]]
     start = ", ".join(f"{k} `{json.dumps(v)}`" for k, v in stored["start"].items() if k not in ("base", "eval"))
     text = TEXT.format(
@@ -337,11 +338,11 @@ FINDINGS = """
 - **Everything can be met, on each of three seeds**, by SimNPO with beta 1, retain weight 3, rate 1.5e-3 and 200 steps: that is
   adapters/recipes/people-demo.yaml. With rate 1e-3 and weight 2 the accuracies hold on three seeds too, phrasing 2 of the
   retain people by a hair, and p falls under .05 on one of them. Beta 2 keeps phrasings 2 and 3 of the retain people better
-  still and is told from a twin more easily: pushing harder moves the truth ratios towards the twin's and costs the phrasings
+  still and is told from a retain model more easily: pushing harder moves the truth ratios towards that one's and costs the phrasings
   that the retain pool does not hold.
 - **p is a coarse instrument.** It moved between .006 and .21 over three seeds of one recipe (.078 to .28 with the default's),
-  and by a factor of 20 between 160 and 200 steps. Twins against each other give .47 to .91, which no run reaches: the
-  adapter's truth ratios spread wider than the twins' and its forget answers are far less probable (.02 against .37). It
+  and by a factor of 20 between 160 and 200 steps. Retain models against each other give .47 to .91, which no run reaches: the
+  adapter's truth ratios spread wider than the retain models' and its forget answers are far less probable (.02 against .37). It
   over-forgets.
 - **The small learning rate is the worst idea**: at 5e-4 the dip is not recovered from in 160 steps. So is adapting the MLP
   alone. A larger retain weight by itself changes little.
@@ -357,7 +358,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "twins", "table"])
     parser.add_argument("--base", default=str(ROOT / "adapters" / "bases" / "people"))
-    parser.add_argument("--twin", action="append", help="default: the one that ships")
+    parser.add_argument("--retain-model", "--twin", action="append", help="default: the one that ships")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     a = parser.parse_args()
