@@ -24,16 +24,16 @@ _WHERE = {
     "UserError": "errors",
     "attack": "attacks.attack",
     "averaging": "registry",
-    "calibrate": "analysis.calibrate_job",
+    "calibrate": "analysis.calibrate",
     "card": "sharing.card",
-    "compare": "analysis.compare_job",
+    "compare": "analysis.compare",
     "compose": "merging.compose",
     "effect": "analysis.effect_of_run",
     "evaluate": "evaluation.evaluate",
-    "experts": "attribution.experts_job",
+    "experts": "attribution.experts",
     "export": "sharing.export",
     "get_forget_model": "training.adapt",
-    "interference": "analysis.interference_job",
+    "interference": "analysis.interference",
     "make_score": "evaluation.quick",
     "merge": "merging.merge",
     "methods": "registry",
@@ -42,7 +42,7 @@ _WHERE = {
     "plan": "training.cost",
     "pull": "sharing.publish",
     "push": "sharing.publish",
-    "remove": "stack.remove",
+    "remove": "stack.model",
     "report": "analysis.evidence",
     "rule": "registry",
     "save_adapter": "training.save",
@@ -56,13 +56,13 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
-    from .analysis.calibrate_job import calibrate as calibrate
-    from .analysis.compare_job import compare as compare
+    from .analysis.calibrate import calibrate as calibrate
+    from .analysis.compare import compare as compare
     from .analysis.effect_of_run import effect as effect
     from .analysis.evidence import report as report
-    from .analysis.interference_job import interference as interference
+    from .analysis.interference import interference as interference
     from .attacks.attack import attack as attack
-    from .attribution.experts_job import experts as experts
+    from .attribution.experts import experts as experts
     from .data.bundle import ForgetRetain as ForgetRetain
     from .errors import UserError as UserError
     from .evaluation.evaluate import evaluate as evaluate
@@ -88,7 +88,7 @@ if TYPE_CHECKING:
     from .sharing.publish import push as push
     from .sharing.verify import verify as verify
     from .stack.model import ForgetModel as ForgetModel
-    from .stack.remove import remove as remove
+    from .stack.model import remove as remove
     from .training.adapt import get_forget_model as get_forget_model
     from .training.config import UnlearnConfig as UnlearnConfig
     from .training.cost import plan as plan

@@ -1,17 +1,19 @@
-"""Bars on standard error; standard output is for results."""
+"""Progress on standard error, bars on a terminal and lines elsewhere; standard output is for results."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
-def _bar() -> Progress:
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -24,41 +26,54 @@ def _bar() -> Progress:
 
 
 @contextmanager
-def bars() -> Iterator[Callable[[str, int, int], None]]:
-    """``tell(what, done, total)`` that shows one bar per `what`."""
-    with _bar() as progress:
+def bars() -> Iterator[Progress]:
+    """``progress(what, done, total)``: one bar per `what` on a terminal, elsewhere a line for every finished tenth."""
+    if not sys.stderr.isatty():
+        yield lines()
+        return
+    with _bar() as drawn:
         tasks: dict[str, Any] = {}
 
-        def tell(what: str, done: int, total: int) -> None:
+        def progress(what: str, done: int, total: int, note: str = "") -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total, note="")
-            progress.update(tasks[what], completed=done, total=total)
+                tasks[what] = drawn.add_task(what, total=total, note=note)
+            drawn.update(tasks[what], completed=done, total=total, note=note)
 
-        yield tell
+        yield progress
 
 
-class TrainingBar(TrainerCallback):
-    """Steps of a run with the latest loss of every gradient."""
+def lines() -> Progress:
+    tenths: dict[str, int] = {}
 
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._task: Any = None
+    def progress(what: str, done: int, total: int, note: str = "") -> None:
+        tenth = 10 * done // total if total else 0
+        if tenth > tenths.get(what, 0):
+            print(f"{what}: {done}/{total}  {note}".rstrip(), file=sys.stderr, flush=True)
+        tenths[what] = tenth
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress = _bar()
-        self._progress.start()
-        self._task = self._progress.add_task("unlearning", total=state.max_steps, completed=state.global_step, note="")
+    return progress
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        shown = {k.split("/", 1)[1]: v for k, v in (logs or {}).items() if k.startswith("loss/")}
-        if self._progress is not None and shown:
-            self._progress.update(self._task, note="  ".join(f"{k} {v:.3g}" for k, v in shown.items()))
+def training_bar() -> Any:
+    """A callback of transformers' Trainer: steps of a run with the latest loss of every gradient."""
+    from transformers import TrainerCallback
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+    class TrainingBar(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.shown, self.note = bars(), ""
+            self.progress: Any = self.shown.__enter__()
+            self.on_step_end(args, state, control)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.progress("unlearning", state.global_step, state.max_steps, self.note)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            losses = {k.split("/", 1)[1]: v for k, v in (logs or {}).items() if k.startswith("loss/")}
+            if losses:
+                self.note = "  ".join(f"{k} {v:.3g}" for k, v in losses.items())
+                self.on_step_end(args, state, control)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.shown.__exit__(None, None, None)
+
+    return TrainingBar()

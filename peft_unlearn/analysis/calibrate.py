@@ -1,4 +1,4 @@
-"""Adapters at equal retention: how strongly one may be dialed so that the retain set is still kept.
+"""The scale at which an adapter forgets most and still keeps what it must.
 
 The scale of a LoRA adapter is the exact mix of two models: base + scale * delta, so the weight on the original is 1 - scale, and
 no weights are ever written to try one out. Searched is the scale that forgets most among those whose retain value stays at or
@@ -8,91 +8,165 @@ https://arxiv.org/abs/2406.09179; there theta = w * original + (1 - w) * unlearn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from ..errors import Errors, UserError
 from ..evaluation import suites
-from ..evaluation.measured import bootstrap_ci
+from ..evaluation.numbers import numbers_of
 from ..evaluation.plan import Progress, make_plan, measure, rows_of
-from ..evaluation.score import Number, numbers_of, on_one_model
+from ..evaluation.score import on_one_model
+from ..evaluation.subjects import bundle_for, embedded_retain_model
+from ..folder.manifest import Probes, probes
+from ..folder.read import WEIGHTS, AdapterFolder, read_adapter
+from ..folder.rescale import bake as bake_in
+from ..folder.rescale import set_scale
+from ..folder.results import check_writable
+from ..folder.safetensors_io import read_header
+from ..folder.write import update_eval
 from ..registry import get
+from ..reporting import calibrate as shown
+from ..reporting.document import Part
+from ..reporting.result import Result
+from ..stack.model import ForgetModel
+from .search import FLOOR, Calibration, Levels, search
 
-if TYPE_CHECKING:
-    from ..folder.read import AdapterFolder
-    from ..stack.model import ForgetModel
-
+FORMAT = 1
+BLOCK = "calibration"  # of eval.json
 METRIC = "extraction_strength"
-FLOOR, TOLERANCE, STEP = 0.95, 0.01, 0.1
-ROUNDING = 1e-9  # a floor met up to rounding (0.95 of 0.8 against 0.76) is met
 
 
-@dataclass(frozen=True)
-class Levels:
-    """One metric on the two sets that matter, of one model."""
+@dataclass
+class Calibrated(Result):
+    """What `calibrate` found and did.
 
-    forget: Number
-    retain: Number
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            side: {"value": number.value, **number.detail()}
-            for side, number in (("forget", self.forget), ("retain", self.retain))
-        }
-
-
-@dataclass(frozen=True)
-class Point:
-    """An adapter at one scale. scale: 0 = the base, 1 = as trained."""
-
-    scale: float
-    levels: Levels
-
-    def as_json(self) -> dict[str, Any]:
-        return {"scale": self.scale, **self.levels.as_json()}
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """chosen: the point that was found, None where no scale above 0 will do (`reason` says why).
-
-    wanted: the retain value that had to be held.   rises: the largest rise of each curve from one grid point to the next (both
-    should only fall).   monotone: neither rises by more than one row can.   how: which search decided.
+    search: the curve and the point chosen.   retain_model: the levels of
+    the model trained without the forget set.   baked: lora_alpha took the scale in.   stored: it is in the adapter's folder.
     """
 
-    chosen: Point | None
-    curve: tuple[Point, ...]
-    floor: float
-    wanted: float
-    monotone: bool
-    rises: Mapping[str, float]
-    how: str
-    reason: str | None
+    search: Calibration
+    metric: str
+    max_scale: float
+    retain_model: Levels | None
+    scale_before: float
+    adapter_id: str
+    baked: bool = False
+    stored: bool = False
+    title = "Calibration"
 
-    def as_json(self) -> dict[str, Any]:
-        retention = None
-        base = self.curve[0].levels.retain
-        if self.chosen is not None and self.chosen.levels.retain.rows is not None and base.value:
-            kept = self.chosen.levels.retain.rows / base.value
-            ci = bootstrap_ci(kept)
-            retention = {"value": float(kept.mean()), "n": len(kept), "ci95": None if ci is None else list(ci)}
+    @property
+    def scale(self) -> float | None:
+        """The scale found; None where no scale above 0 will do."""
+        return None if self.search.chosen is None else self.search.chosen.scale
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.scale is None else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        base = self.search.curve[0].levels
         return {
-            "floor": self.floor,
-            "wanted": self.wanted,
-            "scale": None if self.chosen is None else self.chosen.scale,
-            "weight_on_original": None if self.chosen is None else round(1.0 - self.chosen.scale, 10),
-            "chosen": None if self.chosen is None else self.chosen.as_json(),
-            "retention": retention,
-            "monotone": self.monotone,
-            "rises": dict(self.rises),
-            "how": self.how,
-            "tolerance": TOLERANCE,
-            "reason": self.reason,
-            "curve": [p.as_json() for p in self.curve],
+            "format": FORMAT,
+            "metric": self.metric,
+            **self.search.to_dict(),
+            "max_scale": self.max_scale,
+            "as_trained": next((p.to_dict() for p in self.search.curve if p.scale == 1.0), None),
+            "retain_only": None if self.retain_model is None else self.retain_model.to_dict(),
+            "scale_before": self.scale_before,
+            "baked": self.baked,
+            "stored": self.stored,
+            "n": {"forget": base.forget.n, "retain": base.retain.n},
+            "adapter_id": self.adapter_id,
         }
+
+    def __str__(self) -> str:
+        return shown.text(self.to_dict())
+
+    def remarks(self) -> list[str]:
+        return shown.remarks(self.to_dict())
+
+    def parts(self) -> list[Part]:
+        return shown.parts(self.to_dict())
+
+
+def calibrate(
+    folder: str | Path,
+    *,
+    retain_floor: float = FLOOR,
+    metric: str = METRIC,
+    max_scale: float = 1.0,
+    bake: bool = False,
+    n: int | None = None,
+    base: str | None = None,
+    data: str | None = None,
+    progress: Progress | None = None,
+    write: bool = True,
+) -> Calibrated:
+    """Search the scale (`search`), store it in forget.json and the search as block "calibration" of eval.json.
+
+    Args:
+        bake: lora_alpha takes the scale in, so that plain PEFT runs at it (`folder.rescale.bake`).
+        n: at most so many rows of each set; nothing is stored then, nor with write=False.
+
+    Where no scale will do, forget.json stays as it is and ``scale`` is None.
+    """
+    found = read_adapter(folder)
+    check_exact(found)
+    write = write and n is None
+    if bake and not write:
+        raise UserError("bake writes into the adapter; it takes a search on all rows (no --n)")
+    if write:
+        check_writable(found.path)
+    bundle = bundle_for([found], data)
+    stack = ForgetModel.from_pretrained(base, {"adapter": found.path})
+    read = make_read(bundle, stack.tokenizer, metric, n)
+    at = at_scale(stack, "adapter")
+    result = search(read, at, levels_of(stack.disabled, read), retain_floor, max_scale, progress)
+    retain_model = embedded_retain_model(found.manifest.base.ref, bundle)
+    levels = None if retain_model is None else levels_of(retain_model, read)
+    done = Calibrated(result, metric, max_scale, levels, found.manifest.scale, found.adapter_id, stored=write)
+    if write:
+        if done.scale is not None:
+            done.baked = bake and done.scale != 1.0
+            _write_scale(found, done.scale, done.baked, at, stack.tokenizer)
+        _store(found, done.to_dict())
+    return done
+
+
+def levels_of(subject: Callable[[], AbstractContextManager[Any]], read: Callable[[Any], Levels]) -> Levels:
+    with subject() as model:
+        return read(model)
+
+
+def _write_scale(found: AdapterFolder, scale: float, bake: bool, at: Callable[[float], Any], tokenizer: Any) -> None:
+    if not bake:
+        set_scale(found.path, scale)
+        return
+    renewed: Probes | None = None
+    if found.manifest.probes is not None:
+        with at(scale) as model:
+            renewed = probes(model, tokenizer, found.manifest.probes.prompts)
+    bake_in(found.path, scale, renewed)
+
+
+def _store(found: AdapterFolder, block: Mapping[str, Any]) -> None:
+    """The block beside whatever eval.json has. Numbers that were measured at another scale get that scale beside them; after
+    baking it is in units of what scale 1 means now."""
+    stored = dict(read_adapter(found.path).eval or {"format": 1, "adapter_id": found.adapter_id, "subjects": {}})
+    if block["scale"] is not None and (block["baked"] or block["scale"] != block["scale_before"]):
+        unit = block["scale"] if block["baked"] else 1.0
+        if stored.get("subjects"):
+            stored["scale"] = stored.get("scale", block["scale_before"]) / unit
+        attacks = stored.get("attacks")
+        if isinstance(attacks, dict) and isinstance(attacks.get("scale"), dict):
+            stored["attacks"] = {**attacks, "scale": {k: v / unit for k, v in attacks["scale"].items()}}
+    update_eval(found.path, {**stored, BLOCK: block})
+
+
+# -- one adapter, one scale -------------------------------------------------------------------------------------------
 
 
 def check_exact(folder: AdapterFolder) -> None:
@@ -101,9 +175,6 @@ def check_exact(folder: AdapterFolder) -> None:
     Exact is base + scale * delta for every changed weight. DoRA re-normalizes, trained biases and whole modules saved beside the
     factors do not follow the scale, and some initializations change the base itself.
     """
-    from ..folder.read import WEIGHTS
-    from ..folder.safetensors_io import read_header
-
     config, errors = folder.config, Errors()
     kind = str(config["peft_type"])
     if kind not in ("LORA", "PEFT_UNLEARN_EXPERT_LORA"):
@@ -131,7 +202,7 @@ def check_exact(folder: AdapterFolder) -> None:
         )
 
 
-def dialed(stack: ForgetModel, name: str) -> Callable[[float], AbstractContextManager[Any]]:
+def at_scale(stack: ForgetModel, name: str) -> Callable[[float], AbstractContextManager[Any]]:
     """A function scale -> context manager, inside which the model is the base with adapter `name` alone at that scale."""
     only = on_one_model(stack.model, {name: name})[name]
 
@@ -157,7 +228,7 @@ def make_read(
     """
     method = get("metric", metric)
     if method.extra["better"] != {"forget": "lower", "retain": "higher"} or set(method.needs) & {
-        "generation", "perturbed", "twin",
+        "generation", "perturbed", "retain_model",
     }:  # fmt: skip
         raise UserError(
             f"metric {metric!r} cannot calibrate: it takes one that is read off the right answers and is lower on what is "
@@ -176,88 +247,3 @@ def make_read(
         return Levels(found[f"forget/{metric}"], found[f"retain/{metric}"])
 
     return read
-
-
-def search(
-    read: Callable[[Any], Levels],
-    at: Callable[[float], AbstractContextManager[Any]],
-    base: Levels,
-    floor: float = FLOOR,
-    max_scale: float = 1.0,
-    progress: Progress | None = None,
-) -> Calibration:
-    """The scale in (0, max_scale] with the lowest forget value whose retain value is at least floor times the base's.
-
-    First a grid in steps of 0.1. Where both curves only fall, the floor is met up to one scale: that one is bisected to
-    `TOLERANCE`, from below, so the scale returned was itself measured and holds. Where one of them rises by more than one row
-    can make it, the best grid point is taken (of equals the smaller scale).
-
-    base: the levels of the base, which are the point at scale 0.
-    Raises UserError where a floor is no share or the base has no levels to compare with.
-    """
-    if not 0 < floor <= 1:
-        raise UserError(
-            f"the retain floor is a share of what the base has, above 0 and at most 1, e.g. 0.95, not {floor:g}"
-        )
-    if not STEP <= max_scale <= 4:
-        raise UserError(f"max_scale is the largest scale tried, from {STEP} to 4, not {max_scale:g}")
-    for side, number in (("forget", base.forget), ("retain", base.retain)):
-        if number.value is None:
-            raise UserError(f"the base has no number on the {side} set ({number.reason}), so nothing can be held to it")
-    if not base.retain.value:
-        raise UserError("the base scores 0 on the retain set: there is nothing to keep, so no scale can be too strong")
-    steps = round(max_scale / STEP)
-    scales = [round(max_scale * k / steps, 6) for k in range(1, steps + 1)]
-    seen = {0.0: Point(0.0, base)}
-    wanted = floor * base.retain.value
-
-    def measured(scale: float) -> Point:
-        if scale not in seen:
-            with at(scale) as model:
-                seen[scale] = Point(scale, read(model))
-            if progress is not None:
-                progress("trying scales", len(seen) - 1, max(len(seen) - 1, steps + 4))
-        return seen[scale]
-
-    def holds(point: Point) -> bool:
-        value = point.levels.retain.value
-        return value is not None and point.levels.forget.value is not None and value >= wanted - ROUNDING
-
-    grid = [seen[0.0], *(measured(s) for s in scales)]
-    rises = {side: _largest_rise([_value(p, side) for p in grid]) for side in ("forget", "retain")}
-    one_row = {"forget": 1 / max(base.forget.n, 1), "retain": 1 / max(base.retain.n, 1)}
-    monotone = all(rises[side] <= one_row[side] + ROUNDING for side in rises)
-    if not monotone:
-        how = "best point of the grid, because the curves do not only fall"
-        good = [p for p in grid[1:] if holds(p)]
-        chosen = min(good, key=lambda p: (_value(p, "forget"), p.scale), default=None)
-    elif holds(grid[-1]):
-        how, chosen = f"the largest scale searched, {max_scale:g}, holds the floor", grid[-1]
-    else:
-        how = "bisection"
-        low = max(p.scale for p in grid if holds(p))
-        high = min(p.scale for p in grid if p.scale > low)
-        while high - low > TOLERANCE:
-            middle = round((low + high) / 2, 6)
-            low, high = (middle, high) if holds(measured(middle)) else (low, middle)
-        chosen = seen[low] if low > 0 else None
-    reason = None
-    if chosen is None:
-        reason = f"no scale above 0 keeps {100 * floor:g} % of the base's retain value"
-    elif _value(chosen, "forget") >= _value(seen[0.0], "forget") - ROUNDING:
-        reason = "at no scale that holds the floor is the forget value below the base's: nothing is forgotten there"
-        chosen = None
-    curve = tuple(seen[s] for s in sorted(seen))
-    return Calibration(chosen, curve, floor, wanted, monotone, rises, how, reason)
-
-
-def _value(point: Point, side: str) -> float:
-    """inf where the model gave no number (NaN logits): neither forgotten nor kept."""
-    number = point.levels.forget if side == "forget" else point.levels.retain
-    return float("inf") if number.value is None else number.value
-
-
-def _largest_rise(values: Sequence[float]) -> float:
-    """Largest step up between neighbors; steps into and out of what has no number are no rise."""
-    known = [v for v in values if v != float("inf")]
-    return max([b - a for a, b in pairwise(known)] + [0.0])

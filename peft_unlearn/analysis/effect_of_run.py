@@ -5,29 +5,32 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..attribution.callback import describe, own, probe_batches, track
-from ..attribution.effect import measure
+from ..attribution.effect import Effects, measure
 from ..data.alternates import add_alternates
 from ..data.collate import padding_id
 from ..errors import Errors, UserError
 from ..evaluation.subjects import check_data
-from ..folder.atomic import write_text
 from ..folder.base import load_base, load_tokenizer
 from ..folder.digest import digest_checkpoint
 from ..folder.read import WEIGHTS, AdapterFolder, read_adapter
+from ..folder.results import write_file
 from ..folder.yaml_io import parse_yaml
-from ..gradients.terms import Term
+from ..forward import Reference
+from ..gradients.parse import SCOPES, parse_method, parse_terms
+from ..gradients.terms import Term, alternates_of
 from ..gradients.vector import Space
-from ..gradients.window import Window
-from ..stack.model import check_base
+from ..reporting.effect_pictures import pictures
+from ..reporting.result import Result
+from ..stack.fits import check_base
 from ..training.adapt import get_forget_model
-from ..training.config import WORK, alternates_of, encode_set, parse_method, parse_terms, reference_of
+from ..training.config import WORK, encode_set
 from ..training.recipe import Run, prepare
 from ..training.train import generate_alternates
 from ..training.trainer import STATE
@@ -43,7 +46,6 @@ class _Point:
     step: int
     weights: Path | None
     state: Path | None = None
-    final: bool = False
 
 
 def parse_objectives(spec: Any) -> dict[str, list[Term]]:
@@ -81,6 +83,47 @@ def parse_objectives(spec: Any) -> dict[str, list[Term]]:
     return out
 
 
+@dataclass
+class RunEffects(Result):
+    """Effects of a saved run at its start, at every whole checkpoint and of the finished adapter.
+
+    space: of the gradients.   rule: the run's.   objectives: label -> {objective: hyper-parameters}.   rows: of each batch, by set.
+    points: the measurements, in order of steps.   notes: what a reader has to know about them.   files: where `write` put it.
+    """
+
+    name: str
+    adapter_id: str
+    base: str
+    space: str
+    rule: Any
+    objectives: dict[str, Any]
+    rows: list[dict[str, int]]
+    points: list[Effects]
+    notes: list[str]
+    files: list[Path] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        about = ("adapter_id", "name", "base", "space", "rule", "objectives", "rows")
+        return track(self.points, self.notes, **{key: getattr(self, key) for key in about})
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.files))
+
+    def remarks(self) -> list[str]:
+        return self.notes
+
+    def write(self, out: str | Path) -> list[Path]:
+        """effect.json and its pictures in the folder `out`; returns their paths."""
+        folder = Path(out).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {folder}: is a file; name a folder")
+        found = self.to_dict()
+        content: dict[str, bytes | str] = {"effect.json": json.dumps(found, indent=1, allow_nan=False)}
+        content |= {f"{name}.png": png for name, png in pictures(found).items()}
+        self.files = [write_file(folder / name, some) for name, some in content.items()]
+        return self.files
+
+
 def effect(
     folder: str | Path,
     *,
@@ -93,7 +136,7 @@ def effect(
     base: str | None = None,
     data: str | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> RunEffects:
     """Effects of a saved run at its start, at every whole checkpoint in ``<folder>.work`` and of the finished adapter.
 
     Args:
@@ -101,9 +144,7 @@ def effect(
         batches, rows: number of batches, and forget rows in each (default: as in training, fewer where rows would repeat).
         instances: forget rows measured token by token (for objectives per sequence: four times as many answers), at the first, the
             middle and the last point.
-
-    Returns:
-        The JSON that `write` puts on disk and draws.
+        repro: the released code's estimator, see `attribution.effect.measure`.
 
     Raises:
         UserError: no such folder, unknown objective, other base or data than the run's.
@@ -114,14 +155,57 @@ def effect(
     if batches < 1:
         raise UserError(f"batches={batches}: at least one is needed")
     found = read_adapter(folder)
-    manifest = found.manifest
-    errors = Errors()
-    mine = parse_terms(manifest.method.get("terms", {}), errors)
-    rule, options = parse_method("rule", manifest.method.get("rule"), errors, scope=("global", "layer", "tensor"))
-    errors.raise_if_any(f"{found.path.name}: its method")
+    mine, rule, options = _method(found)
     wanted = {**(ours := own(mine)), **{k: v for k, v in wanted.items() if k not in ours}}  # the run's own come first
+    run = _run(found, mine, wanted, base, data)
+    config = run.config
+    model, sets, pad_id = _model(run)
+    points, notes = _points(found)
+    reference = Reference(config.reference, ADAPTER)
+    per_anchor = config.per_anchor if config.anchor == "forget" else 1
+    probe = probe_batches(
+        sets, batches, rows or config.train_batch_size, per_anchor, pad_id, config.seed, config.device
+    )
+    update = None
+    if space == "adapter" and rule is not None:
+        ran = copy.copy(config)
+        ran.term_list, ran.rule_method, ran.scope = mine, rule, options.get("scope", "global")
+        update = ran.window(model, reference)
+    measured = []
+    looked_at = {0, len(points) // 2, len(points) - 1}
+    for i, point in enumerate(_at_points(model, points, update, progress)):
+        measured.append(measure(
+            model, wanted, probe, reference=reference, space=space, update=update, repro=repro, step=point.step,
+            instances=instances if i in looked_at else 0,
+        ))  # fmt: skip
+    return RunEffects(
+        name=found.manifest.name,
+        adapter_id=found.adapter_id,
+        base=found.manifest.base.ref,
+        space=space,
+        rule=found.manifest.method.get("rule"),
+        objectives=describe(wanted),
+        rows=[{k: len(v["input_ids"]) for k, v in b.items()} for b in probe],
+        points=measured,
+        notes=notes,
+    )
+
+
+def _method(found: AdapterFolder) -> tuple[list[Term], Any, Mapping[str, Any]]:
+    """Terms, rule and the rule's options of a saved run."""
+    errors, method = Errors(), found.manifest.method
+    terms = parse_terms(method.get("terms", {}), errors)
+    rule, options = parse_method("rule", method.get("rule"), errors, scope=SCOPES)
+    errors.raise_if_any(f"{found.path.name}: its method")
+    return terms, rule, options
+
+
+def _run(
+    found: AdapterFolder, mine: list[Term], wanted: Mapping[str, list[Term]], base: str | None, data: str | None
+) -> Run:
+    """The run of a saved adapter, prepared again for all these terms, on its own base and data."""
     run = prepare(found.recipe, found.path, base, data)
-    check_data(run.data, manifest)
+    check_data(run.data, found.manifest)
     config = copy.copy(run.config)
     config.term_list = [*mine, *(t for ts in wanted.values() for t in ts if t not in mine)]
     run = replace(run, config=config)
@@ -131,23 +215,14 @@ def effect(
         raise UserError(
             f"{found.path}: was trained on top of other adapters, and effects over checkpoints are not worked out for those"
         )
+    return run
 
-    model, sets, pad_id = _model(run)
-    points, notes = _points(found)
-    reference = reference_of(config.reference, ADAPTER)
-    probe = probe_batches(
-        sets, batches, rows or config.train_batch_size, config.per_anchor if config.anchor == "forget" else 1, pad_id,
-        config.seed, config.device,
-    )  # fmt: skip
-    update = None
-    if space == "adapter" and rule is not None:
-        update = Window(
-            model, mine, rule, scope=options.get("scope", "global"), smoothing=config.smoothing_method,
-            space=config.smoothing_space, reference=reference, seed=config.seed,
-        )  # fmt: skip
+
+def _at_points(
+    model: Any, points: Sequence[_Point], update: Any, progress: Progress | None
+) -> Iterator[_Point]:
+    """The points one after the other, the model's adapter and the window's state as they were there."""
     start = Space.trainable(model).read()
-    looked_at = {0, len(points) // 2, len(points) - 1}
-    measured = []
     for i, point in enumerate(points):
         if progress is not None:
             progress("measuring", i, len(points))
@@ -159,24 +234,9 @@ def effect(
             update.rule_state = {}
             if point.state is not None:  # written by the trainer: tensors and plain values only
                 update.load_state_dict(torch.load(point.state, weights_only=True)["window"])
-        found_here = measure(
-            model, wanted, probe, reference=reference, space=space, update=update, repro=repro, step=point.step,
-            instances=instances if i in looked_at else 0,
-        )  # fmt: skip
-        measured.append(found_here)
+        yield point
     if progress is not None:
         progress("measuring", len(points), len(points))
-    return track(
-        measured,
-        notes,
-        adapter_id=found.adapter_id,
-        name=manifest.name,
-        base=manifest.base.ref,
-        space=space,
-        rule=manifest.method.get("rule"),
-        objectives=describe(wanted),
-        rows=[{k: len(v["input_ids"]) for k, v in b.items()} for b in probe],
-    )
 
 
 def _check_sets(run: Run) -> None:
@@ -227,7 +287,7 @@ def _points(found: AdapterFolder) -> tuple[list[_Point], list[str]]:
             f"{work.name} holds no checkpoint from before the end: only the start and the finished adapter were measured. A run "
             "keeps some with train: {save_strategy: steps, save_steps: 20}"
         )
-    final = _Point(last, found.path / WEIGHTS, states.get(last), final=True)
+    final = _Point(last, found.path / WEIGHTS, states.get(last))
     return [_Point(0, None), *sorted([*path, final], key=lambda p: p.step)], notes
 
 
@@ -246,22 +306,3 @@ def _put(model: Any, weights: Path) -> None:
     result = set_peft_model_state_dict(model, load_file(weights), adapter_name=ADAPTER)
     if result.unexpected_keys:
         raise UserError(f"{weights.parent.name}: holds tensors of another adapter, first {result.unexpected_keys[0]}")
-
-
-def write(found: Mapping[str, Any], out: str | Path) -> list[Path]:
-    """effect.json and its pictures in the folder `out`; returns their paths."""
-    from ..reporting.effect_pictures import pictures
-
-    folder = Path(out).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "effect.json", json.dumps(found, indent=1, allow_nan=False))
-    paths = [folder / "effect.json"]
-    for name, png in pictures(found).items():
-        paths.append(folder / f"{name}.png")
-        paths[-1].write_bytes(png)
-    return paths
-
-
-__all__: Sequence[str] = ("effect", "parse_objectives", "write")

@@ -3,109 +3,211 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from ..data.bundle import row_key
+from ..data.bundle import ForgetRetain, row_key
 from ..errors import UserError
 from ..evaluation import suites
 from ..evaluation.plan import Progress
-from ..evaluation.score import Subject, on_one_model, score
-
-if TYPE_CHECKING:
-    from ..stack.model import ForgetModel
+from ..evaluation.score import on_one_model, score
+from ..evaluation.subjects import bundle_of, matches, named_folders
+from ..folder.read import AdapterFolder
+from ..reporting import interference as shown
+from ..reporting.document import Part
+from ..reporting.interference import TOGETHER
+from ..reporting.result import Result
+from ..stack.model import ForgetModel
 
 FORMAT = 1
 METRICS = ("extraction_strength", "value_accuracy", "probability")
-TOGETHER, RETAIN = "together", "retain"
-NOTEWORTHY, SAME = 0.05, 0.01  # a difference of that much is said; one of that little is none
+RETAIN = "retain"
+Rows = Sequence[dict[str, Any]]
+Cell = dict[str, Any]  # "value", "n", "ci95", "reason"
 
 
-def common_retain(
-    forget: Mapping[str, Sequence[dict[str, Any]]], retain: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
+@dataclass
+class Interference(Result):
+    """The matrix of what is left: base, each adapter alone, all together; on every forget set and on the common retain set.
+
+    metric: what the matrix shows.   scales, adapter_ids, forget_sets (sha256): name -> of the adapter.   n: set -> rows judged.
+    details: subject -> set -> metric -> cell, of all `METRICS`.   same: pairs that forget the same set.   base: its name.
+    """
+
+    metric: str
+    base: str
+    scales: dict[str, float]
+    adapter_ids: dict[str, str]
+    forget_sets: dict[str, str]
+    n: dict[str, int]
+    details: dict[str, dict[str, dict[str, Cell]]]
+    same: list[tuple[str, str]]
+    versions: dict[str, str]
+    title = "Forget adapters together"
+
+    def left(self, subject: str, column: str) -> float | None:
+        """What the subject has left of a set, ``forget_NAME`` or ``retain``."""
+        return self.details[subject][column][self.metric]["value"]
+
+    @property
+    def own(self) -> dict[str, dict[str, float | None]]:
+        """What each adapter leaves of its own set alone and beside the others, and the difference."""
+        out = {}
+        for name in self.scales:
+            alone, together = (self.left(s, f"forget_{name}") for s in (name, TOGETHER))
+            out[name] = {"alone": alone, "together": together, "difference": _minus(together, alone)}
+        return out
+
+    @property
+    def cost(self) -> dict[str, float | None]:
+        """What each adapter, and all together, take from the base's retain value."""
+        return {s: _minus(self.left("base", RETAIN), self.left(s, RETAIN)) for s in self.details if s != "base"}
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what stands out."""
+        taken = {
+            (other, name): _minus(self.left("base", f"forget_{name}"), self.left(other, f"forget_{name}"))
+            for name in self.scales
+            for other in self.scales
+        }
+        return shown.notes(self.own, self.cost, taken, self.same)
+
+    def to_dict(self) -> dict[str, Any]:
+        names = {f"forget_{name}": f"forget set\nof {name}" for name in self.scales} | {RETAIN: "retain set\nof all"}
+        return {
+            "format": FORMAT,
+            "metric": self.metric,
+            "scales": self.scales,
+            "adapter_ids": self.adapter_ids,
+            "labels": {"base": "base", **{name: f"{name} alone" for name in self.scales}, TOGETHER: "all together"},
+            "sets": {c: {"label": f"{name}\n({self.n[c]} rows)", "n": self.n[c]} for c, name in names.items()},
+            "subjects": {s: {c: by[self.metric] for c, by in found.items()} for s, found in self.details.items()},
+            "own": self.own,
+            "cost": self.cost,
+            "notes": self.notes,
+            "details": self.details,
+            "versions": self.versions,
+            "base": self.base,
+            "forget_sets": self.forget_sets,
+        }
+
+    def __str__(self) -> str:
+        return shown.text(self.to_dict())
+
+    def parts(self) -> list[Part]:
+        return shown.parts(self.to_dict())
+
+
+def interference(
+    folders: Sequence[str | Path],
+    *,
+    metric: str = METRICS[0],
+    n: int | None = None,
+    base: str | None = None,
+    data: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Interference:
+    """Judge a stack, in the order given (that of training, where one was trained on top of another), at the scales it has.
+
+    Args:
+        metric: what the matrix shows; the others of `METRICS` are under ``details``.
+        n: at most so many rows of each set.
+        data: bundles; each adapter takes the one whose forget set has the hash in its manifest. Adapters on embedded data find
+            theirs. Rows that one of the adapters forgets are no retain rows of the others.
+
+    Raises:
+        UserError: a single adapter, no bundle for one of them, an unknown metric, or no retain row left.
+    """
+    found = named_folders(folders)
+    if len(found) < 2:
+        raise UserError("interference is between adapters: give at least two folders")
+    if metric not in METRICS:
+        raise UserError(f"metric {metric!r}: interference is shown in one of {', '.join(METRICS)}")
+    given = [ForgetRetain.load(d) for d in data]
+    bundles = {name: _bundle(f, given) for name, f in found.items()}
+    forget: dict[str, Rows] = {name: b.forget for name, b in bundles.items()}
+    retain = common_retain(forget, _all_retain(bundles.values()))
+    if not retain:
+        raise UserError("no retain row is left that none of these adapters forgets; give more with --data")
+    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()})
+    rows = {**{f"forget_{name}": list(some) for name, some in forget.items()}, RETAIN: retain}
+    template = next(iter(bundles.values())).template
+    details, versions = _measured(stack, rows, n, template, progress)
+    return Interference(
+        metric=metric,
+        base=next(iter(found.values())).manifest.base.ref,
+        scales=stack.scales(),
+        adapter_ids={name: f.adapter_id for name, f in stack.adapters.items()},
+        forget_sets={name: b.sha256["forget"] for name, b in bundles.items()},
+        n={column: len(some[:n]) for column, some in rows.items()},
+        details=details,
+        same=same_sets(forget),
+        versions=versions,
+    )
+
+
+def _measured(
+    stack: ForgetModel,
+    rows: Mapping[str, list[dict[str, Any]]],
+    n: int | None,
+    template: str,
+    progress: Progress | None,
+) -> tuple[dict[str, dict[str, dict[str, Cell]]], dict[str, str]]:
+    """(subject -> set -> metric -> cell, versions): base, each adapter alone, all together, on every set."""
+    names = list(stack.adapters)
+    spec = {
+        "format": suites.FORMAT,
+        "name": "interference",
+        "generation": {"max_new_tokens": 32},
+        "sets": {c: {"role": "retain" if c == RETAIN else "forget", "metrics": list(METRICS)} for c in rows},
+    }
+    subjects = {
+        "base": stack.disabled,
+        **on_one_model(stack.model, {name: stack.chain(name) for name in names}),
+        **on_one_model(stack.model, {TOGETHER: names}),
+    }
+    report = score(subjects, spec, rows, stack.tokenizer, progress=progress, n=n, template=template)
+
+    def cell(subject: str, key: str) -> Cell:
+        return {"value": (report.subjects[subject] or {})[key], **report.details[subject][key]}
+
+    return {s: {c: {m: cell(s, f"{c}/{m}") for m in METRICS} for c in rows} for s in subjects}, report.versions
+
+
+def _bundle(folder: AdapterFolder, given: Sequence[ForgetRetain]) -> ForgetRetain:
+    wanted = folder.manifest.data.get("forget", {}).get("sha256")
+    for bundle in given:
+        if bundle.sha256["forget"] == wanted:
+            return bundle
+    own, why = None, ""
+    try:
+        own = bundle_of(folder)
+    except UserError as e:
+        why = f" ({e})"
+    if own is None or matches(own, folder.manifest) is False:
+        raise UserError(
+            f"{folder.path}: none of the data given is its forget set (sha256 {str(wanted)[:12]}); "
+            f"name its bundle with --data, once for each set{why}"
+        )
+    return own
+
+
+def _all_retain(bundles: Any) -> list[dict[str, Any]]:
+    """The retain rows of all bundles, each once."""
+    rows = (row for b in bundles for row in b.extra.get("retain") or b.retain or [])
+    return list({repr(sorted((k, str(v)) for k, v in row.items())): row for row in rows}.values())
+
+
+def common_retain(forget: Mapping[str, Rows], retain: Rows) -> list[dict[str, Any]]:
     """The retain rows that no adapter of the stack is to forget."""
     gone = {row_key(row) for rows in forget.values() for row in rows}
     return [row for row in retain if row_key(row) not in gone]
 
 
-def interference(
-    stack: ForgetModel,
-    forget: Mapping[str, Sequence[dict[str, Any]]],
-    retain: Sequence[dict[str, Any]],
-    *,
-    metric: str = METRICS[0],
-    template: str = "qa",
-    n: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """The matrix of what is left: base, each adapter alone, all together; on every forget set and on the common retain set.
-
-    forget: adapter name -> the rows it was trained to forget (names of `stack`).   retain: rows that any of them retained; those
-    that another one forgets are taken out.   metric: what the matrix shows; the others of `METRICS` are under ``details``.
-    Adapters keep the scale they have in `stack`.
-
-    Returns, JSON-ready: ``sets`` (label, n), ``subjects`` (row -> set -> {"value", "n", "ci95", "reason"}), ``own`` (adapter ->
-    what is left of its own set alone and together, and the difference), ``cost`` (row -> what it takes from the retain value of
-    the base), ``notes`` (sentences on what stands out), ``details`` (all metrics).
-    Raises UserError for a single adapter, or where no retain row is left.
-    """
-    names = list(stack.adapters)
-    if len(names) < 2:
-        raise UserError("interference is between adapters: give at least two folders")
-    if metric not in METRICS:
-        raise UserError(f"metric {metric!r}: interference is shown in one of {', '.join(METRICS)}")
-    kept = common_retain(forget, retain)
-    if not kept:
-        raise UserError("no retain row is left that none of these adapters forgets; give more with --data")
-    columns = {f"forget_{name}": name for name in names}
-    data = {**{column: list(forget[name]) for column, name in columns.items()}, RETAIN: kept}
-    spec = {
-        "format": suites.FORMAT,
-        "name": "interference",
-        "generation": {"max_new_tokens": 32},
-        "sets": {c: {"role": "retain" if c == RETAIN else "forget", "metrics": list(METRICS)} for c in data},
-    }
-    subjects: dict[str, Subject | None] = {
-        "base": stack.disabled,
-        **on_one_model(stack.model, {name: stack.chain(name) for name in names}),
-        **on_one_model(stack.model, {TOGETHER: names}),
-    }
-    report = score(subjects, spec, data, stack.tokenizer, progress=progress, n=n, template=template)
-
-    def cell(subject: str, column: str, which: str) -> dict[str, Any]:
-        key = f"{column}/{which}"
-        return {"value": report["subjects"][subject][key], **report["details"][subject][key]}
-
-    matrix = {s: {c: cell(s, c, metric) for c in data} for s in subjects}
-    own = {
-        name: _change(matrix[name][column]["value"], matrix[TOGETHER][column]["value"], ("alone", "together"))
-        for column, name in columns.items()
-    }
-    cost = {s: _minus(matrix["base"][RETAIN]["value"], matrix[s][RETAIN]["value"]) for s in subjects if s != "base"}
-    return {
-        "format": FORMAT,
-        "metric": metric,
-        "scales": stack.scales(),
-        "adapter_ids": {name: found.adapter_id for name, found in stack.adapters.items()},
-        "labels": {"base": "base", **{name: f"{name} alone" for name in names}, TOGETHER: "all together"},
-        "sets": {
-            **{
-                c: {"label": f"forget set\nof {name}\n({len(data[c][:n])} rows)", "n": len(data[c][:n])}
-                for c, name in columns.items()
-            },
-            RETAIN: {"label": f"retain set\nof all\n({len(kept[:n])} rows)", "n": len(kept[:n])},
-        },
-        "subjects": matrix,
-        "own": own,
-        "cost": cost,
-        "notes": _notes(own, cost, matrix, columns, same_sets(forget)),
-        "details": {s: {c: {m: cell(s, c, m) for m in METRICS} for c in data} for s in subjects},
-        "versions": report["versions"],
-    }
-
-
-def same_sets(forget: Mapping[str, Sequence[dict[str, Any]]]) -> list[tuple[str, str]]:
+def same_sets(forget: Mapping[str, Rows]) -> list[tuple[str, str]]:
     """Pairs of adapters that forget the very same rows: what one takes from the other's set is then its own work."""
     rows = {name: {row_key(row) for row in found} for name, found in forget.items()}
     return [(a, b) for a, b in combinations(rows, 2) if rows[a] == rows[b]]
@@ -113,38 +215,3 @@ def same_sets(forget: Mapping[str, Sequence[dict[str, Any]]]) -> list[tuple[str,
 
 def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
-
-
-def _change(alone: float | None, together: float | None, keys: tuple[str, str]) -> dict[str, float | None]:
-    return {keys[0]: alone, keys[1]: together, "difference": _minus(together, alone)}
-
-
-def _notes(
-    own: Mapping[str, Mapping[str, float | None]],
-    cost: Mapping[str, float | None],
-    matrix: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    columns: Mapping[str, str],
-    same: Sequence[tuple[str, str]],
-) -> list[str]:
-    out = [f"{a} and {b} forget the same set." for a, b in same]
-    for name, found in own.items():
-        difference = found["difference"]
-        if difference is not None and difference > NOTEWORTHY:
-            out.append(
-                f"{name} forgets less of its own set beside the others: {found['alone']:.3f} alone, {found['together']:.3f} together."
-            )
-    for column, name in columns.items():
-        for other in own:
-            taken = _minus(matrix["base"][column]["value"], matrix[other][column]["value"])
-            shared = other == name or (other, name) in same or (name, other) in same
-            if not shared and taken is not None and taken > NOTEWORTHY:
-                out.append(f"{other} alone takes {taken:.3f} from the set of {name} too.")
-    alone = [v for s, v in cost.items() if s != TOGETHER and v is not None]
-    whole = cost[TOGETHER]
-    if whole is not None and alone:
-        gap = whole - sum(alone)
-        more = "more than" if gap > SAME else "less than" if gap < -SAME else "about"
-        out.append(
-            f"Together they cost {whole:.3f} on the retain set, {more} their single costs added up ({sum(alone):.3f})."
-        )
-    return out

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from .options import Base, Below, Data, Folder, Json, app, emit
+from .options import Base, Below, Data, Document, Floor, Folder, Json, MaxScale, Metric, Rows, SuiteName, app, finish
 
 
 @app.command("eval")
@@ -17,8 +16,8 @@ def evaluate(
     ],
     base: Base = None,
     data: Data = None,
-    suite: Annotated[str | None, typer.Option(help="Suite: a name or a YAML file.")] = None,
-    n: Annotated[int | None, typer.Option("--n", min=1, help="At most so many rows of each set.")] = None,
+    suite: SuiteName = None,
+    n: Rows = None,
     retain_model: Annotated[
         str | None,
         typer.Option(
@@ -33,24 +32,19 @@ def evaluate(
     below: Below = None,
     json: Json = False,
 ) -> None:
-    """Score base, adapters and the retain-only twin; with one folder, write its eval.json."""
+    """Score base, adapters and the retain model; with one folder, write its eval.json."""
     from ..evaluation import evaluate as job
     from ..progress import bars
 
     job.check_out(out, layout)
-    with bars() as tell:
+    with bars() as progress:
         report = job.evaluate(
-            folders, base=base, data=data, suite=suite, n=n, retain_model=retain_model, below=below or (), progress=tell,
+            folders, base=base, data=data, suite=suite, n=n, retain_model=retain_model, below=below or (), progress=progress,
             tasks=[t.strip() for t in tasks.split(",")] if tasks else None,
         )  # fmt: skip
     if out is not None:
         job.save_report(report, out, layout)
-    if json:
-        emit(report)
-    else:
-        from ..reporting.tables import show
-
-        show(report)
+    finish(report, json)
 
 
 @app.command()
@@ -75,120 +69,114 @@ def attack(
     below: Below = None,
     json: Json = False,
 ) -> None:
-    """Try to get back what is forgotten; the same on the retain-only twin; with one folder, store it in eval.json."""
-    from ..attacks import attack as job
+    """Try to get back what is forgotten; the same on the retain model; with one folder, store it in eval.json."""
+    from ..attacks.attack import attack as run
+    from ..attacks.requests import requests_of
     from ..progress import bars
 
     flags = {"strip": strip, "benign": benign, "probe": probe, "gcg": gcg, "suffix": suffix}
     plain = [name for name, on in flags.items() if on]
-    asked = job.requests_of(
+    requests = requests_of(
         relearn=relearn, quantize=quantize, jailbreak=jailbreak, plain=plain, everything=everything, sets=sets or []
     )
-    with bars() as tell:
-        found = job.attack(folders, asked, base=base, data=data, n=n, seed=seed, below=below or (), progress=tell)
-    emit(found) if json else print(job.describe(found))
+    with bars() as progress:
+        found = run(folders, requests, base=base, data=data, n=n, seed=seed, below=below or (), progress=progress)
+    finish(found, json)
 
 
 @app.command()
 def calibrate(
     folder: Folder,
-    retain_floor: Annotated[float, typer.Option(help="Share of the base's retain value that must be kept.")] = 0.95,
-    metric: Annotated[str, typer.Option(help="What is read off both sets.")] = "extraction_strength",
-    max_scale: Annotated[float, typer.Option(help="Largest scale tried; 1 is as trained.")] = 1.0,
+    retain_floor: Floor = 0.95,
+    metric: Metric = "extraction_strength",
+    max_scale: MaxScale = 1.0,
     bake: Annotated[bool, typer.Option("--bake", help="Into lora_alpha, so that plain PEFT runs at it.")] = False,
-    out: Annotated[str | None, typer.Option("--out", "--png", help="Picture of the curve.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "--png", help="The curve: a .png, .html, .md or .json file, or a folder.")
+    ] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="So many rows of each set, nothing stored.")] = None,
     base: Base = None,
     data: Data = None,
     json: Json = False,
 ) -> None:
     """Find the scale that forgets most and keeps the retain set; write it into forget.json."""
-    from ..analysis import calibrate_job as job
+    from ..analysis import calibrate as job
+    from ..folder.results import check_out
     from ..progress import bars
 
-    with bars() as tell:
+    check_out(out)
+    with bars() as progress:
         found = job.calibrate(
             folder, retain_floor=retain_floor, metric=metric, max_scale=max_scale, bake=bake, n=n, base=base, data=data,
-            progress=tell,
+            progress=progress,
         )  # fmt: skip
-    if out is not None:
-        job.picture(found, out)
-    for note in job.notes(found):
-        print(note, file=sys.stderr)
-    emit(found) if json else print(job.describe(found))
-    raise typer.Exit(1 if found["scale"] is None else 0)
+    finish(found, json, out)
 
 
 @app.command()
 def compare(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters of one forget set.")],
-    retain_floor: Annotated[float, typer.Option(help="Share of the base's retain value that all must keep.")] = 0.95,
-    metric: Annotated[str, typer.Option(help="What retention and rank are read off.")] = "extraction_strength",
-    max_scale: Annotated[float, typer.Option(help="Largest scale tried; 1 is as trained.")] = 1.0,
-    suite: Annotated[str | None, typer.Option(help="Suite: a name or a YAML file.")] = None,
-    n: Annotated[int | None, typer.Option("--n", min=1, help="At most so many rows of each set.")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="A .html, .md, .json or .png file, or a folder.")] = None,
+    retain_floor: Floor = 0.95,
+    metric: Metric = "extraction_strength",
+    max_scale: MaxScale = 1.0,
+    suite: SuiteName = None,
+    n: Rows = None,
+    out: Document = None,
     base: Base = None,
     data: Data = None,
     json: Json = False,
 ) -> None:
     """Adapters side by side at equal retention, each at its own scale; nothing is written into them."""
-    from ..analysis import compare_job as job
+    from ..analysis import compare as job
+    from ..folder.results import check_out
     from ..progress import bars
 
-    job.check_out(out)
-    with bars() as tell:
+    check_out(out)
+    with bars() as progress:
         found = job.compare(
             folders, retain_floor=retain_floor, max_scale=max_scale, metric=metric, suite=suite, n=n, base=base, data=data,
-            progress=tell,
+            progress=progress,
         )  # fmt: skip
-    if out is not None:
-        job.save("Forget adapters at equal retention", found, job.parts(found), out)
-    emit(found) if json else print(job.describe(found))
-    raise typer.Exit(0 if found["ranking"] else 1)
+    finish(found, json, out)
 
 
 @app.command()
 def interference(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="The adapters of a stack, in its order.")],
-    metric: Annotated[str, typer.Option(help="What the matrix shows.")] = "extraction_strength",
-    n: Annotated[int | None, typer.Option("--n", min=1, help="At most so many rows of each set.")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="A .html, .md, .json or .png file, or a folder.")] = None,
+    metric: Metric = "extraction_strength",
+    n: Rows = None,
+    out: Document = None,
     base: Base = None,
     data: Annotated[list[str] | None, typer.Option("--data", help="A bundle; once for each forget set.")] = None,
     json: Json = False,
 ) -> None:
     """What each adapter of a stack still forgets, and costs, alone and all together."""
-    from ..analysis import compare_job as files
-    from ..analysis import interference_job as job
+    from ..analysis import interference as job
+    from ..folder.results import check_out
     from ..progress import bars
 
-    files.check_out(out)
-    with bars() as tell:
-        found = job.interference(folders, metric=metric, n=n, base=base, data=data or (), progress=tell)
-    if out is not None:
-        files.save("Forget adapters together", found, job.parts(found), out)
-    emit(found) if json else print(job.describe(found))
+    check_out(out)
+    with bars() as progress:
+        found = job.interference(folders, metric=metric, n=n, base=base, data=data or (), progress=progress)
+    finish(found, json, out)
 
 
 @app.command()
 def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters to report on.")],
     out: Annotated[str, typer.Option("--out", "--html", help="A .html or .md file, or a folder.")] = "report.html",
-    samples: Annotated[bool, typer.Option(help="Ask the models for a few answers to show.")] = True,
+    samples: Annotated[bool, typer.Option(help="Let the models answer a few prompts, to show them.")] = True,
     base: Base = None,
     data: Data = None,
     json: Json = False,
 ) -> None:
     """One page on what an adapter forgets, what that costs and what brings it back, from what is stored with it."""
     from ..analysis import evidence as job
+    from ..folder.results import check_out
     from ..progress import bars
 
-    job.check_out(out, job.KINDS)
-    with bars() as tell:
-        found = job.report(folders, samples=samples, base=base, data=data, progress=tell)
-    paths = job.write(found, out)
-    if json:
-        emit({"files": [p.name for p in paths], **{k: found[k] for k in ("verdicts", "missing", "notes")}})
-    else:
-        print("\n\n".join([*found["verdicts"].values(), "\n".join(map(str, paths))]))
+    check_out(out, job.FILES)
+    with bars() as progress:
+        found = job.report(folders, samples=samples, base=base, data=data, progress=progress)
+    found.write(out)
+    finish(found, json)

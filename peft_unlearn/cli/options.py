@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json as _json
-from typing import Annotated, Any
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from ..reporting.result import Result
 
 app = typer.Typer(
     help="Forget adapters: train, judge, share, merge and remove small PEFT adapters that make a language model forget.",
@@ -16,21 +20,61 @@ app = typer.Typer(
 )
 
 Folder = Annotated[str, typer.Argument(help="A forget adapter's folder.")]
+Adapter = Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or its Hub id.")]
 Base = Annotated[str | None, typer.Option("--base", help="Base model: a folder, a Hub id, or embedded:NAME.")]
-Data = Annotated[
-    str | None, typer.Option("--data", help="Bundle: a folder with forget and retain files, or embedded:NAME.")
-]
+BUNDLE = "Bundle: a folder with forget and retain files, or embedded:NAME."
+Data = Annotated[str | None, typer.Option("--data", help=BUNDLE)]
 Below = Annotated[
     list[str] | None,
     typer.Option("--below", metavar="DIR", help="What it was trained on top of, lowest first; repeat it."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else there.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value.")]
+Rows = Annotated[int | None, typer.Option("--n", min=1, help="At most so many rows of each set.")]
+Document = Annotated[str | None, typer.Option("--out", help="A .html, .md, .json or .png file, or a folder.")]
+SuiteName = Annotated[str | None, typer.Option("--suite", help="Suite: a name or a YAML file.")]
+Metric = Annotated[str, typer.Option("--metric", help="What is read off both sets.")]
+Floor = Annotated[float, typer.Option("--retain-floor", help="Share of the base's retain value that must be kept.")]
+MaxScale = Annotated[float, typer.Option("--max-scale", help="Largest scale tried; 1 is as trained.")]
+Cascade = Annotated[bool, typer.Option("--cascade", help="Also those that were trained on top of it.")]
+
+
+def finish(result: Result, json: bool, out: str | None = None) -> NoReturn:
+    """Write the result as a document where `out` says, print it, and leave with its exit code."""
+    if out is not None:
+        from ..folder.results import save
+
+        save(result, out)
+    for remark in getattr(result, "remarks", list)():
+        print(remark, file=sys.stderr)
+    emit(result.to_dict()) if json else show(str(result))
+    raise typer.Exit(getattr(result, "exit_code", 0))
 
 
 def emit(value: Any) -> None:
     """JSON on standard output; a number that JSON does not have is a defect and raises."""
     print(_json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
+
+
+def show(text: str) -> None:
+    """Text on standard output; on a terminal, headings within tables stand out and answers have a color."""
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    from rich.console import Console
+    from rich.highlighter import RegexHighlighter
+    from rich.theme import Theme
+
+    class Looks(RegexHighlighter):
+        highlights = [
+            r"(?m)^(?P<yes>yes)\b",
+            r"(?m)^(?P<no>(no|NO)\b)",
+            r"(?m)^(?P<within>-- .*)$",
+            r"(?m)^(?P<why>– .*)$",
+        ]  # noqa: RUF012
+
+    theme = Theme({"yes": "green", "no": "bold red", "within": "bold", "why": "dim"})
+    Console(theme=theme, highlighter=Looks()).print(text, markup=False, soft_wrap=True)
 
 
 def recipe_of(path: str, sets: list[str] | None) -> dict[str, Any]:

@@ -6,17 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Base, Below, Data, Folder, Json, app, emit
+from .options import Adapter, Base, Below, Data, Folder, Json, app, finish
 
 
 @app.command()
 def verify(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or its Hub id.")],
+    folder: Adapter,
     base: Base = None,
     below: Below = None,
-    server: Annotated[str | None, typer.Option(help="Ask this OpenAI-compatible server instead.")] = None,
+    server: Annotated[str | None, typer.Option(help="Check this OpenAI-compatible server instead.")] = None,
     served_as: Annotated[str | None, typer.Option(help="The adapter's name on that server.")] = None,
-    scale: Annotated[float | None, typer.Option(help="Strength it is served at; default the manifest's.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Scale it is served at; default the manifest's.")] = None,
     json: Json = False,
 ) -> None:
     """Check files, hashes, base and probes of an adapter; with --server, whether it is really being served."""
@@ -29,17 +29,16 @@ def verify(
         raise UserError(
             "--below is for the check without --server: a server runs one adapter; compose makes one of all"
         )
-    with bars() as tell:
+    with bars() as progress:
         if server is not None and served_as is not None:
             from ..sharing.server import verify_server
 
-            report: Any = verify_server(folder, server, served_as, base=base, scale=scale, progress=tell)
+            report: Any = verify_server(folder, server, served_as, base=base, scale=scale, progress=progress)
         else:
             from ..sharing.verify import verify as run
 
             report = run(folder, base, below or ())
-    emit(report.to_dict()) if json else print(report)
-    raise typer.Exit(report.exit_code)
+    finish(report, json)
 
 
 @app.command()
@@ -61,7 +60,7 @@ def push(
     folder: Folder,
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make a public repository; private otherwise.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list everything; ask no network.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list everything; use no network.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
     message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
     data: Data = None,
@@ -71,7 +70,7 @@ def push(
     from ..sharing.publish import push as run
 
     done = run(folder, repo_id, private=not public, dry_run=dry_run, revision=revision, message=message, data=data)
-    emit(done.to_dict()) if json else print(done)
+    finish(done, json)
 
 
 @app.command()
@@ -85,20 +84,20 @@ def pull(
     from ..sharing.publish import pull as run
 
     got = run(repo_id, out, revision)
-    emit(got.to_dict()) if json else print(f"{got.folder.path}  {got.repo_id}@{got.commit}")
+    finish(got, json)
 
 
 @app.command()
 def export(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or its Hub id.")],
+    folder: Adapter,
     out: Annotated[str, typer.Option("--out", help="Folder for the exported adapter.")],
     target: Annotated[str, typer.Option("--for", help="vllm, sglang or mergekit.")],
-    scale: Annotated[float | None, typer.Option(help="Strength to multiply in; default the manifest's.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Scale to multiply in; default the manifest's.")] = None,
     base: Base = None,
     json: Json = False,
 ) -> None:
-    """Write the adapter as a server or mergekit reads it: one rank, its strength inside the tensors."""
+    """Write the adapter as a server or mergekit reads it: one rank, its scale inside the tensors."""
     from ..sharing.export import export as run
 
     report = run(folder, out, target, scale=scale, base=base)
-    emit(report.to_dict()) if json else print(report)
+    finish(report, json)

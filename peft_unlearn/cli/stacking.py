@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import Base, Json, app, emit
+from .options import Base, Cascade, Json, app, finish
 
 stack_app = typer.Typer(help="The adapters of one deployment: a ledger and a lock file.", no_args_is_help=True)
 app.add_typer(stack_app, name="stack")
@@ -25,7 +25,7 @@ def merge(
     stack: Annotated[str | None, typer.Option(help="Instead of DIR: the active adapters of this stack file.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     scale: Annotated[
-        list[str] | None, typer.Option(metavar="[NAME=]NUMBER", help="Strength; with several adapters, by name.")
+        list[str] | None, typer.Option(metavar="[NAME=]NUMBER", help="Scale; with several adapters, by name.")
     ] = None,
     rounding: Annotated[
         str, typer.Option(help="nearest, or stochastic: the change in the mean, with noise.")
@@ -49,12 +49,12 @@ def merge(
     from ..progress import bars
 
     wanted: Any = stack or folders
-    with bars() as tell:
+    with bars() as progress:
         report = run(
             wanted, base, out, dtype=dtype, scale=parse_scales(scale), rounding=rounding, seed=seed, onto=onto,
-            in_memory=in_memory, check=check, progress=tell,
+            in_memory=in_memory, check=check, progress=progress,
         )  # fmt: skip
-    emit(report.to_dict()) if json else print(report)
+    finish(report, json)
 
 
 def parse_scales(given: list[str] | None) -> float | dict[str, float] | None:
@@ -95,7 +95,7 @@ def compose(
     from ..merging.compose import parse_part
 
     found = run([parse_part(p) for p in parts], out, rank=rank, base=base, probe=not no_probes, name=name)
-    emit(found.to_dict()) if json else print(str(found))
+    finish(found, json)
 
 
 @app.command()
@@ -103,15 +103,14 @@ def remove(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or a stack file.")],
     base: Base = None,
     name: Annotated[str | None, typer.Option(help="Only this adapter of a stack file.")] = None,
-    cascade: Annotated[bool, typer.Option("--cascade", help="Also those that were trained on top of it.")] = False,
+    cascade: Cascade = False,
     json: Json = False,
 ) -> None:
     """Put the adapter on its base, take it off again, and prove that the base is bit for bit what its files say."""
-    from ..stack.remove import remove as run
+    from ..stack.model import remove as run
 
     report = run(folder, base, name, cascade)
-    emit(report.to_dict()) if json else print(str(report))
-    raise typer.Exit(report.exit_code)
+    finish(report, json)
 
 
 @stack_app.command("add")
@@ -120,7 +119,7 @@ def stack_add(
     adapter: Annotated[str, typer.Argument(metavar="DIR", help="Adapter: a folder, a Hub id, or id@commit.")],
     request_id: Annotated[str, typer.Option("--request-id", help="Id of the request that it answers.")],
     reason: Annotated[str, typer.Option("--reason", help="Why it was asked for.")],
-    scale: Annotated[float | None, typer.Option(help="Strength; default the adapter's own.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Its scale; default the adapter's own.")] = None,
     name: Annotated[str | None, typer.Option(help="Its name in the stack; default its folder's.")] = None,
     json: Json = False,
 ) -> None:
@@ -128,7 +127,7 @@ def stack_add(
     from ..stack.stackfile import add
 
     found = add(stack, adapter, request_id=request_id, reason=reason, scale=scale, name=name)
-    emit(found.to_dict()) if json else print(found.table())
+    finish(found, json)
 
 
 @stack_app.command("list")
@@ -137,7 +136,7 @@ def stack_list(stack: File, json: Json = False) -> None:
     from ..stack.stackfile import load
 
     found = load(stack)
-    emit(found.to_dict()) if json else print(found.table())
+    finish(found, json)
 
 
 @stack_app.command("revoke")
@@ -145,11 +144,11 @@ def stack_revoke(
     stack: File,
     name: Annotated[str, typer.Argument(help="The adapter's name in the stack.")],
     reason: Annotated[str, typer.Option("--reason", help="Why it goes.")] = "",
-    cascade: Annotated[bool, typer.Option("--cascade", help="Also those that were trained on top of it.")] = False,
+    cascade: Cascade = False,
     json: Json = False,
 ) -> None:
     """Mark an adapter as revoked: the stack loads as if it had never been there."""
     from ..stack.stackfile import revoke
 
-    found, _ = revoke(stack, name, reason, cascade=cascade)
-    emit(found.to_dict()) if json else print(found.table())
+    found = revoke(stack, name, reason, cascade=cascade)
+    finish(found, json)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from .options import Base, Data, Folder, Json, Sets, app, emit, recipe_of
+from .options import BUNDLE, Base, Data, Folder, Json, Sets, app, emit, finish, recipe_of, show
 
 
 @app.command()
@@ -46,12 +45,7 @@ def plan(
     from ..training.cost import plan as run
 
     found = run(recipe_of(recipe, sets), base=base, data=data)
-    if json:
-        emit(found.to_dict())
-        return
-    from ..reporting.tables import show_plan
-
-    show_plan(found)
+    finish(found, json)
 
 
 @app.command()
@@ -64,36 +58,28 @@ def methods(
 
     if kind is not None and kind not in registry.KINDS:
         raise UserError(f"there is no kind {kind!r}.{nearest(kind, registry.KINDS)}")
-    found = [m.as_json() for m in registry.methods(kind)]
-    if json:
-        emit(found)
-        return
-    from ..reporting.tables import show_methods
+    from ..reporting.tables import methods_text
 
-    show_methods(found)
+    found = [m.to_dict() for m in registry.methods(kind)]
+    emit(found) if json else show(methods_text(found))
 
 
 @app.command()
 def experts(
     base: Annotated[str, typer.Option("--base", help="A mixture-of-experts base.")],
-    data: Annotated[
-        str, typer.Option("--data", help="Bundle: a folder with forget and retain files, or embedded:NAME.")
-    ],
+    data: Annotated[str, typer.Option("--data", help=BUNDLE)],
     out: Annotated[str | None, typer.Option("--out", "--png", help="Picture of the affinity matrix.")] = None,
     ranking: Annotated[str, typer.Option(help="affinity, or contrast: its difference to the retain set.")] = "affinity",
     json: Json = False,
 ) -> None:
     """Which experts answer for the forget set: affinity, its lift over the retain set, stability."""
-    from ..attribution import experts_job as job
+    from ..attribution.experts import experts as run
+    from ..folder.results import write_file
 
-    found = job.experts(base, data)
-    chosen = job.choose(found, {"ranking": ranking})
+    found = run(base, data, ranking=ranking)  # type: ignore[arg-type]
     if out is not None:
-        job.picture(found, chosen, out)
-    if json:
-        emit({**found.to_json(), "chosen": chosen})
-    else:
-        print(job.describe(found, chosen))
+        write_file(out, found.picture())
+    finish(found, json)
 
 
 @app.command()
@@ -111,12 +97,11 @@ def effect(
 ) -> None:
     """What each step of a run did to the forget and the retain risk, over its checkpoints (G-effect)."""
     from ..analysis.effect_of_run import effect as run
-    from ..analysis.effect_of_run import write
     from ..progress import bars
 
-    with bars() as tell:
-        found = run(folder, objectives=objectives, space=space, batches=batches, base=base, data=data, progress=tell)
-    paths = write(found, out)
-    for note in found["notes"]:
-        print(note, file=sys.stderr)
-    emit(found) if json else print("\n".join(map(str, paths)))
+    with bars() as progress:
+        found = run(
+            folder, objectives=objectives, space=space, batches=batches, base=base, data=data, progress=progress
+        )
+    found.write(out)
+    finish(found, json)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
+from ..reporting.document import Part, Picture, to_html, to_markdown
+from ..reporting.result import Result
+
+KINDS = (".html", ".md", ".json", ".png")
 
 
 @contextmanager
@@ -50,3 +55,34 @@ def check_writable(folder: Path) -> None:
         raise UserError(
             f"{folder}: cannot be written into, and the scale is stored there; copy the folder, or look with --n."
         )
+
+
+def check_out(out: str | Path | None, kinds: Sequence[str] = KINDS) -> None:
+    """Refuse a file that `save` could not write; before any work."""
+    path = Path(out or "").expanduser()
+    if path.suffix and path.suffix.lower() not in kinds:
+        known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+        raise UserError(f"{path}: give a name that ends in {known}, or a folder for all of them")
+    if path.suffix and path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file.")
+
+
+def save(result: Result, out: str | Path, parts: Sequence[Part] = ()) -> list[Path]:
+    """Write a result as .html, .md, .json or .png (its first picture), or all of them into a folder."""
+    check_out(out)
+    path = Path(out).expanduser()
+    kind = path.suffix.lower()
+    if kind == ".json":
+        return [write_file(path, json.dumps(result.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")]
+    parts = parts or result.parts()
+    if not kind:
+        return [p for suffix in (".html", ".md", ".json") for p in save(result, path / f"{path.name}{suffix}", parts)]
+    if kind == ".html":
+        return [write_file(path, to_html(result.title, parts))]
+    if kind == ".md":
+        text, beside = to_markdown(result.title, parts, path.stem)
+        return [write_file(path, text), *(write_file(path.parent / name, png) for name, png in beside.items())]
+    picture = next((p.png for p in parts if isinstance(p, Picture)), None)
+    if picture is None:
+        raise UserError(f"{path}: there is nothing to draw here")
+    return [write_file(path, picture)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FORGET, RETAIN = "#c8452d", "#2a6f97"
+from . import figure as kit
+from .figure import FORGET, GRAY, RETAIN
+
 COLORS = ("#c8452d", "#2a6f97", "#3c8d5a", "#8a5aa8", "#c98a1b", "#5b6770", "#b5507f", "#4aa3a2")
-GRAY = "#666666"
 UPDATE = "update"  # dashed and black: it is what the optimizer was given, not one objective
 _MOST_ROWS, _MOST_LAYERS = 6, 40
 
@@ -35,18 +35,6 @@ def _shown(label: str, found: Mapping[str, Any]) -> str:
     return f"whole update (rule {next(iter(rule))})" if label == UPDATE and rule else label
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # the object, not pyplot: no backend is chosen and none is changed
-
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
-
-
-def _png(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
-
-
 def _title(figure: Any, found: Mapping[str, Any], what: str, extra: str = "") -> None:
     name = found.get("name") or "this run"
     n = found["points"][0]["batches"]
@@ -60,12 +48,6 @@ def _title(figure: Any, found: Mapping[str, Any], what: str, extra: str = "") ->
 
 def _number(x: float | None) -> float:
     return math.nan if x is None else x
-
-
-def _plain_axes(axes: Any) -> None:
-    axes.grid(color="#eeeeee", zorder=0)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _scale(axes: Any, along: str, values: Sequence[float], decades: int) -> None:
@@ -90,7 +72,7 @@ def curves(found: Mapping[str, Any]) -> bytes:
     """Both effects over the steps, one color per objective with a band of one standard error; the risks beneath."""
     points, labels = found["points"], _labels(found)
     steps = [p["step"] for p in points]
-    figure = _figure(11.5, 6.6)
+    figure = kit.figure(11.5, 6.6, dpi=130)
     _title(figure, found, "Effects", "; bands: one standard error")
     grid = figure.subplots(2, 2, sharex=True, height_ratios=[2.2, 1])
     sides = (
@@ -114,18 +96,18 @@ def curves(found: Mapping[str, Any]) -> bytes:
         good = side == "unlearning"
         axes.axhspan(min(bottom, 0), 0, color="#3c8d5a" if good else FORGET, alpha=0.05, zorder=0, lw=0)
         axes.set_ylim(bottom=bottom)
-        axes.set_title(title, loc="left", fontsize=11)
+        kit.title(axes, title, 11)
         axes.set_ylabel("$e_u$, nats per token and unit step" if good else "$e_r$")
-        _plain_axes(axes)
+        kit.plain_axes(axes)
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9.5)
     for axes, side, color in zip(grid[1], ("forget", "retain"), (FORGET, RETAIN), strict=True):
         axes.plot(steps, [_number(p["risk"][side]) for p in points], color=color, marker="s", ms=3.5, lw=1.6)
         axes.set(xlabel="optimizer step", ylabel="nats per token")
-        axes.set_title(f"{side.capitalize()} risk (mean NLL)", loc="left", fontsize=10)
+        kit.title(axes, f"{side.capitalize()} risk (mean NLL)", 10)
         axes.set_ylim(bottom=0)
-        _plain_axes(axes)
-    return _png(figure)
+        kit.plain_axes(axes)
+    return kit.png(figure)
 
 
 def layers(found: Mapping[str, Any]) -> bytes:
@@ -140,7 +122,7 @@ def layers(found: Mapping[str, Any]) -> bytes:
     rows = list(some[by])
     blocks = sum(r.isdigit() for r in rows)
     height = max(1.9, 0.34 * len(rows) + 0.9)
-    figure = _figure(max(9.0, 2.2 + 1.35 * len(points)), 0.9 + height * len(labels))
+    figure = kit.figure(max(9.0, 2.2 + 1.35 * len(points)), 0.9 + height * len(labels), dpi=130)
     _title(figure, found, "Where the effects arise: layers")
     grid = figure.subplots(len(labels), 2, squeeze=False, sharey=True)
     for line, label in zip(grid, labels, strict=True):
@@ -154,21 +136,17 @@ def layers(found: Mapping[str, Any]) -> bytes:
                 else Normalize(-top, top)
             )
             image = axes.imshow(z, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
-            bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=12, ticks=[-top, 0, top])
+            bar = kit.colorbar(figure, image, axes, pad=0.015, aspect=12, ticks=[-top, 0, top])
             bar.ax.set_yticklabels([_short(-top), "0", _short(top)], fontsize=7.5)
             bar.ax.minorticks_off()
-            bar.outline.set_visible(False)
             if len(rows) * len(points) <= 120:
                 _numbers(axes, z, norm)
-            axes.set_title(f"{_shown(label, found)}: {side} effect", loc="left", fontsize=10)
-            axes.set_xticks(range(len(points)), [str(p["step"]) for p in points], fontsize=8.5)
-            axes.set_yticks(range(len(rows)), [_place(r, blocks) for r in rows], fontsize=8.5)
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
+            kit.title(axes, f"{_shown(label, found)}: {side} effect", 10)
+            kit.numbered(axes, [str(p["step"]) for p in points], [_place(r, blocks) for r in rows], 8.5)
     for axes in grid[-1]:
         axes.set_xlabel("optimizer step")
     figure.supxlabel("blue: the step raises the risk there; red: it lowers it", fontsize=9, color=GRAY)
-    return _png(figure)
+    return kit.png(figure)
 
 
 def _numbers(axes: Any, z: Sequence[Sequence[float]], norm: Any) -> None:
@@ -201,14 +179,14 @@ def instances(found: Mapping[str, Any]) -> bytes | None:
     labels = [k for k in _labels(found) if any(p["effects"][k]["instances"] for p in points)][:_MOST_ROWS]
     if not points or not labels:
         return None
-    figure = _figure(1.2 + 3.9 * len(points), 1.3 + 3.1 * len(labels))
+    figure = kit.figure(1.2 + 3.9 * len(points), 1.3 + 3.1 * len(labels), dpi=130)
     _title(figure, found, "Single answers")
     grid = figure.subplots(len(labels), len(points), squeeze=False)
     for line, label in zip(grid, labels, strict=True):
         for axes, point in zip(line, points, strict=True):
             _scatter(figure, axes, point["effects"][label]["instances"])
             what = "sequences" if _whole(point["effects"][label]["instances"]) else "tokens"
-            axes.set_title(f"{label}, step {point['step']} ({what})", loc="left", fontsize=10)
+            kit.title(axes, f"{label}, step {point['step']} ({what})", 10)
     for axes in grid[-1]:
         axes.set_xlabel("forget risk: left of 0 it forgets", fontsize=9)
     for axes in grid[:, 0]:
@@ -217,7 +195,7 @@ def instances(found: Mapping[str, Any]) -> bytes | None:
         "A point: what lowering the likelihood of one token (or answer) does to the risks, before its weight. Color and size: the weight.",
         fontsize=9, color=GRAY,
     )  # fmt: skip
-    return _png(figure)
+    return kit.png(figure)
 
 
 def _whole(found: Sequence[Mapping[str, Any]]) -> bool:
@@ -241,14 +219,12 @@ def _scatter(figure: Any, axes: Any, found: Sequence[Mapping[str, Any]]) -> None
     else:
         size = [14 + 46 * (v - low) / (top - low) for v in w]
         dots = axes.scatter(x, y, c=w, s=size, cmap="viridis_r", alpha=0.85, lw=0.3, edgecolor="white", zorder=3)
-        bar = figure.colorbar(dots, ax=axes, pad=0.02, aspect=22)
-        bar.ax.tick_params(labelsize=8)
-        bar.outline.set_visible(False)
+        kit.colorbar(figure, dots, axes, pad=0.02, aspect=22).ax.tick_params(labelsize=8)
     for along, values, line in (("x", x, axes.axvline), ("y", y, axes.axhline)):
         line(0, color=GRAY, lw=0.9, zorder=1)
         _scale(axes, along, values, decades=4)
     axes.tick_params(labelsize=8.5)
-    _plain_axes(axes)
+    kit.plain_axes(axes)
 
 
 def group_of(place: str, n_blocks: int) -> str:

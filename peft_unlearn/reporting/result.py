@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 from .document import Part
 
@@ -14,7 +14,7 @@ class Result(ABC):
     Subclasses are dataclasses whose fields are what a Python user works with. ``title`` heads the document made of `parts`.
     """
 
-    title: ClassVar[str] = ""
+    title = ""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -31,4 +31,8 @@ class Result(ABC):
 
     def parts(self) -> list[Part]:
         """The result as a document; empty where there is none."""
+        return []
+
+    def remarks(self) -> list[str]:
+        """What a user should know beside the result; a command prints it to standard error."""
         return []

@@ -1,223 +1,172 @@
-"""Numbers for people: one description of the table, drawn by rich on a terminal and as Markdown in documents.
+"""One description of a table, written as text, Markdown or HTML; and the tables of evaluations and methods.
 
-The README's table is made from a committed report by `markdown`. Nothing here imports torch.
+The README's table is made from a committed report by `report_markdown`. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import re
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import zip_longest
 from typing import Any
 
-Report = Mapping[str, Any]
-
-METRICS = {
-    "value_accuracy": "names the right value",
-    "extraction_strength": "extraction strength",
-    "probability": "probability of the answer",
-    "rouge_l_recall": "ROUGE-L recall",
-}
-"""Metrics with a block of rows each, one row for every set that has them."""
-WHOLE = {
-    "forget/truth_ratio": "truth ratio, forget set",
-    "forget/ks_distance": "distance to the twin (KS D)",
-    "forget/forget_quality": "forget quality (KS p)",
-    "model_utility": "model utility",
-}
-DASH = "–"  # as in evaluation.document, which stays unloaded until a table is made
-_SUBJECTS: dict[str, str] = {"base": "base", "adapter": "with adapter", "retain_only": "retain-only twin"}
+from ..registry import title
+from .text import absent, heading, interval, number, plain, reasons
 
 
-def subjects(report: Report) -> dict[str, str]:
-    """Subject -> heading, base first, then adapters, then the twin; those that were not given are left out."""
+@dataclass(frozen=True)
+class Table:
+    """head: one text per column.   rows: (texts, one per column); a row of one text is a heading within the table.
+    words: columns hold sentences, not numbers."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: bool = False
+
+
+# -- three ways to write it -------------------------------------------------------------------------------------------
+
+
+def to_text(table: Table, width: int | None = None) -> str:
+    """Columns beside each other: numbers to the right, sentences wrapped so that a line fits into `width` (the terminal's)."""
+    lines = [r for r in (table.head, *table.rows) if len(r) > 1]
+    wide = [max(len(line) for c in column for line in c.split("\n")) for column in zip(*lines, strict=True)]
+    room = (width or shutil.get_terminal_size((110, 24)).columns) - 2 * (len(wide) - 1)
+    while table.words and sum(wide) > room and max(wide) > 8:
+        wide[wide.index(max(wide))] -= 1
+    out = []
+    for row in (table.head, *table.rows):
+        if len(row) == 1 < len(wide):
+            out.append(f"-- {row[0]}")
+            continue
+        cells = [
+            [part for line in c.split("\n") for part in textwrap.wrap(line, w) or [""]] if table.words else [c]
+            for c, w in zip(row, wide, strict=True)
+        ]
+        for parts in zip_longest(*cells, fillvalue=""):
+            left = (p.ljust(w) if k == 0 or table.words else p.rjust(w) for k, (p, w) in enumerate(zip(parts, wide)))  # noqa: B905
+            out.append("  ".join(left).rstrip())
+    return "\n".join(out)
+
+
+def to_markdown(table: Table) -> str:
+    width = len(table.head)
+    lines = [_row(map(plain, table.head)), f"|---{'|---' * (width - 1) if table.words else '|---:' * (width - 1)}|"]
+    for row in table.rows:
+        within = len(row) == 1 < width
+        lines.append(_row([f"**{plain(row[0])}**", *[""] * (width - 1)] if within else map(plain, row)))
+    return "\n".join(lines)
+
+
+def _row(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def to_html(table: Table) -> str:
+    """Every text is escaped. A number's interval goes beneath it, small."""
+    head = "".join(f"<th>{escape(h)}</th>" for h in table.head)
+    kind = ' class="words"' if table.words else ""
+    lines = [f'<div class="scroll"><table{kind}>', f"<thead><tr>{head}</tr></thead><tbody>"]
+    for row in table.rows:
+        if len(row) == 1 < len(table.head):
+            lines.append(f'<tr class="head"><td colspan="{len(table.head)}">{escape(row[0])}</td></tr>')
+            continue
+        of = [f' data-of="{escape(h)}"' if table.words else "" for h in table.head]
+        lines.append("<tr>" + "".join(f"<td{o}>{_cell(c)}</td>" for o, c in zip(of, row, strict=True)) + "</tr>")
+    return "\n".join([*lines, "</tbody></table></div>"])
+
+
+def _cell(text: str) -> str:
+    found = re.fullmatch(r"(\S+) (\[[^\[\]]*\])", text)
+    return escape(text) if found is None else f"{escape(found[1])} <small>{escape(found[2])}</small>"
+
+
+# -- evaluations ------------------------------------------------------------------------------------------------------
+
+METRICS = ("value_accuracy", "extraction_strength", "probability", "rouge_l_recall")  # a block of rows each
+WHOLE = ("forget/truth_ratio", "forget/ks_distance", "forget/forget_quality", "model_utility")
+Column = tuple[str, Mapping[str, Any], str]  # heading, evaluation, subject
+
+
+def numbers(columns: Sequence[Column], metrics: Sequence[str] | None = None, intervals: bool = True) -> Table:
+    """Evaluations side by side: a block of rows per metric, a row per set, a column per model.
+
+    metrics: only these, and of the suite as a whole what `WHOLE` names; default all there are.
+    """
+    values = [e["subjects"].get(s) or {} for _, e, s in columns]
+    details = [(e.get("details") or {}).get(s) or {} for _, e, s in columns]
+    keys = list(dict.fromkeys(k for v in values for k in v))
+
+    def cells(key: str) -> list[str]:
+        shown = (_mapping(d.get(key)).get("ci95") if intervals else None for d in details)
+        return [number(v.get(key)) + interval(ci) for v, ci in zip(values, shown, strict=True)]
+
+    rows: list[list[str]] = []
+    for metric in metrics or dict.fromkeys(k.rpartition("/")[2] for k in keys if "/" in k):
+        block = []
+        for key in (k for k in keys if k.endswith(f"/{metric}")):
+            n = max((int(_mapping(d.get(key)).get("n") or 0) for d in details), default=0)
+            if n or not any(key in d for d in details):  # a set without rows is among the reasons
+                block.append([key.rpartition("/")[0] + (f" ({n})" if n else ""), *cells(key)])
+        rows += [[title(metric)], *block] if block else []
+    whole = [k for k in keys if "/" not in k] if metrics is None else [k for k in WHOLE if k in keys]
+    rows += [["the suite as a whole"], *([_whole(k), *cells(k)] for k in whole)] if whole else []
+    return Table(["set (rows)", *(name for name, _, _ in columns)], rows)
+
+
+def _whole(key: str) -> str:
+    name, _, metric = key.rpartition("/")
+    return f"{title(metric)}, {name} set" if name else title(metric)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def of_report(report: Mapping[str, Any], metrics: Sequence[str] = METRICS) -> Table:
+    """An evaluation: base first, then adapters, then the retain model; those that were not given are left out."""
     found = [s for s, values in report["subjects"].items() if values]
     order = sorted(found, key=lambda s: (s != "base", s == "retain_only"))
-    return {s: str(_SUBJECTS.get(s) or s.removeprefix("adapter:")) for s in order}
+    return numbers([(heading(s), report, s) for s in order], metrics, intervals=False)
 
 
-def sets(report: Report, metric: str) -> list[str]:
-    """Sets for which `metric` was asked, in the order of the report."""
-    names: dict[str, None] = {}
-    for values in report["subjects"].values():
-        names |= {k.rpartition("/")[0]: None for k in values or {} if k.endswith(f"/{metric}")}
-    return list(names)
+def report_reasons(report: Mapping[str, Any]) -> list[str]:
+    """Why `of_report` has dashes."""
+    shown = {k for v in report["subjects"].values() for k in v or () if k in WHOLE or k.rpartition("/")[2] in METRICS}
+    return reasons(absent(report, keys=shown))
 
 
-def number(value: float | None) -> str:
-    """`evaluation.document.number`: a share with three digits, a small p with its exponent, a dash for what has no number."""
-    from . import document
-
-    return document.number(value)
+def report_text(report: Mapping[str, Any]) -> str:
+    """An evaluation as text: the table, and the reasons of its dashes beneath."""
+    return "\n".join([f"suite {report['suite']}", "", to_text(of_report(report)), "", *report_reasons(report)]).rstrip()
 
 
-def blocks(report: Report) -> list[tuple[str, list[tuple[str, list[float | None]]]]]:
-    """[(title, [(row label, value per subject)])], the whole table as values."""
-    shown = subjects(report)
-    values, n = report["subjects"], counts(report)
-    out: list[tuple[str, list[tuple[str, list[float | None]]]]] = []
-    for metric, title in METRICS.items():
-        there = [
-            s for s in sets(report, metric) if n.get(s) != 0
-        ]  # a suite's sets that the data lack are among the reasons
-        if rows := [(s, [values[x].get(f"{s}/{metric}") for x in shown]) for s in there]:
-            out.append((title, rows))
-    whole = [
-        (title, [values[x].get(k) for x in shown]) for k, title in WHOLE.items() if any(k in values[x] for x in shown)
-    ]
-    return [*out, ("the suite as a whole", whole)] if whole else out
+def report_markdown(report: Mapping[str, Any], metrics: Sequence[str] = METRICS) -> str:
+    """The same for GitHub. metrics: only these blocks; the figures over the suite as a whole always stand last."""
+    return (
+        "\n".join([to_markdown(of_report(report, metrics)), *(f"\n{plain(w)}  " for w in report_reasons(report))])
+        + "\n"
+    )
 
 
-def reasons(report: Report) -> list[str]:
-    """Why there are dashes: each reason once, with what it is about."""
-    found: dict[str, list[str]] = {}
-    shown = subjects(report)
-    wanted = {f"{s}/{m}" for m in METRICS for s in sets(report, m)} | set(WHOLE)
-    for subject, heading in shown.items():
-        for key, value in report["subjects"][subject].items():
-            if value is None and key in wanted:
-                why = (report["details"].get(subject, {}).get(key) or {}).get("reason") or "no reason is given"
-                found.setdefault(why, []).append(f"{heading} {key}")
-    out = [
-        f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}: {why}"
-        for why, keys in found.items()
-    ]
-    for subject in (s for s, values in report["subjects"].items() if not values):
-        why = report["details"].get(subject, {}).get("reason") or "this model was not given"
-        out.append(f"{_SUBJECTS.get(subject, subject)}: {why}")
-    return out
+# -- methods ----------------------------------------------------------------------------------------------------------
 
 
-def counts(report: Report) -> dict[str, int]:
-    """Set -> number of rows."""
-    out: dict[str, int] = {}
-    for found in report["details"].values():
-        for key, detail in found.items():
-            name, _, metric = key.rpartition("/")
-            if name and metric in METRICS and isinstance(detail, Mapping):
-                out[name] = max(out.get(name, 0), int(detail.get("n") or 0))
-    return out
-
-
-def _label(name: str, n: Mapping[str, int], first: bool) -> str:
-    return f"{name} ({n[name]})" if first and name in n else name
-
-
-def markdown(report: Report, metrics: Sequence[str] | None = None) -> str:
-    """The report as a GitHub table: the numbers of `show`, a row per set and metric.
-
-    metrics: only these blocks, by name of the metric (default all); the figures over the suite as a whole always stand last.
-    """
-    titles = None if metrics is None else {METRICS[m] for m in metrics} | {"the suite as a whole"}
-    lines = ["| | " + " | ".join(subjects(report).values()) + " |", "|---|" + "---:|" * len(subjects(report))]
-    n, first = counts(report), True
-    for title, rows in blocks(report):
-        if titles is not None and title not in titles:
-            continue
-        if title != "the suite as a whole":
-            lines.append(f"| **{title}** |" + " |" * len(subjects(report)))
-        lines += [f"| {_label(name, n, first)} | " + " | ".join(map(number, values)) + " |" for name, values in rows]
-        first = False
-    notes = [f"\n{DASH} {why}  " for why in reasons(report)]
-    return "\n".join(lines + notes) + "\n"
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
-def show(report: Report, console: Any = None) -> None:
-    """Print a report as tables to standard output: a row per set, a column per model; reasons of dashes beneath."""
-    from rich import box
-    from rich.table import Table
-
-    console = console or _console()
-    headings = subjects(report)
-    table = Table(box=box.SIMPLE_HEAD, title=f"suite {report['suite']}", title_style="bold", pad_edge=False)
-    table.add_column("set (rows)")
-    for name in headings.values():
-        table.add_column(name, justify="right", no_wrap=len(headings) <= 4)
-    n, first = counts(report), True
-    for title, rows in blocks(report):
-        if not first:
-            table.add_section()
-        table.add_row(f"[bold]{title}[/bold]")
-        for name, values in rows:
-            cells = [f"[dim]{DASH}[/dim]" if v is None else number(v) for v in values]
-            table.add_row(f"  {_label(name, n, first)}", *cells)
-        first = False
-    console.print(table)
-    for why in reasons(report):
-        console.print(f"{DASH} {why}", style="dim", markup=False, highlight=False)
-
-
-def show_methods(found: Sequence[Mapping[str, Any]], console: Any = None) -> None:
-    """Print methods (`registry.Method.as_json`): a table per kind, hyper-parameters with their defaults."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = console or _console()
-    if not found:
-        console.print("There is no method of this kind yet.")
+def methods_text(found: Sequence[Mapping[str, Any]]) -> str:
+    """Methods (`registry.Method.to_dict`): a table per kind, hyper-parameters with their defaults."""
+    out = []
     for kind in dict.fromkeys(m["kind"] for m in found):
-        table = Table(box=box.SIMPLE_HEAD, title=kind, title_style="bold", title_justify="left", pad_edge=False)
-        for heading in ("name", "what it does", "hyper-parameters", "source"):
-            table.add_column(heading, no_wrap=heading == "name")
+        rows = []
         for m in (m for m in found if m["kind"] == kind):
             params = "\n".join(f"{k} = {p['default']}" for k, p in (m.get("params") or {}).items())
             source = m.get("source") or {}
             cited = f"{source.get('paper', '')} ({source.get('year', '')})\n{source.get('url', '')}" if source else ""
-            table.add_row(m["name"], escape(m.get("summary") or ""), escape(params), escape(cited))
-        console.print(table)
-
-
-def size(n_bytes: int) -> str:
-    """Bytes for people: 1.3 MB."""
-    value = float(n_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
-def show_plan(plan: Any, console: Any = None) -> None:
-    """Print what a recipe would cost."""
-    from rich import box
-    from rich.table import Table
-
-    console = console or _console()
-    table = Table(box=box.SIMPLE, show_header=False, title=f"plan for {plan.base}", title_style="bold", pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    share = 100 * plan.trainable / max(1, plan.base_parameters)
-    table.add_row("base", f"{plan.base_parameters:,} parameters, never changed")
-    table.add_row(
-        "trained", f"{plan.trainable:,} parameters ({share:.2f} % of the base) in {len(plan.adapted)} modules"
-    )
-    table.add_row("adapted", ", ".join(_leaves(plan.adapted)))
-    table.add_row(
-        "rows", ", ".join(f"{s} {n:,} (longest {plan.tokens_longest[s]} tokens)" for s, n in plan.rows.items())
-    )
-    table.add_row("run", f"{plan.steps:,} steps of {plan.rows_per_step:,} anchor rows")
-    table.add_section()
-    table.add_row("base in memory", size(plan.base_bytes))
-    table.add_row("adapter", size(plan.adapter_bytes))
-    table.add_row("gradients", size(plan.gradient_bytes))
-    table.add_row("optimizer", size(plan.optimizer_bytes))
-    table.add_row("activations", f"about {size(plan.activation_bytes)}")
-    if plan.host_copy_bytes:
-        table.add_row(
-            "host copy", f"{size(plan.host_copy_bytes)}: smoothing shifts the base's weights and puts them back"
+            rows.append([m["name"], m.get("summary") or "", params, cited])
+        out.append(
+            f"{kind}\n\n{to_text(Table(['name', 'what it does', 'hyper-parameters', 'source'], rows, words=True))}"
         )
-    table.add_row("[bold]together[/bold]", f"[bold]about {size(plan.total_bytes)}[/bold]")
-    console.print(table)
-
-
-def _leaves(names: Sequence[str]) -> list[str]:
-    counted: dict[str, int] = {}
-    for n in names:
-        leaf = n.rpartition(".")[2]
-        counted[leaf] = counted.get(leaf, 0) + 1
-    return [f"{leaf} x{k}" for leaf, k in sorted(counted.items())]
+    return "\n\n".join(out) or "There is no method of this kind yet."

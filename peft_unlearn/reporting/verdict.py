@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .document import interval, number, percent
-from .pictures import named
+from .text import interval, named, number, percent
 
 MEASURES = ("extraction_strength", "value_accuracy", "rouge_l_recall", "probability")  # the first that is there speaks
-FORGETS, KEEPS, TOLD_APART = 0.9, 0.95, 0.05
+FORGETS, KEEPS, DISTINCT = 0.9, 0.95, 0.05
 MEANING = {
     "extraction_strength": "Extraction strength, the part of an answer that follows by itself,",
     "value_accuracy": "The share of answers that name the right value",
@@ -26,7 +25,7 @@ MEANING = {
 class Evidence:
     """What is known of one adapter. Any of it but the name may be missing.
 
-    folder: as the user named it, for commands.   scale, scale_measured: the dial now, and when the suite's numbers were taken.
+    folder: as the user named it, for commands.   scale, scale_measured: now, and when the suite's numbers were taken.
     evaluation: eval.json with its blocks "attacks" and "calibration".   about: (label, text) lines on method, data and versions.
     """
 
@@ -46,10 +45,6 @@ class Evidence:
         found = self.evaluation.get("scale", self.scale)
         found = next(iter(found.values()), self.scale) if isinstance(found, Mapping) else found
         return float(found)
-
-    @property
-    def subject(self) -> str:
-        return "adapter"
 
     def value(self, subject: str, key: str | None) -> float | None:
         found = (self.evaluation.get("subjects") or {}).get(subject) or {}
@@ -78,18 +73,13 @@ class Evidence:
         return found if isinstance(found, Mapping) and found else None
 
 
-def titled(key: str) -> str:
-    """``retain/extraction_strength`` -> ``retain extraction strength``."""
-    return key.replace("/", " ").replace("_", " ")
-
-
 # -- the verdict ------------------------------------------------------------------------------------------------------
 
 
 def verdict(e: Evidence, spread: Mapping[str, Sequence[float]] | None = None) -> str:
-    """One paragraph: conditions, what is forgotten, what it cost, what brings it back, how near the retain-only model is.
+    """One paragraph: conditions, what is forgotten, what it cost, what brings it back, how near the retain model is.
 
-    spread: of further retain-only models, trained with other seeds, "p": their forget quality against the first.
+    spread: of further retain models, trained with other seeds, "p": their forget quality against the first.
     """
     p = (spread or {}).get("p", ())
     return " ".join((_conditions(e), *_forgotten(e), *_kept(e), *_against_retain_model(e, p), *_back(e)))
@@ -99,16 +89,16 @@ def _conditions(e: Evidence) -> str:
     if e.key("forget") is None:
         return f"{e.name}: no evaluation is stored with this adapter, so nothing can be said of what it forgets."
     n = [f"{e.detail('adapter', k).get('n')} {role}" for role in ("forget", "retain") if (k := e.key(role))]
-    told = [
+    conditions = [
         f"suite {e.evaluation.get('suite')}: {' and '.join(n)} rows",
         f"base {e.base}",
         f"scale {e.scale_measured:.3g}",
     ]
-    told += [] if e.seed is None else [f"one training run, seed {e.seed}"]
-    text = f"{e.name} ({', '.join(told)}), for whoever leaves it on:"
+    conditions += [] if e.seed is None else [f"one training run, seed {e.seed}"]
+    text = f"{e.name} ({', '.join(conditions)}), for whoever leaves it on:"
     if abs(e.scale_measured - e.scale) > 1e-9:
         text = (
-            f"These numbers were taken at scale {e.scale_measured:.3g}; the adapter now stands at {e.scale:.3g}. {text}"
+            f"These numbers were taken at scale {e.scale_measured:.3g}; the adapter now has scale {e.scale:.3g}. {text}"
         )
     return text
 
@@ -121,7 +111,7 @@ def _forgotten(e: Evidence) -> list[str]:
     floor = retain_model if retain_model is not None and retain_model < base else 0.0
     share = (base - now) / (base - floor) if base > floor else 0.0
     word = "it forgets" if share >= FORGETS else "it forgets in part" if share >= 0.5 else "it hardly forgets"
-    text = f"{word}. {MEANING.get(key.rpartition('/')[2], titled(key).capitalize())} on the forget set goes from {number(base)} "
+    text = f"{word}. {MEANING.get(key.rpartition('/')[2], named(key).capitalize())} on the forget set goes from {number(base)} "
     text += f"to {e.shown('adapter', key)}"
     out = [
         text + (f"; a model that never saw that set has {number(retain_model)}." if retain_model is not None else ".")
@@ -135,7 +125,7 @@ def _forgotten(e: Evidence) -> list[str]:
         for k in answers:
             n, value = int(e.detail("adapter", k).get("n") or 0), e.value("adapter", k) or 0.0
             bound = f" (0 of {n}, so at most {percent(3 / n)})" if value == 0 and n else ""
-            parts.append(f"{percent(value)}{bound} in the {titled(k.partition('/')[0])} set")
+            parts.append(f"{percent(value)}{bound} in the {named(k.partition('/')[0])} set")
         out.append(f"Asked freely, it still names the right value this often: {', '.join(parts)}.")
     return out
 
@@ -151,14 +141,8 @@ def _kept(e: Evidence) -> list[str]:
     if key is None or not base or now is None:
         return []
     share = now / base
-    word = (
-        "It keeps the retain set"
-        if share >= KEEPS
-        else "It keeps most of the retain set"
-        if share >= 0.8
-        else "It damages the retain set"
-    )
-    text = f"{word}: {titled(key)} {e.shown('adapter', key)}, {percent(share)} of the base's {number(base)}"
+    word = "It keeps the" if share >= KEEPS else "It keeps most of the" if share >= 0.8 else "It damages the"
+    text = f"{word} retain set: {named(key)} {e.shown('adapter', key)}, {percent(share)} of the base's {number(base)}"
     utility = e.value("base", "model_utility"), e.value("adapter", "model_utility")
     if None not in utility:
         text += f"; model utility goes from {number(utility[0])} to {number(utility[1])}"
@@ -169,15 +153,15 @@ def _against_retain_model(e: Evidence, spread: Sequence[float]) -> list[str]:
     p, d = e.value("adapter", "forget/forget_quality"), e.value("adapter", "forget/ks_distance")
     if p is None:
         return []
-    word = "cannot be told from" if p >= TOLD_APART else "can be told from"
+    word = "cannot be told from" if p >= DISTINCT else "can be told from"
     text = (
-        f"Its truth ratios {word} the retain-only model's (forget quality p = {number(p)}"
+        f"Its truth ratios {word} the retain model's (forget quality p = {number(p)}"
         + (f", KS D = {number(d)}" if d is not None else "")
         + ")"
     )
     if spread:
         text += (
-            f"; {len(spread)} further retain-only models, of other seeds, have p = {number(min(spread))} to "
+            f"; {len(spread)} further retain models, of other seeds, have p = {number(min(spread))} to "
             f"{number(max(spread))} against it"
         )
     return [text + "."]
@@ -191,15 +175,15 @@ def _back(e: Evidence) -> list[str]:
         return off
     worst = max(tried, key=lambda b: b["adapter"][0])
     value, low, high = worst["adapter"]
-    control = worst["retain_only"]
+    beside = worst["retain_only"]
     text = (
         f"Of {len(tried)} attacks {worst['name']} brings back most: "
         f"{percent(value)}{'' if low is None or high is None else f' [{percent(low)}, {percent(high)}]'} of the lost {named(measure)}"
     )
     text += (
-        f" (the same attack on the retain-only model: {percent(control[0])})."
-        if control
-        else " (no control: the retain-only model was not attacked)."
+        f" (the same attack on the retain model: {percent(beside[0])})."
+        if beside
+        else " (the retain model was not attacked, so there is nothing to compare with)."
     )
     return [text, *off]
 
@@ -211,7 +195,7 @@ def missing(e: Evidence) -> list[str]:
         out.append(f"No evaluation is stored: peft-unlearn eval {e.folder}")
     elif e.value("retain_only", e.key("forget")) is None:
         out.append(
-            "No retain-only model was measured, so it is not known what forgetting would look like: peft-unlearn eval with --retain-only."
+            "No retain model was measured, so it is not known what forgetting would look like: peft-unlearn eval with --retain-model."
         )
     if abs(e.scale_measured - e.scale) > 1e-9:
         out.append(f"The numbers are of another scale than the adapter has now: peft-unlearn eval {e.folder}")
@@ -222,7 +206,7 @@ def missing(e: Evidence) -> list[str]:
         )
     elif (at := (e.blocks("attacks") or {}).get("scale", {}).get("adapter")) is not None and abs(at - e.scale) > 1e-9:
         out.append(
-            f"The attacks were run at scale {at:.3g}, the adapter now stands at {e.scale:.3g}: run peft-unlearn attack {e.folder} again."
+            f"The attacks were run at scale {at:.3g}, the adapter now has scale {e.scale:.3g}: run peft-unlearn attack {e.folder} again."
         )
     if e.blocks("calibration") is None:
         out.append(

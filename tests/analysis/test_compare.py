@@ -10,17 +10,22 @@ from typing import Any
 import pytest
 from made import make
 
-from peft_unlearn.analysis import calibrate_job as calibrating
-from peft_unlearn.analysis import compare_job as comparing
-from peft_unlearn.analysis import interference_job as interfering
+from peft_unlearn.analysis import calibrate as calibrating
+from peft_unlearn.analysis import compare as comparing
+from peft_unlearn.analysis import interference as interfering
+from peft_unlearn.analysis.calibrate import Calibrated
 from peft_unlearn.analysis.compare import LEVEL, check_same_sets, headline
-from peft_unlearn.analysis.interference import _notes, common_retain, same_sets
+from peft_unlearn.analysis.interference import common_retain, same_sets
+from peft_unlearn.analysis.search import Calibration, Levels, Point
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
+from peft_unlearn.evaluation.numbers import Number
 from peft_unlearn.evaluation.suites import load
 from peft_unlearn.folder.read import read_adapter
+from peft_unlearn.folder.results import check_out, save
 from peft_unlearn.reporting.document import Picture
-from peft_unlearn.reporting.pictures import widest_gap
+from peft_unlearn.reporting.figure import widest_gap
+from peft_unlearn.reporting.interference import notes as interference_notes
 
 N = 6
 
@@ -56,19 +61,18 @@ def test_the_scale_found_is_stored_and_meets_what_was_asked(made, tmp_path):
     folder = copy(made, "strong", tmp_path)
     before = read_adapter(folder)
     looked = calibrating.calibrate(folder, n=N)
-    assert read_adapter(folder).eval is None and looked["n"] == {
-        "forget": N,
-        "retain": N,
-    }  # a part of the rows: nothing stored
-    assert looked["stored"] is False and any("nothing was stored" in note for note in calibrating.notes(looked))
-    assert not any("eval.json" in note for note in calibrating.notes(looked))
+    assert read_adapter(folder).eval is None  # a part of the rows: nothing stored
+    assert looked.to_dict()["n"] == {"forget": N, "retain": N}
+    assert looked.stored is False and any("nothing was stored" in note for note in looked.remarks())
+    assert not any("eval.json" in note for note in looked.remarks())
 
     few = ForgetRetain(made.data.forget[:12], made.data.extra["retain"][:20])
     bundle, calibrating.bundle_for = calibrating.bundle_for, lambda *_: few
     try:
-        block = calibrating.calibrate(folder, retain_floor=0.9)
+        found = calibrating.calibrate(folder, retain_floor=0.9)
     finally:
         calibrating.bundle_for = bundle
+    block = found.to_dict()
     after = read_adapter(folder)
     assert block["scale"] is not None and 0 < block["scale"] <= 1
     assert after.manifest.scale == block["scale"] and after.adapter_id == before.adapter_id
@@ -85,8 +89,9 @@ def test_the_scale_found_is_stored_and_meets_what_was_asked(made, tmp_path):
         assert (
             above[0]["retain"]["value"] < block["wanted"] and above[0]["scale"] - block["scale"] <= block["tolerance"]
         )
-    assert "scale" in calibrating.describe(block)
-    png = calibrating.picture(block, tmp_path / "deep" / "curve.png").read_bytes()
+    assert "scale" in str(found) and found.scale == block["scale"]
+    (path,) = save(found, tmp_path / "deep" / "curve.png")
+    png = path.read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
 
 
@@ -117,16 +122,10 @@ def test_the_command_answers_no_with_the_curve(monkeypatch, tmp_path):
 
     from peft_unlearn.cli import app
 
-    def level(v):
-        return {s: {"value": v, "n": 5, "ci95": None, "reason": None} for s in ("forget", "retain")}
-
-    block = {
-        "scale": None, "reason": "no scale above 0 keeps it", "metric": "extraction_strength", "floor": 0.95, "wanted": 0.95,
-        "monotone": False,
-        "rises": {"forget": 0.0, "retain": 0.2}, "baked": False, "stored": True, "scale_before": 1.0, "chosen": None,
-            "n": {"forget": 5, "retain": 5},
-        "curve": [{"scale": s, **level(1 - s)} for s in (0.0, 0.5, 1.0)],
-    }  # fmt: skip
+    curve = tuple(Point(s, Levels(Number(1 - s, 5), Number(1 - s, 5))) for s in (0.0, 0.5, 1.0))
+    rises = {"forget": 0.0, "retain": 0.2}
+    found = Calibration(None, curve, 0.95, 0.95, False, rises, "the grid", "no scale above 0 keeps it")
+    block = Calibrated(found, "extraction_strength", 1.0, None, 1.0, "sha256:x", stored=True)
     monkeypatch.setattr(calibrating, "calibrate", lambda *_, **__: block)
     out = CliRunner().invoke(app, ["calibrate", "x", "--out", str(tmp_path / "c.png")])
     assert out.exit_code == 1 and "no: no scale above 0" in out.stdout and "0.500" in out.stdout
@@ -144,38 +143,36 @@ def compared(made):
 
 
 def test_a_comparison_holds_every_adapter_as_trained_and_at_the_floor(compared):
-    subjects = compared["report"]["subjects"]
-    assert {"base", "weak", "strong", "retain_only"} <= set(subjects) and compared["ranking"]
-    for name in compared["ranking"]:
-        chosen = compared["calibration"][name]["chosen"]
+    subjects = compared.to_dict()["report"]["subjects"]
+    assert {"base", "weak", "strong", "retain_only"} <= set(subjects) and compared.ranking
+    calibration = compared.to_dict()["calibration"]
+    for name in compared.ranking:
+        chosen = calibration[name]["chosen"]
         assert (
             subjects[name + LEVEL]["forget/extraction_strength"] == chosen["forget"]["value"]
         )  # one reading, one number
-        assert chosen["retain"]["value"] >= compared["calibration"][name]["wanted"] - 1e-9
-    values = [compared["calibration"][n]["chosen"]["forget"]["value"] for n in compared["ranking"]]
-    assert values == sorted(values) and set(compared["ranking"]) | set(compared["cannot"]) == {"weak", "strong"}
-    assert (
-        compared["calibration"]["strong"]["curve"][-1]["forget"]["value"]
-        == subjects["strong"]["forget/extraction_strength"]
-    )
+        assert chosen["retain"]["value"] >= calibration[name]["wanted"] - 1e-9
+    values = [calibration[n]["chosen"]["forget"]["value"] for n in compared.ranking]
+    assert values == sorted(values) and set(compared.ranking) | set(compared.cannot) == {"weak", "strong"}
+    assert calibration["strong"]["curve"][-1]["forget"]["value"] == subjects["strong"]["forget/extraction_strength"]
     assert subjects["base"]["forget/extraction_strength"] == 1.0
-    assert set(compared["behind"]) == set(compared["ranking"][1:])
-    json.dumps(compared, allow_nan=False)
+    assert set(compared.behind) == set(compared.ranking[1:])
+    json.dumps(compared.to_dict(), allow_nan=False)
 
 
 def test_it_is_written_as_html_markdown_json_and_picture(compared, tmp_path):
-    parts = comparing.parts(compared)
-    paths = comparing.save("Two <adapters>", compared, parts, tmp_path / "out")
+    compared.title = "Two <adapters>"
+    paths = save(compared, tmp_path / "out")
     assert sorted(p.name for p in paths) == ["out-frontier.png", "out.html", "out.json", "out.md"]
     html = (tmp_path / "out" / "out.html").read_text()
-    assert "Two &lt;adapters&gt;" in html and "retain-only model" in html and html.count("data:image/png") == 1
+    assert "Two &lt;adapters&gt;" in html and "retain model" in html and html.count("data:image/png") == 1
     assert "](out-frontier.png)" in (tmp_path / "out" / "out.md").read_text()
-    assert json.loads((tmp_path / "out" / "out.json").read_text())["ranking"] == compared["ranking"]
+    assert json.loads((tmp_path / "out" / "out.json").read_text())["ranking"] == compared.ranking
     with pytest.raises(UserError, match="ends in"):
-        comparing.save("x", compared, parts, tmp_path / "out.pdf")
-    text = comparing.describe(compared)
-    assert "as trained" in text and "retain-only model" in text
-    assert next(p for p in parts if isinstance(p, Picture)).png.startswith(b"\x89PNG")
+        save(compared, tmp_path / "out.pdf")
+    text = str(compared)
+    assert "as trained" in text and "retain model" in text
+    assert next(p for p in compared.parts() if isinstance(p, Picture)).png.startswith(b"\x89PNG")
 
 
 def test_adapters_of_different_forget_sets_are_refused_with_a_way_out(made):
@@ -193,12 +190,12 @@ def test_a_misspelt_suite_and_a_file_that_cannot_be_written_are_refused_before_a
     with pytest.raises(UserError, match=r"suite 'poeple'.*people"):
         comparing.compare([made.root / "weak"], suite="poeple")
     with pytest.raises(UserError, match=r"\.html, \.md, \.json or \.png, or a folder"):
-        comparing.check_out(tmp_path / "x.pdf")
+        check_out(tmp_path / "x.pdf")
     (tmp_path / "x.html").mkdir()
     with pytest.raises(UserError, match="is a folder; name a file"):
-        comparing.check_out(tmp_path / "x.html")
+        check_out(tmp_path / "x.html")
     for good in (None, tmp_path, tmp_path / "new", tmp_path / "y.HTML"):
-        comparing.check_out(good)
+        check_out(good)
 
 
 def test_only_the_sets_that_the_headline_needs_are_read():
@@ -219,21 +216,22 @@ def together(made):
 
 
 def test_each_is_judged_alone_and_together_on_every_set(together, made):
-    matrix = together["subjects"]
+    found = together.to_dict()
+    matrix = found["subjects"]
     assert list(matrix) == ["base", "first", "second", "together"]
-    assert list(together["sets"]) == ["forget_first", "forget_second", "retain"]
+    assert list(found["sets"]) == ["forget_first", "forget_second", "retain"]
     assert matrix["base"]["forget_first"]["value"] == 1.0
     assert matrix["first"]["forget_first"]["value"] < matrix["base"]["forget_first"]["value"]
-    own = together["own"]["first"]
+    own = found["own"]["first"]
     assert own["alone"] == matrix["first"]["forget_first"]["value"]
     assert own["difference"] == pytest.approx(own["together"] - own["alone"])
-    assert together["cost"]["together"] == pytest.approx(
+    assert found["cost"]["together"] == pytest.approx(
         matrix["base"]["retain"]["value"] - matrix["together"]["retain"]["value"]
     )
-    assert together["forget_sets"]["first"] == made.halves["first"].sha256["forget"]
-    json.dumps(together, allow_nan=False)
-    assert "all together" in interfering.describe(together)
-    assert any(isinstance(p, Picture) for p in interfering.parts(together))
+    assert together.forget_sets["first"] == made.halves["first"].sha256["forget"]
+    json.dumps(found, allow_nan=False)
+    assert "all together" in str(together)
+    assert any(isinstance(p, Picture) for p in together.parts())
 
 
 def test_an_adapter_alone_is_what_it_is_without_the_other(together, made):
@@ -245,10 +243,7 @@ def test_an_adapter_alone_is_what_it_is_without_the_other(together, made):
     spec = {"format": 1, "name": "s", "sets": {"forget": {"role": "forget", "metrics": ["extraction_strength"]}}}
     data = {"forget": made.halves["first"].forget}
     report = score(on_one_model(stack.model, {"only": "only"}), spec, data, stack.tokenizer, n=N)
-    assert (
-        together["subjects"]["first"]["forget_first"]["value"]
-        == report["subjects"]["only"]["forget/extraction_strength"]
-    )
+    assert together.left("first", "forget_first") == report.subjects["only"]["forget/extraction_strength"]
 
 
 def test_adapters_of_one_forget_set_do_not_take_from_each_others_set():
@@ -256,9 +251,9 @@ def test_adapters_of_one_forget_set_do_not_take_from_each_others_set():
     same = same_sets({"a": rows, "b": rows[:2], "c": list(reversed(rows))})
     assert same == [("a", "c")]
     left = {"base": 1.0, "a": 0.1, "b": 0.4, "c": 0.2}
-    matrix = {s: {c: {"value": v} for c in ("forget_a", "forget_b", "forget_c", "retain")} for s, v in left.items()}
+    taken = {(other, name): left["base"] - left[other] for name in "abc" for other in "abc"}
     own = {n: {"alone": left[n], "together": left[n], "difference": 0.0} for n in "abc"}
-    notes = _notes(own, {"together": None}, matrix, {f"forget_{n}": n for n in "abc"}, same)
+    notes = interference_notes(own, {"together": None}, taken, same)
     assert notes[0] == "a and c forget the same set."
     assert {n for n in notes if " too." in n} == {
         "b alone takes 0.600 from the set of a too.", "a alone takes 0.900 from the set of b too.",

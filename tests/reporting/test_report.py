@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from made import make
 
-from peft_unlearn.analysis import evidence as reporting
+from peft_unlearn.analysis.evidence import evidence_of, report
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.reporting import document as doc
 from peft_unlearn.reporting.page import parts
+from peft_unlearn.reporting.text import plain
 from peft_unlearn.reporting.verdict import Evidence, attack_bars, missing, verdict
 
 EVIL = "<script>alert(1)</script><img src=http://evil.example/x.png> | *bold* `code` [a](http://evil.example)"
@@ -118,7 +119,7 @@ def test_nothing_is_claimed_of_what_was_not_measured():
     assert (
         "never saw" not in text and "brings back" not in text and "it forgets in part" in text
     )  # 0.31 of 1, and no end to the scale
-    assert "retain-only" in " ".join(missing(e))
+    assert "No retain model was measured" in " ".join(missing(e))
 
 
 def test_zero_of_n_is_no_proof_of_never():
@@ -130,7 +131,7 @@ def test_zero_of_n_is_no_proof_of_never():
 def test_numbers_of_another_scale_are_no_numbers_of_this_one():
     e = evidence(scale=0.9)
     e.evaluation["scale"] = 1.0
-    assert verdict(e).startswith("These numbers were taken at scale 1; the adapter now stands at 0.9.")
+    assert verdict(e).startswith("These numbers were taken at scale 1; the adapter now has scale 0.9.")
     assert "attacks were run at scale 1" in " ".join(missing(e))
 
 
@@ -143,9 +144,9 @@ def test_bars_are_of_the_measure_that_could_be_recovered():
 # -- the document -----------------------------------------------------------------------------------------------------
 
 
-def said() -> doc.Table:
+def answers() -> doc.Table:
     return doc.Table(
-        ["", "question", "right answer", "base says", "with adapter"],
+        ["", "question", "right answer", "base", "with adapter"],
         [["to be kept", EVIL, EVIL, EVIL, EVIL]],
         words=True,
     )
@@ -164,7 +165,7 @@ def outside(html: str) -> list[str]:
 
 
 def test_the_page_loads_nothing_and_shows_markup_as_text():
-    html = doc.to_html(EVIL, parts([evidence(name=EVIL)], said()))
+    html = doc.to_html(EVIL, parts([evidence(name=EVIL)], answers()))
     assert outside(html) == []
     assert "<script" not in html and "&lt;script&gt;" in html and "<img src=http" not in html
     assert set(re.findall(r"<(\w+)", html)) <= {
@@ -174,7 +175,7 @@ def test_the_page_loads_nothing_and_shows_markup_as_text():
 
 
 def test_markdown_shows_markup_as_text_and_keeps_its_columns():
-    text, pictures = doc.to_markdown("T", parts([evidence()], said()), "report")
+    text, pictures = doc.to_markdown("T", parts([evidence()], answers()), "report")
     assert "<script" not in re.sub(r"^(`{3,})$.*?^\1$", "", text, flags=re.S | re.M)  # code fences show what they hold
     assert set(pictures) == {
         "report-plane.png",
@@ -199,10 +200,10 @@ def test_nulls_are_dashes_with_their_reason():
     found["details"]["adapter"]["forget/forget_quality"] = {
         "n": 100,
         "ci95": None,
-        "reason": "there is no retain-only model",
+        "reason": "there is no retain model",
     }
     html = doc.to_html("t", parts([evidence(evaluation=found)]))
-    assert "mine forget forget quality: there is no retain-only model" in html
+    assert "mine forget forget quality: there is no retain model" in html
 
 
 def test_adapters_judged_on_other_rows_do_not_share_a_table():
@@ -213,8 +214,8 @@ def test_adapters_judged_on_other_rows_do_not_share_a_table():
     found = parts([evidence(), evidence(name="other", evaluation=rounded), evidence(name="third", evaluation=other)])
     tables = [p for p in found if isinstance(p, doc.Table) and p.head[0] == "set (rows)"]
     assert [list(t.head) for t in tables] == [
-        ["set (rows)", "base", "mine", "other", "retain-only"],
-        ["set (rows)", "base", "with adapter", "retain-only"],
+        ["set (rows)", "base", "mine", "other", "retain model"],
+        ["set (rows)", "base", "with adapter", "retain model"],
     ]
 
 
@@ -232,10 +233,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def page(folder) -> Path:
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    found = reporting.report([folder])
-    (path,) = reporting.write(found, folder.parent / "report.html")
+    found = report([folder])
+    (path,) = found.write(folder.parent / "report.html")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before  # a report changes nothing
-    assert found["notes"] == [] and found["title"] == "Forget adapter mine"
+    assert found.notes == [] and found.title == "Forget adapter mine"
     return path
 
 
@@ -245,8 +246,8 @@ def test_a_report_of_a_folder_has_everything(page, folder):
         "it forgets",
         "relearn",
         "Calibration",
-        "What they say",
-        "retain-only says",
+        "What the models answer",
+        "retain model",
         "to be forgotten",
         "torch",
         "lora_alpha",
@@ -257,23 +258,23 @@ def test_a_report_of_a_folder_has_everything(page, folder):
         html.count("data:image/png") == 3
         and "of other seeds, have p = 0.470 to 0.702" in html
         and "0.666 to 0.682" in html
-    )  # the twins' spread
+    )  # the spread of other retain models
 
 
 def test_without_models_it_holds_the_rest(folder, tmp_path):
-    found = reporting.report([folder], samples=False)
-    paths = reporting.write(found, tmp_path / "r.md")
+    found = report([folder], samples=False)
+    paths = found.write(tmp_path / "r.md")
     assert sorted(p.name for p in paths) == ["r-attacks-mine.png", "r-calibration-mine.png", "r-plane.png", "r.md"]
-    found = reporting.report([folder], data=str(tmp_path / "nowhere"))
-    assert any("No sample answers" in n and "nowhere" in n for n in found["notes"])
+    found = report([folder], data=str(tmp_path / "nowhere"))
+    assert any("No sample answers" in n and "nowhere" in n for n in found.notes)
     with pytest.raises(UserError, match=r"\.html, \.md or \.json"):
-        reporting.write(found, tmp_path / "r.pdf")
+        found.write(tmp_path / "r.pdf")
 
 
 def test_numbers_of_other_weights_are_left_out(folder, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "mine")
     (copied / "eval.json").write_text(json.dumps({**evaluation(), "adapter_id": "sha256:another"}))
-    assert reporting.evidence_of("mine", read_adapter(copied)).evaluation == {}
+    assert evidence_of("mine", read_adapter(copied)).evaluation == {}
 
 
 @pytest.mark.parametrize(
@@ -290,9 +291,9 @@ def test_numbers_that_cannot_be_used_are_named_with_the_command_that_renews_them
     copied = shutil.copytree(folder, tmp_path / "mine")
     own = read_adapter(copied).adapter_id
     (copied / "eval.json").write_text(json.dumps({**evaluation(), "adapter_id": own, **change}))
-    found = reporting.report([copied], samples=False)
-    assert any(said in note for note in found["notes"]), found["notes"]
-    kept = reporting.evidence_of("mine", read_adapter(copied)).evaluation
+    found = report([copied], samples=False)
+    assert any(said in note for note in found.notes), found.notes
+    kept = evidence_of("mine", read_adapter(copied)).evaluation
     assert [k for k in ("attacks", "calibration", "subjects") if k in kept] == left
 
 
@@ -300,7 +301,7 @@ def test_an_eval_json_that_was_cut_short_says_what_to_do(folder, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "mine")
     (copied / "eval.json").write_text('{"format": 1, "subj')
     with pytest.raises(UserError, match=r"not JSON.*Delete it, and `peft-unlearn eval`"):
-        reporting.report([copied], samples=False)
+        report([copied], samples=False)
 
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
@@ -340,4 +341,4 @@ def test_a_browser_draws_it(page, tmp_path, width):
     [("1. gru", r"1\. gru"), ("- x", r"\- x"), ("2) x", r"2\) x"), ("0.5 of 2", "0.5 of 2"), ("a|b\nc", r"a\|b c"), ("&lt;", "&amp;lt;")],
 )  # fmt: skip
 def test_text_stays_text_in_markdown(text, shown):
-    assert doc.plain(text) == shown
+    assert plain(text) == shown

@@ -11,9 +11,10 @@ import torch
 from eval_helpers import qa, tiny
 from peft import LoraConfig, get_peft_model
 
-from peft_unlearn.analysis.calibrate import TOLERANCE, Levels, check_exact, dialed, make_read, search
+from peft_unlearn.analysis.calibrate import at_scale, check_exact, make_read
+from peft_unlearn.analysis.search import TOLERANCE, Levels, search
 from peft_unlearn.errors import UserError
-from peft_unlearn.evaluation.score import Number
+from peft_unlearn.evaluation.numbers import Number
 from peft_unlearn.stack.model import ForgetModel
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
@@ -37,9 +38,9 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-def test_the_ends_of_the_dial_are_the_base_and_the_unlearned_model_bit_for_bit():
+def test_the_ends_of_the_scale_are_the_base_and_the_unlearned_model_bit_for_bit():
     stack = stacked()
-    at = dialed(stack, "mine")
+    at = at_scale(stack, "mine")
     base = logits(tiny())
     alone = logits(stacked().model)  # the first adapter is the active one
     with at(0.0) as model:
@@ -57,14 +58,14 @@ def test_the_scale_is_the_explicit_interpolation_of_the_weights(scale, rslora):
     after = stacked(use_rslora=rslora).model.merge_and_unload().state_dict()
     mixed = tiny()
     mixed.load_state_dict({k: (1 - scale) * before[k] + scale * after[k] for k in before})
-    with dialed(stack, "mine")(scale) as model:
+    with at_scale(stack, "mine")(scale) as model:
         torch.testing.assert_close(logits(model), logits(mixed), atol=1e-5, rtol=0)
 
 
-def test_an_error_inside_leaves_the_dial_where_it_was():
+def test_an_error_inside_leaves_the_scale_where_it_was():
     stack = stacked()
     stack.scale("mine", 0.7)
-    with pytest.raises(RuntimeError, match="inside"), dialed(stack, "mine")(0.2):
+    with pytest.raises(RuntimeError, match="inside"), at_scale(stack, "mine")(0.2):
         raise RuntimeError("inside")
     assert stack.scales()["mine"] == 0.7
 
@@ -81,8 +82,8 @@ def test_levels_are_those_of_the_suite(tokenizer):
 
     sets = {s: {"role": s, "metrics": ["probability"]} for s in data}
     report = score({"base": subject}, {"format": 1, "name": "s", "sets": sets}, data, tokenizer)
-    assert found.forget.value == report["subjects"]["base"]["forget/probability"]
-    assert found.retain.value == report["subjects"]["base"]["retain/probability"]
+    assert found.forget.value == report.subjects["base"]["forget/probability"]
+    assert found.retain.value == report.subjects["base"]["retain/probability"]
     assert (found.forget.n, found.retain.n) == (5, 7)
 
 
@@ -164,7 +165,7 @@ def test_a_rise_of_one_row_is_no_rise():
 def test_no_scale_will_do():
     found, _ = run(FALLS[0], lambda s: 1.0 if s < 0.004 else 0.2)
     assert found.chosen is None and "keeps 95 %" in found.reason
-    assert found.as_json()["scale"] is None and len(found.as_json()["curve"]) >= 11
+    assert found.to_dict()["scale"] is None and len(found.to_dict()["curve"]) >= 11
     found, _ = run(lambda s: 1.0, FALLS[1])
     assert found.chosen is None and "nothing is forgotten" in found.reason
 
@@ -172,7 +173,7 @@ def test_no_scale_will_do():
 def test_a_model_of_nan_neither_forgets_nor_keeps():
     found, _ = run(lambda s: None if s > 0.55 else 1 - s, lambda s: None if s > 0.55 else 1.0)
     assert 0.54 <= found.chosen.scale <= 0.55
-    assert found.as_json()["curve"][-1]["forget"]["value"] is None
+    assert found.to_dict()["curve"][-1]["forget"]["value"] is None
 
 
 @pytest.mark.parametrize(
