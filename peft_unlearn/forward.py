@@ -1,6 +1,6 @@
 """`Pass`: the one place that runs a model on batches of tokens.
 
-What an objective asks for (log-probabilities, any function of the logits, hidden states, the same of the reference model)
+What an objective reads (log-probabilities, any function of the logits, hidden states, the same of the reference model)
 is computed lazily from ONE forward per pass and model mode. Logits are never held for a whole batch: the head's input is taken
 by a pre-hook on the output embeddings, only target positions go through the head, chunk by chunk, and the derivative of
 each row's value with respect to its hidden state is formed while the chunk's logits exist. So a frozen head costs neither a
@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,10 @@ def router_module(model: nn.Module, layer: int) -> nn.Module:
     return causal_lm(model).get_submodule(str(found[layer].router))
 
 
+def _hidden_states(output: Any) -> Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
 def _raw_logits(output: Any, experts: int) -> Tensor:
     """Router logits (tokens, experts) of a router's output: (logits, weights, indices), or Llama 4's (scores, logits)."""
     if torch.is_tensor(output):
@@ -88,8 +93,8 @@ class _Stop(Exception):
 class Reference:
     """Which model losses compare with: the same weights with other adapters switched on.
 
-    mode: "before" (what was active before training: the base plus the frozen stack), "base" (every adapter off), or
-    "adapter:<name>". `trained` is the adapter being trained.
+    mode: "before" (what was active before training: the base plus the frozen stack), "precomputed" (the same, and the rows hold its
+    log-probabilities already), "base" (every adapter off), or "adapter:<name>". `trained` is the adapter being trained.
     """
 
     mode: str = "before"
@@ -166,7 +171,7 @@ class Pass:
         layers: the layers whose hidden states will be asked for (blocks by number, or module names).
         routers: the mixture-of-experts blocks whose router logits will be asked for.
         stop: end the forward after the deepest of `layers` (nothing beyond is needed).
-        reference_cache: filled with what the reference model said about this batch, and read from when it is filled: for several
+        reference_cache: filled with what the reference model computed on this batch, and read from when it is filled: for several
             passes over one batch whose reference must not move with the parameters.
     """
 
@@ -238,19 +243,19 @@ class Pass:
 
     def hidden(self, layer: int | str, reference: bool = False) -> Tensor:
         """Output of block `layer` (0-based) or of the module of that name: (batch, seq, hidden)."""
-        if layer not in self._layers:
-            if reference in self._seen:
-                raise RuntimeError(f"layer {layer!r} was not named before the forward ran; pass it in `layers`")
-            self._layers.append(layer)
+        self._announce("layer", layer, self._layers, reference)
         return self._run(reference)[layer]
 
     def router(self, layer: int, reference: bool = False) -> Tensor:
         """Raw router logits of block `layer`, (batch * seq, experts), padding included, rows as ``attention_mask.flatten()``."""
-        if layer not in self._routers:
-            if reference in self._seen:
-                raise RuntimeError(f"router {layer} was not named before the forward ran; pass it in `routers`")
-            self._routers.append(layer)
+        self._announce("router", layer, self._routers, reference)
         return self._run(reference)["router", layer]
+
+    def _announce(self, what: str, layer: int | str, named: list[Any], reference: bool) -> None:
+        if layer not in named:
+            if reference in self._seen:
+                raise RuntimeError(f"{what} {layer!r} was not named before the forward ran; pass it in `{what}s`")
+            named.append(layer)
 
     @property
     def alternate(self) -> Pass:
@@ -302,7 +307,7 @@ class Pass:
     def _head_input(self, reference: bool) -> Tensor:
         """Hidden states before the head at target positions, (n, hidden)."""
         if self._stop:
-            raise RuntimeError("the forward was told to stop at a layer, and something asks for the head")
+            raise RuntimeError("the forward stops at a layer, and an objective reads logits, which lie beyond it")
         seen = self._run(reference)
         if "targets" not in seen:
             seen["targets"] = seen.pop("head")[:, :-1][self.mask]  # (batch, seq, hidden) -> (n, hidden)
@@ -323,29 +328,21 @@ class Pass:
             seen["head"] = args[0]
             return (args[0][..., :0, :], *args[1:])  # the model's own head sees no position
 
-        def take(layer: int | str) -> Callable[..., None]:
+        def take(key: Any, read: Callable[[Any], Tensor]) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                seen[layer] = output[0] if isinstance(output, (tuple, list)) else output
+                seen[key] = read(output)
                 if self._stop and len(seen) == wanted:
                     raise _Stop
 
             return hook
 
-        def take_router(layer: int, experts: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                seen["router", layer] = _raw_logits(output, experts)
-                if self._stop and len(seen) == wanted:
-                    raise _Stop
-
-            return hook
-
+        hooks = [(layer_module(self.model, k), take(k, _hidden_states)) for k in self._layers]
+        found = moe_blocks(self.model) if self._routers else {}
+        for k in self._routers:
+            router = router_module(self.model, k)
+            hooks.append((router, take(("router", k), partial(_raw_logits, experts=found[k].num_experts))))
         handles = [self._head.module.register_forward_pre_hook(take_head)]
-        handles += [layer_module(self.model, k).register_forward_hook(take(k)) for k in self._layers]
-        if self._routers:
-            found = moe_blocks(self.model)
-            for k in self._routers:
-                router = router_module(self.model, k)
-                handles.append(router.register_forward_hook(take_router(k, found[k].num_experts)))
+        handles += [module.register_forward_hook(hook) for module, hook in hooks]
         with held(*handles), self._mode(reference), suppress(_Stop):
             self.model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
         self._seen[reference] = seen

@@ -47,7 +47,7 @@ class Source:
     url: str
     year: int
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {"paper": self.paper, "url": self.url, "year": self.year}
 
 
@@ -106,7 +106,7 @@ class Param:
             self.type, f"a {self.type}"
         )
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {
             "type": self.type,
             "default": self.default,
@@ -166,16 +166,16 @@ class Method:
         """Hyper-parameters with every default filled in: what a manifest records."""
         return {p.name: hyper.get(p.name, p.default) for p in self.params.values()}
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         unit = self.unit if self.unit is None or isinstance(self.unit, str) else self.unit.__name__
         return {
             "name": self.name,
             "kind": self.kind,
             "summary": self.summary,
-            "source": self.source.as_json(),
+            "source": self.source.to_dict(),
             "unit": unit,
             "needs": ["twin" if n == "retain_model" else n for n in self.needs],  # as earlier versions wrote it
-            "params": {p.name: p.as_json() for p in self.params.values()},
+            "params": {p.name: p.to_dict() for p in self.params.values()},
             "faithful": self.faithful,
             **({"better": self.extra["better"]} if "better" in self.extra else {}),
         }
@@ -205,19 +205,18 @@ def param_of(name: str, annotation: Any, default: Any) -> Param:
         type_name = type(choices[0]).__name__
     else:
         base = typing.get_origin(annotation) or annotation
-        type_name = {
-            float: "float",
-            int: "int",
-            bool: "bool",
-            str: "str",
-            list: "list",
-            tuple: "list",
-            dict: "dict",
-        }.get(base, "")
+        type_name = {tuple: "list"}.get(base, base.__name__ if base in (float, int, bool, str, list, dict) else "")
         if not type_name:
             raise TypeError(f"hyper-parameter {name}: annotation {annotation!r} has no schema")
     required = default is inspect.Parameter.empty
     return Param(name, type_name, None if required else default, rng, choices, nullable, required)
+
+
+def params_of(fn: Callable[..., Any]) -> dict[str, Param]:
+    """The hyper-parameters of a function: its keyword-only arguments."""
+    hints = typing.get_type_hints(fn, include_extras=True)
+    found = inspect.signature(fn).parameters.values()
+    return {p.name: param_of(p.name, hints[p.name], p.default) for p in found if p.kind is p.KEYWORD_ONLY}
 
 
 def _register(kind: str, name: str, **about: Any) -> Callable[[_F], _F]:
@@ -230,12 +229,7 @@ def _register(kind: str, name: str, **about: Any) -> Callable[[_F], _F]:
     def decorate(fn: _F) -> _F:
         if name in _METHODS[kind] and _METHODS[kind][name].fn.__module__ != fn.__module__:
             raise TypeError(f"{kind} {name!r} is registered twice ({fn.__module__})")
-        hints = typing.get_type_hints(fn, include_extras=True)
-        params = {
-            p.name: param_of(p.name, hints[p.name], p.default)
-            for p in inspect.signature(fn).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        params = params_of(fn)
         summary = (inspect.getdoc(fn) or "").split("\n\n")[0].replace("\n", " ").strip()
         _METHODS[kind][name] = Method(name, kind, fn, summary, source, unit, needs, params, faithful, about)
         return fn
@@ -261,10 +255,26 @@ def objective(
     return _register("objective", name, unit=unit, source=source, needs=needs, faithful=faithful, alternates=alternates)
 
 
-def rule(name: str, *, source: Source, requires: tuple[str, ...] = (), faithful: str = "verified"):
-    """Register ``fn(g: dict[str, Vec], space, state, values, *, hyper...) -> Vec``; `requires` names the gradients it
-    cannot do without."""
-    return _register("rule", name, source=source, requires=requires, faithful=faithful)
+def rule(
+    name: str,
+    *,
+    source: Source,
+    requires: tuple[str, ...] = (),
+    requires_any: tuple[str, ...] = (),
+    sets_norm: bool | Callable[[Mapping[str, Any]], bool] = False,
+    ignores_weights: bool = False,
+    faithful: str = "verified",
+):
+    """Register ``fn(g: dict[str, Vec], space, state, values, *, hyper...) -> Vec``.
+
+    Args:
+        requires: names of the gradients it cannot do without.
+        requires_any: names of gradients of which it needs at least one.
+        sets_norm: it decides on its update's norm, so that clipping would undo it; or a function of the hyper-parameters.
+        ignores_weights: it scales every gradient itself, so that the weight of a gradient's only term means nothing.
+    """
+    about = {"requires": requires, "requires_any": requires_any, "sets_norm": sets_norm}
+    return _register("rule", name, source=source, faithful=faithful, ignores_weights=ignores_weights, **about)
 
 
 def smoothing(name: str, *, source: Source, spaces: tuple[str, ...] = ("adapter",), faithful: str = "verified"):
@@ -273,14 +283,24 @@ def smoothing(name: str, *, source: Source, spaces: tuple[str, ...] = ("adapter"
 
 
 def averaging(name: str, *, source: Source, faithful: str = "verified"):
-    """Register ``fn(theta: Vec, space, state, step, *, hyper...) -> Vec | None``."""
+    """Register ``fn(theta: Vec, space, state, step, *, hyper...) -> Vec | None``; a hyper-parameter `start` is its first step."""
     return _register("averaging", name, source=source, faithful=faithful)
 
 
-def step_size(name: str, *, source: Source, faithful: str = "verified"):
+def step_size(
+    name: str,
+    *,
+    source: Source,
+    check: Callable[[Mapping[str, Any]], str | None] | None = None,
+    faithful: str = "verified",
+):
     """Register ``fn(loss, eta, *, hyper...) -> float``: a new learning rate from ``loss(xi)``, the retain loss after the
-    optimizer's own update at learning rate xi."""
-    return _register("step_size", name, source=source, faithful=faithful)
+    optimizer's own update at learning rate xi.
+
+    Args:
+        check: the complaint about a set of hyper-parameters that their ranges do not show, or None.
+    """
+    return _register("step_size", name, source=source, check=check, faithful=faithful)
 
 
 def selection(name: str, *, source: Source, faithful: str = "verified"):

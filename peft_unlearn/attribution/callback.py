@@ -17,7 +17,6 @@ from ..errors import UserError
 from ..folder.atomic import write_text
 from ..forward import Reference
 from ..gradients.terms import Term
-from ..gradients.window import Window
 from .effect import Effects, measure, plain
 
 FORMAT = 1
@@ -25,7 +24,7 @@ FORMAT = 1
 
 def track(points: Sequence[Effects], notes: Sequence[str] = (), **about: Any) -> dict[str, Any]:
     """Effects at several steps as the JSON that is written and drawn."""
-    return {"format": FORMAT, **plain(about), "notes": list(notes), "points": [p.to_json() for p in points]}
+    return {"format": FORMAT, **plain(about), "notes": list(notes), "points": [p.to_dict() for p in points]}
 
 
 def probe_batches(
@@ -54,7 +53,7 @@ class EffectRecorder(TrainerCallback):
     notice (weights, gradients, random states).
 
     Args:
-        objectives: label -> terms (`effects.parse_objectives`), beside the run's own forget terms.
+        objectives: label -> terms (`effect_of_run.parse_objectives`), beside the run's own forget terms.
         every: optimizer steps between two measurements. One costs about batches * (2 + objectives) sweeps of a batch.
         batches, rows: how many batches, and forget rows in each (default: as in training, without repeating rows).
         space: "adapter" or "base".
@@ -84,7 +83,7 @@ class EffectRecorder(TrainerCallback):
         self._batches: list[dict[str, Any]] | None = None
         self._reduce: Callable[[Tensor], Any] | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return track(self.points, space=self.space, objectives=describe(self.objectives))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,22 +111,11 @@ class EffectRecorder(TrainerCallback):
 
     def _record(self, args: Any, state: Any, model: Any, instances: int) -> None:
         assert self._batches is not None
-        mode = "before" if args.reference == "precomputed" else args.reference
         trained = getattr(self.trainer, "trained_adapter", None) or list(model.active_adapters)[-1]
-        reference = Reference(mode, trained)
+        reference = Reference(args.reference, trained)
         update = None
         if self.trainer is not None and self.space == "adapter":
-            update = Window(
-                model,
-                args.term_list,
-                args.rule_method,
-                scope=args.scope,
-                smoothing=args.smoothing_method,
-                space=args.smoothing_space,
-                reference=reference,
-                reduce=self._reduce,
-                seed=args.seed,
-            )
+            update = args.window(model, reference, self._reduce)
             if self.trainer.window is not None:
                 update.load_state_dict(copy.deepcopy(self.trainer.window.state_dict()))
         point = measure(
@@ -137,7 +125,7 @@ class EffectRecorder(TrainerCallback):
         self.points.append(point)
         if self.out is not None and state.is_world_process_zero:
             Path(self.out).parent.mkdir(parents=True, exist_ok=True)
-            write_text(Path(self.out), json.dumps(self.to_json(), allow_nan=False))
+            write_text(Path(self.out), json.dumps(self.to_dict(), allow_nan=False))
 
 
 def own(terms: Sequence[Term]) -> dict[str, list[Term]]:

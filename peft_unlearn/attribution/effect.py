@@ -27,7 +27,7 @@ from ..forward import Reference, blocks, causal_lm, dropouts
 from ..gradients.terms import Term
 from ..gradients.vector import Space, Vec
 from ..gradients.window import Batches, Window
-from ..reporting.effect_pictures import group_of as group_of
+from ..reporting.effect_pictures import group_of
 from ..tuners.names import belongs
 from .instances import Instance, PerInstance, products
 
@@ -93,7 +93,7 @@ class Effects:
     effects: dict[str, Effect]
     step: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values; what is not a finite number becomes None."""
         return plain(self)
 
@@ -140,14 +140,7 @@ def measure(
     Raises:
         UserError: no batch, a reserved label, nothing to differentiate by, or rows without targets.
     """
-    if not batches:
-        raise UserError("effects need at least one batch")
-    if taken := sorted({FORGET, RETAIN, UPDATE} & set(terms)):
-        raise UserError(f"an objective cannot be labelled {', '.join(taken)}: that name means something else here")
-    if space not in ("adapter", "base"):
-        raise UserError(f"space={space!r} is not one of adapter, base")
-    if update is not None and space != "adapter":
-        raise UserError("the update of a run moves its adapter: measure it in space adapter")
+    _check(terms, batches, space, update)
     nll = registry.get("objective", "nll")
     named = [Term(FORGET, "forget", nll), Term(RETAIN, "retain", nll)]
     named += [Term(k, t.batch, t.objective, t.weight, t.hyper) for k, ts in terms.items() for t in ts]
@@ -183,6 +176,17 @@ def measure(
         effects=out,
         step=step,
     )
+
+
+def _check(terms: Mapping[str, Any], batches: Batches, space: str, update: Window | None) -> None:
+    if not batches:
+        raise UserError("effects need at least one batch")
+    if taken := sorted({FORGET, RETAIN, UPDATE} & set(terms)):
+        raise UserError(f"an objective cannot be labelled {', '.join(taken)}: that name means something else here")
+    if space not in ("adapter", "base"):
+        raise UserError(f"space={space!r} is not one of adapter, base")
+    if update is not None and space != "adapter":
+        raise UserError("the update of a run moves its adapter: measure it in space adapter")
 
 
 @contextmanager

@@ -14,10 +14,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..data.collate import pad
+from ..data.bundle import ForgetRetain
+from ..data.collate import pad, padding_id
+from ..data.load import load_data
 from ..errors import UserError
+from ..folder.base import load_base, load_tokenizer, resolve_base
 from ..forward import Pass
 from ..objectives.routing import gates, top_k_of
+from ..reporting.experts import experts_picture, experts_text
+from ..reporting.result import Result
 from ..tuners.expert_lora.blocks import moe_blocks
 
 MIN_LIFT = 3.0  # below it the raw top expert serves the retain set nearly as much
@@ -104,7 +109,7 @@ class Affinity:
                 )
         return out
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "layers": self.layers,
             "forget": self.forget.tolist(),
@@ -115,6 +120,46 @@ class Affinity:
             "stability": self.stability(),
             "warnings": self.warnings(),
         }
+
+
+@dataclass
+class Experts(Result):
+    """Which experts an adapter goes into: the affinity of all of them, and {layer: [expert ids]} of the chosen ones."""
+
+    affinity: Affinity
+    chosen: dict[int, list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.affinity.to_dict(), "chosen": self.chosen}
+
+    def __str__(self) -> str:
+        return experts_text(self.to_dict())
+
+    def picture(self, planted: Mapping[str, Mapping[int, int]] | None = None) -> bytes:
+        """PNG of the affinities; see `reporting.experts.experts_picture`."""
+        return experts_picture(self.to_dict(), planted)
+
+
+def experts(base: str, data: str, *, ranking: Ranking = "affinity", token_budget: int = 100_000) -> Experts:
+    """Which experts of a base answer for the forget set of a bundle, both by name.
+
+    Args:
+        ranking: by "affinity", or by "contrast", its difference to the retain set.
+        token_budget: tokens of each set that are looked at.
+    """
+    bundle, path = load_data(None, data), resolve_base(base)
+    return attribute(load_base(path), load_tokenizer(path), bundle, {"ranking": ranking}, token_budget)
+
+
+def attribute(
+    model: Any, tokenizer: Any, data: ForgetRetain, options: Mapping[str, Any], token_budget: int = 100_000
+) -> Experts:
+    """Affinity for the forget set beside the retain set, and the experts that it picks; `options` are those of `Affinity.choose`."""
+    if not data.retain:
+        raise UserError("attribution shows affinity beside the retain set, and the data have none")
+    pad = padding_id(tokenizer)
+    found = affinity(model, data.encode("forget", tokenizer), data.encode("retain", tokenizer), pad, token_budget)
+    return Experts(found, found.choose(**options))
 
 
 def _batches(

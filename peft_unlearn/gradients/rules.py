@@ -42,7 +42,7 @@ def sum_(g: dict[str, Vec], space: Space, state: dict[str, Any], values: dict[st
     return total(g, space)
 
 
-@rule("ngdiff", source=_NGDIFF, requires=("forget", "retain"))
+@rule("ngdiff", source=_NGDIFF, requires=("forget", "retain"), sets_norm=True, ignores_weights=True)
 def ngdiff(
     g: dict[str, Vec], space: Space, state: dict[str, Any], values: dict[str, float], *, eps: Eps = 1e-12
 ) -> Vec:
@@ -72,7 +72,13 @@ def rectified(g: Vec, m: Vec, space: Space, cos_floor: float | None = None) -> V
     return g.clone().add_(m, -dot / square)
 
 
-@rule("gru", source=_GRU, requires=("forget",))
+@rule(
+    "gru",
+    source=_GRU,
+    requires=("forget",),
+    requires_any=("constraint", "retain"),
+    sets_norm=lambda hyper: hyper["tau"] is not None,
+)
 def gru(
     g: dict[str, Vec],
     space: Space,
@@ -130,12 +136,7 @@ def pcgrad(g: dict[str, Vec], space: Space, state: dict[str, Any], values: dict[
 
 
 @rule("mgda", source=_MGDA)
-def mgda(
-    g: dict[str, Vec],
-    space: Space,
-    state: dict[str, Any],
-    values: dict[str, float],
-) -> Vec:
+def mgda(g: dict[str, Vec], space: Space, state: dict[str, Any], values: dict[str, float]) -> Vec:
     """Multiple gradient descent: the shortest vector in the convex hull of the gradients; no loss rises to first order.
 
     A gradient that is exactly zero (kl at its reference) is left out: with it the shortest vector would be zero, and nothing

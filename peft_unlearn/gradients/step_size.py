@@ -7,7 +7,7 @@ state are bit for bit as before afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -33,7 +33,12 @@ def fit(xs: list[float], losses: list[float]) -> tuple[float, float, float]:
     return float(c[2] / scale**2), float(c[1] / scale), r2
 
 
-@step_size("gen", source=_GEN)
+def _enough_probes(hyper: Mapping[str, Any]) -> str | None:
+    few = len(set(hyper["probes"])) < 3
+    return "probes need at least three different multiples of the learning rate" if few else None
+
+
+@step_size("gen", source=_GEN, check=_enough_probes)
 def gen(
     loss: Callable[[float], float],
     eta: float,
@@ -48,7 +53,7 @@ def gen(
 
     The minimum b/a of the fitted parabola c - b xi + a xi^2/2 is taken only where a > 0, b > 0 and R^2 >= min_r2; it is clamped to
     [eta/max_ratio, eta max_ratio] and smoothed: smooth * eta + (1 - smooth) * proposal. A loss that is not finite halves
-    eta. With the three default probes the parabola is exact, so R^2 only tells once more are given.
+    eta. With the three default probes the parabola is exact, so R^2 means something only once more are given.
 
     Args:
         loss: ``loss(xi)``, the retain loss at theta - xi u; ``loss(0)`` costs nothing.

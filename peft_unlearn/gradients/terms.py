@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,4 +63,13 @@ def with_experts(terms: list[Term], experts: Mapping[str, list[int]] | None) -> 
                     raise UserError(f"{t.objective.name} needs {key}: the adapter is none of experts, so name them")
                 hyper[key] = own
         out.append(replace(t, hyper=hyper))
+    return out
+
+
+def alternates_of(terms: Sequence[Term]) -> dict[str, set[str]]:
+    """Batch name -> kinds of winner answers its objectives read."""
+    out: dict[str, set[str]] = {}
+    for t in terms:
+        if kind := t.objective.extra.get("alternates"):
+            out.setdefault(t.batch, set()).add(kind)
     return out

@@ -143,10 +143,10 @@ class Window:
         method, hyper = self.smoothing
         caches: list[dict[str, Any]] = [{} for _ in window]
         if self.smooth_space is not self.space:
-            # The reference shares the weights that are about to be shifted: ask it first.
+            # The reference shares the weights that are about to be shifted: it runs first.
             for mb, cache in zip(window, caches, strict=True):
-                for batch in dict.fromkeys(t.batch for t in self.terms if t.gradient == name):
-                    terms = [t for t in self.terms if t.gradient == name and t.batch == batch]
+                for batch, counted in self._by_batch(name, counts).items():
+                    terms = [t for t, _ in counted]
                     if any(n.startswith("ref_") for t in terms for n in t.objective.needs):
                         self._pass(mb[batch], terms, cache.setdefault(batch, {})).see_reference()
         here: list[float] = []
@@ -165,12 +165,11 @@ class Window:
     @torch.no_grad()
     def value(self, name: str, window: Batches) -> float:
         """Loss of one named gradient over the window and all ranks, without gradient."""
-        counts = self.counts(window)
-        mine = [(t, n) for t, n in zip(self.terms, counts, strict=True) if t.gradient == name]
+        mine = self._by_batch(name, self.counts(window))
         total = torch.zeros((), dtype=torch.float64, device=self.space.params[0].device)
         for mb in window:
-            for batch in dict.fromkeys(t.batch for t, _ in mine):
-                total += self.loss(mb[batch], [(t, n) for t, n in mine if t.batch == batch]).double()
+            for batch, terms in mine.items():
+                total += self.loss(mb[batch], terms).double()
         if self.reduce is not None:
             self.reduce(total)
         return float(total)
@@ -205,15 +204,14 @@ class Window:
 
         Args:
             space: the parameters to differentiate by; default the adapter's.
-            caches: per micro-batch, what the reference said (see `Pass`).
+            caches: per micro-batch, what the reference computed (see `Pass`).
         """
         space = space or self.space
         total, value = space.zeros(), torch.zeros((), dtype=torch.float64, device=space.params[0].device)
-        mine = [(t, n) for t, n in zip(self.terms, counts, strict=True) if t.gradient == name]
+        mine = self._by_batch(name, counts)
         with space.differentiable():
             for mb, cache in zip(window, caches or [None] * len(window), strict=True):
-                for batch in dict.fromkeys(t.batch for t, _ in mine):
-                    terms = [(t, n) for t, n in mine if t.batch == batch]
+                for batch, terms in mine.items():
                     loss = self.loss(mb[batch], terms, None if cache is None else cache.setdefault(batch, {}))
                     value += loss.detach().double()
                     if loss.requires_grad:  # else constant, e.g. every adapter lies beyond the layer it looks at
@@ -222,6 +220,14 @@ class Window:
                             if got is not None:
                                 into.add_(got)
         return self._reduced(total, value)
+
+    def _by_batch(self, name: str, counts: Sequence[int]) -> dict[str, list[tuple[Term, int]]]:
+        """Batch name -> the terms of one gradient that read it, each with its units."""
+        out: dict[str, list[tuple[Term, int]]] = {}
+        for t, n in zip(self.terms, counts, strict=True):
+            if t.gradient == name:
+                out.setdefault(t.batch, []).append((t, n))
+        return out
 
     def _pass(self, batch: Mapping[str, Any], terms: Sequence[Term], cache: dict[str, Any] | None) -> Pass:
         needs = {n for t in terms for n in t.objective.needs}

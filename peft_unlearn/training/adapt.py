@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,40 +13,28 @@ from ..errors import Errors, UserError, nearest
 from ..folder.card import add_tags
 from ..folder.digest import targeted_names
 from ..stack.attach import add
+from ..tuners.names import belongs
 from ..tuners.registration import register
 
+_SOFT = "soft prompts lengthen every input, so target positions and cached references no longer line up"
 # Types whose delta can be trained, saved, switched off and loaded by stock PEFT; the others are refused with the reason.
 _NO = {
-    "PROMPT_TUNING": "soft prompts lengthen every input, so target positions and cached references no longer line up",
+    "PROMPT_TUNING": _SOFT,
     "PREFIX_TUNING": "it works through the key/value cache, which training passes do not use",
-    "P_TUNING": "soft prompts lengthen every input, so target positions and cached references no longer line up",
-    "MULTITASK_PROMPT_TUNING": "soft prompts lengthen every input, so target positions and cached references no longer line up",
+    "P_TUNING": _SOFT,
+    "MULTITASK_PROMPT_TUNING": _SOFT,
     "ADAPTION_PROMPT": "it rewrites attention modules and cannot be switched off for the reference model",
-    "CPT": "soft prompts lengthen every input, so target positions and cached references no longer line up",
+    "CPT": _SOFT,
     "XLORA": "it mixes trained adapters by a gate over hidden states of a first pass",
     "POLY": "it needs task ids in every batch",
     "CARTRIDGE": "it works through the key/value cache, which training passes do not use",
     "SHADOW": "it changes what passes between the blocks, which losses and hooks on the model read",
     "ADALORA": "its ranks are pruned by calls from a training loop of its own; without them it is an odd LoRA",
 }
-_LORA_KEYS = {
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-}
-_LORA_KEYS |= {
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "lora_dropout",
-    "init_lora_weights",
-    "target_parameters",
-    "bias",
-}
+_LORA_KEYS = [
+    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "use_rslora", "use_dora", "lora_dropout", "init_lora_weights", "target_parameters", "bias",
+]  # fmt: skip
 
 
 def peft_config(spec: Mapping[str, Any] | None) -> Any:
@@ -93,7 +82,7 @@ def _refuse(config: Any) -> None:
     if kind in _NO:
         raise UserError(f"adapter.type {kind.lower()} is refused: {_NO[kind]}")
     if getattr(config, "is_prompt_learning", False):
-        raise UserError(f"adapter.type {kind.lower()} is refused: {_NO['PROMPT_TUNING']}")
+        raise UserError(f"adapter.type {kind.lower()} is refused: {_SOFT}")
     bias = getattr(config, "bias", "none")
     if bias not in ("none", False, None):
         raise UserError(
@@ -120,27 +109,31 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
     _refuse(config)
     refuse_base(base)
     # PEFT rewrites the config in place on mixture-of-experts bases: what was asked for has to be kept.
-    asked = getattr(config, "target_modules", None), bool(getattr(config, "target_parameters", None))
+    wanted = getattr(config, "target_modules", None), bool(getattr(config, "target_parameters", None))
     fused = set(getattr(getattr(base, "base_model", None), "targeted_parameter_names", []))  # of adapters below
+    if isinstance(base, PeftModel) and adapter_name in base.peft_config:
+        raise UserError(f"the model already has an adapter {adapter_name!r}; train under another name")
     try:
         if isinstance(base, PeftModel):
-            tuner: Any = base.base_model
-            frozen = list(tuner.active_adapters)
-            if adapter_name in base.peft_config:
-                raise UserError(f"the model already has an adapter {adapter_name!r}; train under another name")
-            add(base, adapter_name, config)
-            tuner.set_adapter([*frozen, adapter_name])
-            for n, p in base.named_parameters():
-                p.requires_grad_(f".{adapter_name}." in n or n.endswith(f".{adapter_name}"))
-            model: Any = base
+            model: Any = _on_top(base, adapter_name, config)
         else:
             model = get_peft_model(base, config, adapter_name=adapter_name)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as e:
         raise UserError(f"adapter: PEFT refuses this configuration: {e}") from e
-    _assert_adapted(model, adapter_name, fused, *asked)
+    _assert_adapted(model, adapter_name, fused, *wanted)
     add_tags(model)
     if not quiet:
         print(describe(model, adapter_name), file=sys.stderr)
+    return model
+
+
+def _on_top(model: Any, name: str, config: Any) -> Any:
+    """`model` with the adapter `name` trainable on top of its active ones, which are frozen."""
+    frozen = list(model.base_model.active_adapters)
+    add(model, name, config)
+    model.base_model.set_adapter([*frozen, name])
+    for n, p in model.named_parameters():
+        p.requires_grad_(belongs(n, name))
     return model
 
 
@@ -184,10 +177,12 @@ def describe(model: Any, adapter_name: str | None = None) -> str:
     """One line: what the adapter being trained is on, with trainable and total parameter counts, and what is below it."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    by_leaf: dict[str, int] = {}
-    for n in adapted(model, adapter_name):
-        by_leaf[n.rpartition(".")[2]] = by_leaf.get(n.rpartition(".")[2], 0) + 1
-    what = ", ".join(f"{leaf} x{n}" for leaf, n in sorted(by_leaf.items()))
+    what = leaves(adapted(model, adapter_name))
     below = [n for n in model.peft_config if n != adapter_name] if adapter_name is not None else []
     on = f"; on top of {', '.join(below)}, frozen" if below else ""
     return f"adapted: {what} ({trainable:,} trainable of {total:,} parameters, {100 * trainable / total:.2f} %){on}"
+
+
+def leaves(names: Sequence[str]) -> str:
+    """Modules by the last part of their names, e.g. ``q_proj x4, v_proj x4``."""
+    return ", ".join(f"{leaf} x{n}" for leaf, n in sorted(Counter(n.rpartition(".")[2] for n in names).items()))

@@ -1,34 +1,46 @@
-"""`UnlearnConfig`: TrainingArguments plus what unlearning needs, and how names become methods. Every mistake is collected and
-shown at once, before any model is loaded."""
+"""`UnlearnConfig`: TrainingArguments plus what unlearning needs. Every mistake is collected and shown at once, before any model is
+loaded."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
-from .. import registry
 from ..data.alternates import add_alternates
 from ..data.bundle import ForgetRetain
 from ..errors import Errors, UserError
 from ..forward import Reference
-from ..gradients.terms import Term
+from ..gradients.parse import SCOPES, SPACES, parse_method, parse_terms
+from ..gradients.terms import alternates_of
+from ..gradients.window import Window
 
 WORK = ".work"
-BATCH_OF = {"constraint": "retain"}  # gradient names that read another set's batch unless told otherwise
 METHODS = ("rule", "smoothing", "step_size", "averaging")  # recipe keys that name a registered method
 _DEFAULT_TERMS = {"forget": {"npo": {"beta": 0.1}}, "retain": {"nll": {"weight": 5.0}}}
+_AT_LEAST = {
+    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1, "max_length": 2, "seed": 0,
+}  # fmt: skip
+_REFUSED = {
+    "fp16": "fp16 is refused: its loss scaling changes what gradient rules see; use bf16",
+    "deepspeed": "deepspeed is not supported yet: its engine owns the gradients that unlearning rewrites",
+    "fsdp": "fsdp is not supported yet; use torchrun with plain data parallelism, the adapter is small",
+    "torch_compile": "torch_compile is not supported: hooks on the model's head break the graph at every step",
+    "label_smoothing_factor": "label_smoothing_factor has no meaning here: terms are the losses",
+}
+_HAS_ACTIVATION_CHECKPOINTING = hasattr(TrainingArguments, "activation_checkpointing")  # transformers 5.23
 
 
 @dataclass
 class UnlearnConfig(TrainingArguments):
     """Arguments of `UnlearnTrainer`: all of TrainingArguments, and the following.
 
-    Checkpoints and logs go to ``<output_dir>.work``; the finished forget adapter goes to `output_dir` itself.
+    The finished forget adapter goes to `output_dir`; checkpoints and logs go to `work_dir`, which is ``<output_dir>.work``.
 
     Args:
         terms: ``{gradient: {objective: {hyper.., weight, batch}}}``; the key is the gradient's name and, unless `batch` says
@@ -70,6 +82,10 @@ class UnlearnConfig(TrainingArguments):
     dataloader_pin_memory: bool = False  # batches are small, and without a GPU torch warns about it at every run
     label_names: list[str] | None = field(default_factory=list)
 
+    # As transformers 5.23 names them; before, it knows only gradient_checkpointing, which is accepted everywhere
+    activation_checkpointing: bool | None = None
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = None
+
     output_dir: str = "forget-adapter"  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -80,63 +96,112 @@ class UnlearnConfig(TrainingArguments):
         if self.activation_checkpointing:
             given: Any = self.activation_checkpointing_kwargs or {}
             self.activation_checkpointing_kwargs = {"use_reentrant": False, **given}
+        if not _HAS_ACTIVATION_CHECKPOINTING:
+            self.gradient_checkpointing = bool(self.activation_checkpointing)
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
         errors = Errors()
         self.terms = dict(_DEFAULT_TERMS) if self.terms is None else self.terms
         self.term_list = parse_terms(self.terms, errors)
-        self.rule_method, options = parse_method("rule", self.rule, errors, scope=("global", "layer", "tensor"))
+        self.rule_method, options = parse_method("rule", self.rule, errors, scope=SCOPES)
         self.scope: str = options.get("scope", "global")
-        self.smoothing_method, options = parse_method("smoothing", self.smoothing, errors, space=("adapter", "base"))
+        self.smoothing_method, options = parse_method("smoothing", self.smoothing, errors, space=SPACES)
         self.smoothing_space: str = options.get("space", "adapter")
         self.step_size_method, _ = parse_method("step_size", self.step_size, errors)
         self.averaging_method, _ = parse_method("averaging", self.averaging, errors)
         if self.max_grad_norm is None:
-            self.max_grad_norm = 0.0 if _sets_norm(self.rule_method) else 1.0
+            self.max_grad_norm = 0.0 if self._rule_sets_norm() else 1.0
         super().__post_init__()
-        self.adapter_dir = (self.output_dir or "out").removesuffix(WORK).rstrip("/")
-        self.output_dir = self.adapter_dir + WORK
-        self._check(errors)
+        self.work_dir: str = self.output_dir.rstrip("/") + WORK
+        have = {t.gradient for t in self.term_list}
+        self._check_rule(have, errors)
+        self._check_smoothing(have, errors)
+        self._check_step_size(have, errors)
+        self._check_averaging(errors)
+        self._check_alternates(errors)
+        self._check_reference(errors)
+        self._check_arguments(errors)
         errors.raise_if_any("configuration")
 
-    def _check(self, errors: Errors) -> None:
-        have = {t.gradient for t in self.term_list}
-        if self.rule_method is not None:
-            if self.rule_method[0].name == "gru" and not have & {"constraint", "retain"}:
-                errors.add("rule 'gru' needs a gradient named constraint or retain, and no term has it")
-            if missing := [n for n in self.rule_method[0].extra.get("requires", ()) if n not in have]:
-                errors.add(
-                    f"rule {self.rule_method[0].name!r} needs the gradient {', '.join(missing)}, and no term has it"
-                )
-        if self.smoothing_method is not None:
-            method = self.smoothing_method[0]
-            if "forget" not in have:
-                errors.add(f"smoothing {method.name!r} works on the gradient named forget, and no term has it")
-            if self.smoothing_space not in method.extra["spaces"]:
-                errors.add(f"smoothing {method.name!r} works in space {', '.join(method.extra['spaces'])} only")
-        if self.rule_method is not None and self.rule_method[0].name == "ngdiff":
-            alone = [t for t in self.term_list if [u.gradient for u in self.term_list].count(t.gradient) == 1]
-            if weighted := sorted({t.gradient for t in alone if t.weight != 1}):
-                warnings.warn(
-                    f"rule ngdiff scales every gradient to unit length: the weight of {', '.join(weighted)} means nothing",
-                    stacklevel=3,
-                )
-        if self.step_size_method is not None:
-            if len(set(self.step_size_method[1]["probes"])) < 3:
-                errors.add("step_size: probes need at least three different multiples of the learning rate")
-            if not self.learning_rate > 0:
-                errors.add("step_size starts from the learning rate, which must be above 0")
-            if "retain" not in have:
-                errors.add("step_size fits the retain loss, and no term is named retain")
-            if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "constant" or self.warmup_steps:
-                errors.add(
-                    "step_size sets the learning rate itself: lr_scheduler_type must be constant, warmup_steps 0"
-                )
-        if self.averaging_method is not None and self.load_best_model_at_end:
-            errors.add("averaging and keep_best (load_best_model_at_end) both replace the last iterate; choose one")
-        if self.averaging_method is not None and 0 < self.max_steps < self.averaging_method[1].get("start", 0):
-            errors.add(
-                f"averaging {self.averaging_method[0].name!r} starts at step {self.averaging_method[1]['start']}, and the run "
-                f"ends at step {self.max_steps}: nothing would be averaged"
+    @property
+    def sets(self) -> list[str]:
+        """The sets of rows that the run reads."""
+        return sorted({t.batch for t in self.term_list} | {self.anchor})
+
+    @property
+    def rows_per_step(self) -> int:
+        """Anchor rows of one optimizer step, over all micro-batches and processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def steps_over(self, rows: int) -> int:
+        """Optimizer steps of the whole run, with `rows` anchor rows in the data."""
+        return self.max_steps if self.max_steps > 0 else int(-(-rows // self.rows_per_step) * self.num_train_epochs)
+
+    def window(self, model: Any, reference: Reference, reduce: Callable[[Any], Any] | None = None) -> Window:
+        """The window of a run with these settings on `model`; `reduce` sums a tensor over ranks in place."""
+        assert self.rule_method is not None
+        return Window(
+            model, self.term_list, self.rule_method, scope=self.scope, smoothing=self.smoothing_method,
+            space=self.smoothing_space, reference=reference, reduce=reduce, seed=self.seed,
+        )  # fmt: skip
+
+    def _rule_sets_norm(self) -> bool:
+        if self.rule_method is None:
+            return False
+        flag = self.rule_method[0].extra["sets_norm"]
+        return flag(self.rule_method[1]) if callable(flag) else flag
+
+    def _check_rule(self, have: set[str], errors: Errors) -> None:
+        if self.rule_method is None:
+            return
+        name, about = self.rule_method[0].name, self.rule_method[0].extra
+        if about["requires_any"] and not have & set(about["requires_any"]):
+            errors.add(f"rule {name!r} needs a gradient named {' or '.join(about['requires_any'])}, and no term has it")
+        if missing := [n for n in about["requires"] if n not in have]:
+            errors.add(f"rule {name!r} needs the gradient {', '.join(missing)}, and no term has it")
+        gradients = [t.gradient for t in self.term_list]
+        weighted = sorted({t.gradient for t in self.term_list if t.weight != 1 and gradients.count(t.gradient) == 1})
+        if about["ignores_weights"] and weighted:
+            text = (
+                f"rule {name} scales every gradient to unit length: the weight of {', '.join(weighted)} means nothing"
             )
+            warnings.warn(text, stacklevel=3)
+
+    def _check_smoothing(self, have: set[str], errors: Errors) -> None:
+        if self.smoothing_method is None:
+            return
+        name, spaces = self.smoothing_method[0].name, self.smoothing_method[0].extra["spaces"]
+        if "forget" not in have:
+            errors.add(f"smoothing {name!r} works on the gradient named forget, and no term has it")
+        if self.smoothing_space not in spaces:
+            errors.add(f"smoothing {name!r} works in space {', '.join(spaces)} only")
+
+    def _check_step_size(self, have: set[str], errors: Errors) -> None:
+        if self.step_size_method is None:
+            return
+        method, hyper = self.step_size_method
+        check = method.extra["check"]
+        if check is not None and (complaint := check(hyper)):
+            errors.add(f"step_size: {complaint}")
+        if not self.learning_rate > 0:
+            errors.add("step_size starts from the learning rate, which must be above 0")
+        if "retain" not in have:
+            errors.add("step_size fits the retain loss, and no term is named retain")
+        if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "constant" or self.warmup_steps:
+            errors.add("step_size sets the learning rate itself: lr_scheduler_type must be constant, warmup_steps 0")
+
+    def _check_averaging(self, errors: Errors) -> None:
+        if self.averaging_method is None:
+            return
+        method, hyper = self.averaging_method
+        if self.load_best_model_at_end:
+            errors.add("averaging and keep_best (load_best_model_at_end) both replace the last iterate; choose one")
+        if 0 < self.max_steps < hyper.get("start", 0):
+            errors.add(
+                f"averaging {method.name!r} starts at step {hyper['start']}, and the run ends at step {self.max_steps}: "
+                "nothing would be averaged"
+            )
+
+    def _check_alternates(self, errors: Errors) -> None:
         for batch, kinds in alternates_of(self.term_list).items():
             if len(kinds) > 1:
                 errors.add(f"terms: the {batch} batch would need several winner answers ({', '.join(sorted(kinds))})")
@@ -144,78 +209,40 @@ class UnlearnConfig(TrainingArguments):
                 errors.add(
                     "on_overflow=chunk cuts rows apart, and winner answers need whole ones; use truncate or error"
                 )
-        check_reference(self.reference, self.term_list, errors)
+
+    def _check_reference(self, errors: Errors) -> None:
+        mode, more_than_logp = self.reference, {"ref_logits", "ref_hidden", "ref_router"}
+        if not isinstance(mode, str):
+            errors.add(f"reference must be text, not {mode!r}")
+        elif mode == "precomputed":
+            more = sorted({t.objective.name for t in self.term_list if more_than_logp & set(t.objective.needs)})
+            if more:
+                errors.add(
+                    f"reference: precomputed holds log-probabilities of targets only, and {', '.join(more)} need more of the "
+                    "reference model; use reference: before"
+                )
+        elif mode not in ("before", "base") and not (mode.startswith("adapter:") and len(mode) > len("adapter:")):
+            errors.add(f"reference={mode!r} is not one of before, base, adapter:<name>, precomputed")
+
+    def _check_arguments(self, errors: Errors) -> None:
+        """Values that are refused, and numbers that would only fail, or do nothing, far inside a run."""
         for name, allowed in (("anchor", ("forget", "retain")), ("on_overflow", ("error", "truncate", "chunk"))):
             if getattr(self, name) not in allowed:
                 errors.add(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.per_anchor < 1:
             errors.add(f"per_anchor={self.per_anchor} must be at least 1")
-        if self.fp16:
-            errors.add("fp16 is refused: its loss scaling changes what gradient rules see; use bf16")
-        if self.deepspeed:
-            errors.add("deepspeed is not supported yet: its engine owns the gradients that unlearning rewrites")
-        if self.fsdp:
-            errors.add("fsdp is not supported yet; use torchrun with plain data parallelism, the adapter is small")
-        if self.torch_compile:
-            errors.add("torch_compile is not supported: hooks on the model's head break the graph at every step")
-        if self.label_smoothing_factor:
-            errors.add("label_smoothing_factor has no meaning here: terms are the losses")
-        check_numbers(self, errors)
+        for name, why in _REFUSED.items():
+            if getattr(self, name):
+                errors.add(why)
+        for name, low in _AT_LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not low <= value < math.inf:
+                errors.add(f"{name}={value!r} must be a finite number and at least {low}")
+        if isinstance(self.seed, int) and self.seed >= 2**32:
+            errors.add(f"seed={self.seed} must be below 2**32")
         given: Any = self.activation_checkpointing_kwargs or {}
         if given.get("use_reentrant"):
             errors.add("gradient_checkpointing with use_reentrant=True hides named gradients; leave it at False")
-
-
-def parse_terms(spec: Mapping[str, Any], errors: Errors) -> list[Term]:
-    """Terms of ``{gradient: {objective: {hyper.., weight, batch}}}``; complaints go to `errors`."""
-    out = []
-    if not isinstance(spec, Mapping) or not spec:
-        errors.add("terms: give at least one, e.g. {forget: {npo: {beta: 0.1}}, retain: {nll: {}}}")
-        return out
-    for gradient, objectives in spec.items():
-        if isinstance(objectives, str):
-            objectives = {objectives: {}}
-        if not isinstance(objectives, Mapping) or not objectives:
-            errors.add(f"terms.{gradient}: name an objective, e.g. {{npo: {{beta: 0.1}}}}")
-            continue
-        for name, hyper in objectives.items():
-            if not isinstance(hyper, (Mapping, type(None))):
-                errors.add(
-                    f"terms.{gradient}.{name}: hyper-parameters are a mapping, e.g. {{weight: 1}}; got {hyper!r}"
-                )
-                continue
-            hyper = dict(hyper or {})
-            weight, batch = hyper.pop("weight", 1.0), hyper.pop("batch", BATCH_OF.get(gradient, gradient))
-            if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
-                errors.add(f"terms.{gradient}.{name}: weight must be a finite number, not {weight!r}")
-                continue
-            if batch not in ("forget", "retain"):
-                errors.add(f"terms.{gradient}.{name}: reads the set {batch!r}; say batch: forget or batch: retain")
-            try:
-                method = registry.get("objective", name)
-            except UserError as e:
-                errors.add(f"terms.{gradient}: {e}")
-                continue
-            wrong = method.check(hyper)
-            for w in wrong:
-                errors.add(f"terms.{gradient}: {w}")
-            if not wrong:
-                out.append(Term(gradient, batch, method, float(weight), method.resolve(hyper)))
-    return out
-
-
-def _sets_norm(rule: tuple[registry.Method, Mapping[str, Any]] | None) -> bool:
-    """Whether a rule decides on its update's norm, so that clipping would undo it."""
-    return rule is not None and (rule[0].name == "ngdiff" or (rule[0].name == "gru" and rule[1]["tau"] is not None))
-
-
-def alternates_of(terms: Sequence[Term]) -> dict[str, set[str]]:
-    """Batch name -> kinds of winner answers its objectives read."""
-    out: dict[str, set[str]] = {}
-    for t in terms:
-        if kind := t.objective.extra.get("alternates"):
-            out.setdefault(t.batch, set()).add(kind)
-    return out
 
 
 def encode_set(config: UnlearnConfig, data: ForgetRetain, name: str, tokenizer: Any) -> list[dict[str, Any]]:
@@ -235,8 +262,7 @@ def require_sets(config: UnlearnConfig, data: ForgetRetain) -> None:
         UserError: everything missing, at once.
     """
     errors = Errors()
-    needed = {t.batch for t in config.term_list} | {config.anchor}
-    if missing := sorted(n for n in needed if not getattr(data, n)):
+    if missing := [n for n in config.sets if not getattr(data, n)]:
         errors.add(f"the terms read the {', '.join(missing)} set, and the data have none")
     for batch, kinds in alternates_of(config.term_list).items():
         for kind in kinds - {"generated"}:  # those are made once the model is there
@@ -248,76 +274,3 @@ def require_sets(config: UnlearnConfig, data: ForgetRetain) -> None:
                 )
                 errors.add(f"{names}: {e}")
     errors.raise_if_any("data")
-
-
-def parse_method(
-    kind: str, spec: Any, errors: Errors, **options: tuple[str, ...]
-) -> tuple[tuple[registry.Method, dict[str, Any]] | None, dict[str, Any]]:
-    """((method, hyper-parameters) or None, engine options) of ``name`` or ``{name: {hyper..}}``; complaints go to `errors`.
-
-    options: names among the hyper-parameters that are the engine's business, with their choices.
-    """
-    if spec is None:
-        return None, {}
-    if isinstance(spec, str):
-        spec = {spec: {}}
-    if not isinstance(spec, Mapping) or len(spec) != 1:
-        errors.add(f"{kind}: give one name, or {{name: {{hyper-parameters}}}}; got {spec!r}")
-        return None, {}
-    ((name, hyper),) = spec.items()
-    if not isinstance(hyper, (Mapping, type(None))):
-        errors.add(f"{kind} {name!r}: hyper-parameters are a mapping, e.g. {{{name}: {{key: value}}}}; got {hyper!r}")
-        return None, {}
-    try:
-        method = registry.get(kind, name)
-    except UserError as e:
-        errors.add(str(e))
-        return None, {}
-    hyper = dict(hyper or {})
-    mine = {k: hyper.pop(k) for k in options if k in hyper}
-    for k, v in mine.items():
-        if v not in options[k]:
-            errors.add(f"{kind} {method.name!r}: {k}={v!r} is not one of {', '.join(options[k])}")
-            return None, {}
-    wrong = method.check(hyper)
-    for w in wrong:
-        errors.add(w)
-    return (None if wrong else (method, method.resolve(hyper))), mine
-
-
-def check_reference(mode: str, terms: list[Term], errors: Errors) -> None:
-    """Complain about an unknown reference mode, or one that cannot give what the terms need."""
-    if not isinstance(mode, str):
-        errors.add(f"reference must be text, not {mode!r}")
-    elif mode == "precomputed":
-        more = sorted(
-            {t.objective.name for t in terms if {"ref_logits", "ref_hidden", "ref_router"} & set(t.objective.needs)}
-        )
-        if more:
-            errors.add(
-                f"reference: precomputed holds log-probabilities of targets only, and {', '.join(more)} need more of the "
-                "reference model; use reference: before"
-            )
-    elif mode not in ("before", "base") and not (mode.startswith("adapter:") and len(mode) > len("adapter:")):
-        errors.add(f"reference={mode!r} is not one of before, base, adapter:<name>, precomputed")
-
-
-_AT_LEAST = {
-    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1, "max_length": 2, "seed": 0,
-}  # fmt: skip
-
-
-def check_numbers(config: UnlearnConfig, errors: Errors) -> None:
-    """Complain about numbers that would only fail, or do nothing, far inside a run."""
-    for name, low in _AT_LEAST.items():
-        value = getattr(config, name)
-        if isinstance(value, (int, float)) and not low <= value < math.inf:
-            errors.add(f"{name}={value!r} must be a finite number and at least {low}")
-    if isinstance(config.seed, int) and config.seed >= 2**32:
-        errors.add(f"seed={config.seed} must be below 2**32")
-
-
-def reference_of(mode: str, trained: str = "default") -> Reference:
-    """The live reference of a mode (precomputed values were taken from `before`)."""
-    return Reference("before" if mode == "precomputed" else mode, trained)

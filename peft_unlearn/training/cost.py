@@ -11,13 +11,15 @@ import torch
 
 from ..folder.base import load_tokenizer
 from ..gradients.vector import Space
+from ..reporting.result import Result
+from ..reporting.text import size
 from ..tuners.expert_lora.blocks import moe_blocks
-from .adapt import adapted, get_forget_model
-from .recipe import prepare
+from .adapt import adapted, get_forget_model, leaves
+from .recipe import Run, prepare
 
 
 @dataclass
-class Plan:
+class Plan(Result):
     """What a recipe would cost. Bytes; `activations` is an estimate, the others are counts."""
 
     base: str
@@ -43,51 +45,69 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "total_bytes": self.total_bytes}
 
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(1, self.base_parameters)
+        rows = ", ".join(f"{s} {n:,} (longest {self.tokens_longest[s]} tokens)" for s, n in self.rows.items())
+        copied = f"{size(self.host_copy_bytes)}: smoothing shifts the base's weights and puts them back"
+        table = {
+            "base": f"{self.base_parameters:,} parameters, never changed",
+            "trained": f"{self.trainable:,} parameters ({share:.2f} % of the base) in {len(self.adapted)} modules",
+            "adapted": leaves(self.adapted),
+            "rows": rows,
+            "run": f"{self.steps:,} steps of {self.rows_per_step:,} anchor rows",
+            "base in memory": size(self.base_bytes),
+            "adapter": size(self.adapter_bytes),
+            "gradients": size(self.gradient_bytes),
+            "optimizer": size(self.optimizer_bytes),
+            "activations": f"about {size(self.activation_bytes)}",
+            **({"host copy": copied} if self.host_copy_bytes else {}),
+            "together": f"about {size(self.total_bytes)}",
+        }
+        return "\n".join([f"plan for {self.base}", *(f"  {k:<14}  {v}" for k, v in table.items())])
+
 
 def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = None, data: str | None = None) -> Plan:
     """Trainable parameters, memory and steps of a recipe, from the base's configuration alone: no weights are read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     run = prepare(recipe, out, base, data)
-    config = AutoConfig.from_pretrained(str(run.base_dir))
-    with torch.device("meta"):
-        base_model = AutoModelForCausalLM.from_config(config)
-        if run.auto is not None:  # which experts is for attribution to say; how many is known
-            n = run.auto.get("top", run.auto.get("per_layer", 1))
-            blocks = [k for k in moe_blocks(base_model) if k in run.auto.get("layers", [k])][
-                : 1 if "top" in run.auto else None
-            ]
-            run.adapter = replace(run.adapter, experts={k: list(range(n)) for k in blocks})
-        model = get_forget_model(base_model, run.adapter)
+    model, tokenizer, c = _empty_model(run), load_tokenizer(run.base_dir), run.config
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    tokenizer, c = load_tokenizer(run.base_dir), run.config
-    needed = sorted({t.batch for t in c.term_list} | {c.anchor})
-    rows = {s: run.data.encode(s, tokenizer, c.max_length, c.on_overflow) for s in needed}
+    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    rows = {s: run.data.encode(s, tokenizer, c.max_length, c.on_overflow) for s in c.sets}
     longest = {s: max(len(r["input_ids"]) for r in encoded) for s, encoded in rows.items()}
-    per_step = c.train_batch_size * c.gradient_accumulation_steps * c.world_size
-    steps = c.max_steps if c.max_steps > 0 else int(-(-len(rows[c.anchor]) // per_step) * c.num_train_epochs)
+    in_batch = max(c.train_batch_size * (1 if s == c.anchor else c.per_anchor) * longest[s] for s in c.sets)
+    under = Space.under_adapters(model).params if c.smoothing_space == "base" else []
     width = 2 if c.bf16 else 4
-    in_batch = {s: c.train_batch_size * (1 if s == c.anchor else c.per_anchor) * longest[s] for s in needed}
-    vectors = len({t.gradient for t in c.term_list}) + 1
     return Plan(
         base=run.base,
-        base_parameters=total - trainable,
+        base_parameters=frozen,
         trainable=trainable,
         adapted=adapted(model),
         rows={s: len(r) for s, r in rows.items()},
         tokens_longest=longest,
-        steps=steps,
-        rows_per_step=per_step,
-        base_bytes=(total - trainable) * width,
+        steps=c.steps_over(len(rows[c.anchor])),
+        rows_per_step=c.rows_per_step,
+        base_bytes=frozen * width,
         adapter_bytes=4 * trainable,
-        gradient_bytes=4 * trainable * vectors,
+        gradient_bytes=4 * trainable * (len({t.gradient for t in c.term_list}) + 1),
         optimizer_bytes=8 * trainable,
-        activation_bytes=width * max(in_batch.values()) * activation_floats(config, c.activation_checkpointing),
-        host_copy_bytes=width * sum(p.numel() for p in Space.under_adapters(model).params)
-        if c.smoothing_space == "base"
-        else 0,
+        activation_bytes=width * in_batch * activation_floats(model.config, c.activation_checkpointing),
+        host_copy_bytes=width * sum(p.numel() for p in under),
     )
+
+
+def _empty_model(run: Run) -> Any:
+    """The adapted model without storage for its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(run.base_dir))
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+        if run.auto is not None:  # attribution chooses which experts; how many is known
+            n = run.auto.get("top", run.auto.get("per_layer", 1))
+            blocks = [k for k in moe_blocks(base) if k in run.auto.get("layers", [k])]
+            blocks = blocks[: 1 if "top" in run.auto else None]
+            run.adapter = replace(run.adapter, experts={k: list(range(n)) for k in blocks})
+        return get_forget_model(base, run.adapter)
 
 
 def activation_floats(config: Any, checkpointing: bool | None) -> int:

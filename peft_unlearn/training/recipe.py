@@ -64,8 +64,18 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     """
     if recipe.get("compose") is not None:
         raise UserError("this recipe sums adapters and trains nothing: run `peft-unlearn compose` on its parts")
-    errors = Errors()
-    config, adapter = None, None
+    config, adapter, negate, auto = _understood(recipe, out)
+    bundle = load_data(recipe.get("data"), data)
+    require_sets(config, bundle)
+    base_dir = resolve_base(recipe.get("base"), override=base)
+    _check_layers(config, base_dir)
+    named = str(base or recipe.get("base"))
+    return Run(_as_run(recipe, data), config, adapter, bundle, named, base_dir, negate, auto)
+
+
+def _understood(recipe: Mapping[str, Any], out: str | Path) -> tuple[UnlearnConfig, Any, float | None, Any]:
+    """(config, PEFT config, negation, how experts are chosen) of a recipe; every complaint at once."""
+    errors, config, adapter = Errors(), None, None
     given = recipe.get("adapter")
     if not isinstance(given, (Mapping, type(None))):
         errors.add(f"adapter: settings are a mapping, e.g. {{type: lora, r: 16}}, not {given!r}")
@@ -73,31 +83,33 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     spec = dict(given or {})
     negate = spec.pop("negate", None)
     if negate is not None and (not isinstance(negate, (int, float)) or isinstance(negate, bool) or not negate > 0):
-        errors.add(f"adapter.negate is the strength of the negation, a number above 0, not {negate!r}")
+        errors.add(f"adapter.negate is the scale of the negation, a number above 0, not {negate!r}")
     if negate is not None and str(spec.get("type", "lora")).lower() != "lora":
         errors.add("adapter.negate works on LoRA, whose delta changes sign with lora_B")
     auto = auto_options(spec, errors)
     if auto is not None:
         spec["experts"] = {0: [0]}  # stands in until attribution has run, so that everything else is checked now
-    for part in (lambda: from_recipe(recipe, str(out)), lambda: peft_config(spec)):
-        try:
-            made = part()
-            config, adapter = (made, adapter) if isinstance(made, UnlearnConfig) else (config, made)
-        except UserError as e:
-            errors.absorb(e)
+    try:
+        config = from_recipe(recipe, str(out))
+    except UserError as e:
+        errors.absorb(e)
+    try:
+        adapter = peft_config(spec)
+    except UserError as e:
+        errors.absorb(e)
     errors.raise_if_any(f"recipe {recipe.get('name', '')}".strip())
     assert config is not None
-    bundle = load_data(recipe.get("data"), data)
-    require_sets(config, bundle)
-    named = base or recipe.get("base")
-    path = resolve_base(recipe.get("base"), override=base)
-    _check_layers(config, path)
-    ran = dict(recipe)
-    if data is not None:  # what is saved as the recipe has to name what was trained on; files become hashes there
-        spec = recipe.get("data")
-        options = {k: v for k, v in spec.items() if k in DATA_OPTIONS} if isinstance(spec, Mapping) else {}
-        ran["data"] = {**options, "bundle": str(Path(data).resolve()) if Path(data).expanduser().exists() else data}
-    return Run(ran, config, adapter, bundle, str(named), path, None if negate is None else float(negate), auto)
+    return config, adapter, None if negate is None else float(negate), auto
+
+
+def _as_run(recipe: Mapping[str, Any], data: str | None) -> dict[str, Any]:
+    """The recipe that is saved: it names the data that were trained on; files become hashes there."""
+    if data is None:
+        return dict(recipe)
+    spec = recipe.get("data")
+    options = {k: v for k, v in spec.items() if k in DATA_OPTIONS} if isinstance(spec, Mapping) else {}
+    bundle = str(Path(data).resolve()) if Path(data).expanduser().exists() else data
+    return {**recipe, "data": {**options, "bundle": bundle}}
 
 
 def _check_layers(config: UnlearnConfig, base_dir: Path) -> None:
@@ -136,42 +148,41 @@ def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
         UserError: everything wrong with it, at once.
     """
     errors = Errors()
-    known = {f.name for f in fields(UnlearnConfig) if f.init}
+    sections = {}
     for key in ("train", "eval"):
-        if not isinstance(recipe.get(key), (Mapping, type(None))):
-            errors.add(f"{key} is a section with keys, not {recipe[key]!r}")
-            recipe = {**recipe, key: None}
-    train = dict(recipe.get("train") or {})
+        given = recipe.get(key)
+        if not isinstance(given, (Mapping, type(None))):
+            errors.add(f"{key} is a section with keys, not {given!r}")
+        sections[key] = given if isinstance(given, Mapping) else {}
+    train = {**eval_options(sections["eval"], errors), **sections["train"]}
     if reserved := sorted(set(train) & {"output_dir", "terms", "rule", "reference"}):
         errors.add(f"train: {', '.join(reserved)} does not belong there; it has a place of its own")
-        train = {k: v for k, v in train.items() if k not in reserved}
-    data = recipe.get("data")
-    options = {k: data[k] for k in DATA_OPTIONS if isinstance(data, Mapping) and k in data}
     if recipe.get("selection") is not None:
         errors.add("selection is not available in this version")
     if recipe.get("terms") is None:
-        errors.add("terms are missing: say what is forgotten and kept, e.g. {forget: {npo: {}}, retain: {nll: {}}}")
-    options.pop("template", None)
-    evaluation = dict(recipe.get("eval") or {})
-    train = {**eval_options(evaluation, errors), **train}
-    for key in train:
-        if key not in known:
-            errors.add(f"train: TrainingArguments has no {key!r}.{nearest(str(key), known)}")
-    top = {k: recipe[k] for k in ("terms", "reference", "seed", *METHODS) if recipe.get(k) is not None}
-    clean = {k: v for k, v in train.items() if k in known}
-    for section, values in (("train", clean), ("data", options), ("recipe", top)):
-        for key, value in list(values.items()):
+        errors.add("terms are missing: give what is forgotten and kept, e.g. {forget: {npo: {}}, retain: {nll: {}}}")
+    known = {f.name for f in fields(UnlearnConfig) if f.init}
+    for key in (k for k in train if k not in known):
+        errors.add(f"train: TrainingArguments has no {key!r}.{nearest(str(key), known)}")
+    data = recipe.get("data")
+    values: dict[str, Any] = {}
+    for section, found in (
+        ("train", {k: v for k, v in train.items() if k in known and k not in reserved}),
+        ("data", {k: data[k] for k in DATA_OPTIONS if k != "template" and isinstance(data, Mapping) and k in data}),
+        ("recipe", {k: recipe[k] for k in ("terms", "reference", "seed", *METHODS) if recipe.get(k) is not None}),
+    ):
+        for key, value in found.items():
             if wanted := wrong_type(key, value):
                 errors.add(f"{section}: {key} must be {wanted}, not {value!r}")
-                del values[key]
+            else:
+                values[key] = value
+    config = None
     try:
-        config = UnlearnConfig(output_dir=output_dir, **{**clean, **options, **top})
+        config = UnlearnConfig(output_dir=output_dir, **values)
     except UserError as e:
         errors.absorb(e)
-        config = None
     except (TypeError, ValueError) as e:  # TrainingArguments' own validation
         errors.add(f"train: {e}")
-        config = None
     errors.raise_if_any(f"recipe {recipe.get('name') or ''}".strip())
     assert config is not None
     return config

@@ -72,32 +72,31 @@ def reference_logp(
 def cache_key(model: Any, rows: list[dict[str, Any]], trained: str) -> str:
     """sha256 over the base, the active adapters, ids and labels of the rows, and the dtype."""
     h = hashlib.sha256()
-    # Which adapters are on and how strongly they act (lora_alpha and its like) is not in the weights.
+    # Which adapters are on, and at which scale (lora_alpha and its like), is not in the weights.
     others = [a for a in model.base_model.active_adapters if a != trained]
     settings = [{**model.peft_config[a].to_dict(), "base_model_name_or_path": None} for a in others]
-    h.update(json.dumps([others, settings, *_dials(model, others)], sort_keys=True, default=str).encode())
+    h.update(json.dumps([others, settings, *_scales(model, others)], sort_keys=True, default=str).encode())
     for n, p in model.named_parameters():
         if not belongs(n, trained):
-            h.update(f"{n}{p.dtype}{tuple(p.shape)}".encode())
-            h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            h.update(f"{n}{p.dtype}{tuple(p.shape)}".encode() + raw_bytes(p))
     h.update(json.dumps([[r["input_ids"], r["labels"]] for r in rows]).encode())
     return h.hexdigest()
 
 
 def stack_digest(model: Any, trained: str) -> str | None:
-    """sha256 over the adapters below the trained one: weights, order and strengths; None where there are none."""
+    """sha256 over the adapters below the trained one: weights, order and scales; None where there are none."""
     others = [a for a in model.peft_config if a != trained]
     if not others:
         return None
-    h = hashlib.sha256(json.dumps([others, _dials(model, others)]).encode())
+    h = hashlib.sha256(json.dumps([others, _scales(model, others)]).encode())
     for n, p in model.named_parameters():
         if any(belongs(n, a) for a in others):
-            h.update(n.encode() + p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            h.update(n.encode() + raw_bytes(p))
     return h.hexdigest()
 
 
-def _dials(model: Any, adapters: list[str]) -> list[Any]:
-    """Where the strength of each adapter stands, layer by layer."""
+def _scales(model: Any, adapters: list[str]) -> list[Any]:
+    """The scale of each adapter, layer by layer."""
     return [[n, a, float(scaling[a])] for n, scaling in scalings(model) for a in adapters if a in scaling]
 
 
@@ -105,4 +104,6 @@ def n_targets(row: Mapping[str, Any]) -> int:
     return sum(y != -100 for y in row["labels"][1:])
 
 
-
+def raw_bytes(p: torch.Tensor) -> bytes:
+    """The tensor's values as they lie in memory."""
+    return p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -36,16 +36,16 @@ def save_adapter(
     """Write the trained adapter of `trainer` as a forget adapter's folder and return it as read back.
 
     Args:
-        out: the folder; default the trainer's `output_dir`.
+        out: the folder; default the `output_dir` of the config.
         base: where the base model came from: a folder, a Hub id or ``embedded:NAME``. Its files are digested.
         recipe: what is written as recipe.yaml; default `recipe_of` the trainer.
         depends_on: ids ("sha256:..") of the frozen adapters that it was trained on top of, lowest first.
 
     Raises:
-        UserError: other adapters are active and `depends_on` does not say which; something else stands at `out`; or the
+        UserError: other adapters are active and `depends_on` does not name them; something else stands at `out`; or the
             adapter is zero or not finite.
     """
-    model, config, data = trainer.bare, trainer.config, trainer.data
+    model, config = trainer.bare, trainer.config
     model.eval()
     recipe = recipe_of(trainer, base) if recipe is None else recipe
     below = [n for n in model.base_model.active_adapters if n != trainer.trained_adapter]
@@ -54,10 +54,23 @@ def save_adapter(
             f"{trainer.trained_adapter} was trained on top of {', '.join(below) or 'no other adapter'}, and depends_on names "
             f"{len(depends_on or ())}; give their ids (AdapterFolder.adapter_id), lowest first"
         )
+    manifest = _manifest(trainer, base, recipe, list(depends_on or ()))
+    return write_adapter(
+        out or config.output_dir,
+        model,
+        manifest,
+        recipe,
+        tokenizer=trainer.processing_class,
+        adapter_name=trainer.trained_adapter,
+        save=stock_export(model, trainer.trained_adapter, manifest.base),
+    )
+
+
+def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any], depends_on: list[str]) -> Manifest:
+    model, config, data = trainer.bare, trainer.config, trainer.data
     base_dir = resolve_base(base)
     modules = targeted_names(model, trainer.trained_adapter)
-    rows = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-    manifest = Manifest(
+    return Manifest(
         base=base_reference(base, base_dir, digest_checkpoint(base_dir), _digest_of(base_dir, modules)),
         method=describe_method(trainer, recipe),
         data={
@@ -69,24 +82,15 @@ def save_adapter(
             "per_device": config.train_batch_size,
             "accumulation": config.gradient_accumulation_steps,
             "processes": config.world_size,
-            "rows": rows,
+            "rows": config.rows_per_step,
         },
         seeds={"seed": config.seed},
         versions=versions(),
         probes=probes(model, trainer.processing_class),
         targets=adapted(model, trainer.trained_adapter),
-        depends_on=list(depends_on or ()),
+        depends_on=depends_on,
         name=str(recipe.get("name", "")),
         description=str(recipe.get("description", "")),
-    )
-    return write_adapter(
-        out or config.adapter_dir,
-        model,
-        manifest,
-        recipe,
-        tokenizer=trainer.processing_class,
-        adapter_name=trainer.trained_adapter,
-        save=stock_export(model, trainer.trained_adapter, manifest.base),
     )
 
 
@@ -146,11 +150,11 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def negate(model: Any, strength: float, adapter: str = "default") -> None:
-    """Multiply the adapter's delta by minus `strength`, exactly: B changes, A stays. Plain PEFT then runs it at scale 1."""
+def negate(model: Any, scale: float, adapter: str = "default") -> None:
+    """Multiply the adapter's delta by minus `scale`, exactly: B changes, A stays. Plain PEFT then runs it at scale 1."""
     for n, p in model.named_parameters():
         if ("lora_B" in n or "lora_embedding_B" in n) and belongs(n, adapter):
-            p.mul_(-strength)
+            p.mul_(-scale)
 
 
 def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str, Any]:

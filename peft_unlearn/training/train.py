@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..attribution.experts_job import choose, describe, measure
+from ..attribution.experts import attribute
 from ..attribution.selection import SelectionOverlap
 from ..data.formats import to_text
 from ..evaluation.callback import ForgetAtFloor, StopOn
@@ -19,17 +19,17 @@ from ..folder.base import load_base, load_tokenizer
 from ..folder.read import AdapterFolder
 from ..folder.write import check_destination
 from ..forward import Reference
-from ..stack.below import read_below
+from ..gradients.terms import alternates_of
+from ..stack.below import Below, read_below
 from .adapt import get_forget_model
-from .config import alternates_of
 from .recipe import CHOOSING, Run, prepare
 from .save import negate, save_adapter
 from .trainer import UnlearnTrainer
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
-def _say(text: str) -> None:
+def to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -41,14 +41,16 @@ def train(
     data: str | None = None,
     resume: bool = False,
     stack: str | Path | None = None,
-    say: Say = _say,
+    progress: Progress = to_stderr,
     callbacks: Sequence[Any] = (),
 ) -> AdapterFolder | None:
     """Train a recipe and write the finished adapter to `out`; checkpoints lie in ``<out>.work``.
 
-    stack: a stack file whose adapters lie frozen below the new one (all active ones, or those that the recipe's ``stack``
-        names by id); what is saved then depends on them.
-    callbacks: the Trainer's; one with a method ``on_selection(history)`` is told the selection overlap of an expert adapter.
+    Args:
+        stack: a stack file whose adapters lie frozen below the new one (all active ones, or those that the recipe's ``stack``
+            names by id); what is saved then depends on them.
+        progress: called with a line of text now and then.
+        callbacks: the Trainer's; one with a method ``on_selection(history)`` gets the selection overlap of an expert adapter.
 
     Returns:
         The folder as read back; None on ranks other than the first.
@@ -56,47 +58,25 @@ def train(
     Raises:
         UserError: before anything is loaded where possible; nothing already at `out` is touched then.
     """
-    from transformers import set_seed
-
-    run = prepare(recipe, out, base, data)
-    below = read_below(recipe.get("stack"), stack)
+    run, below = prepare(recipe, out, base, data), read_below(recipe.get("stack"), stack)
     below.check(run.base_dir)
     check_destination(out)
-    dtype = "bfloat16" if run.config.bf16 else "float32"
-    model, tokenizer = load_base(run.base_dir, dtype), load_tokenizer(run.base_dir)
-    generate_alternates(run, model, tokenizer)
-    if run.auto is not None:
-        choose_experts(run, model, tokenizer, say)
-    if below:
-        model = below.put_on(model)
-        run.recipe = {**run.recipe, "stack": below.rows()}
-    set_seed(run.config.seed)  # the adapter's random start
-    model = get_forget_model(model, run.adapter)
-    evaluation = dict(recipe.get("eval") or {})
-    scorer, extra = None, list(callbacks)
-    if run.config.eval_strategy != "no":
-        scorer = make_score(run.data, tokenizer, suite=evaluation.get("suite", "people"), n=evaluation.get("n"))
-        extra += _score_callbacks(evaluation, scorer, model)
+    model, tokenizer = _adapted_model(run, below, progress)
+    scorer, judges = _judges(run, model, tokenizer)
     trainer = UnlearnTrainer(
-        model, run.config, data=run.data, processing_class=tokenizer, callbacks=extra, score=scorer
+        model, run.config, data=run.data, processing_class=tokenizer, callbacks=[*callbacks, *judges], score=scorer
     )
     quiet(trainer)
-    shift = None
-    if hasattr(run.adapter, "experts"):
-        sets = dict(trainer.rows.sets)
-        if "retain" not in sets and run.data.retain:  # no term reads it, and a drift there is what ought to be seen
-            sets["retain"] = run.data.encode("retain", tokenizer, run.config.max_length, run.config.on_overflow)
-        shift = SelectionOverlap(sets, trainer.pad_id)
-        trainer.add_callback(shift)
+    shift = _watch_selection(run, trainer)
     first = trainer.is_world_process_zero()
     if first:
-        say(trainer.describe())
+        progress(trainer.describe())
     with room_for(Path(out)):
         trainer.train(resume_from_checkpoint=resume or None)
     if not first:
         return None
     if shift is not None:
-        say(str(shift))
+        progress(str(shift))
         for callback in callbacks:
             if hasattr(callback, "on_selection"):
                 callback.on_selection(shift.history)
@@ -105,14 +85,29 @@ def train(
     return save_adapter(trainer, out, base=run.base, recipe=run.recipe, depends_on=below.ids)
 
 
-def choose_experts(run: Run, model: Any, tokenizer: Any, say: Say) -> None:
+def _adapted_model(run: Run, below: Below, progress: Progress) -> tuple[Any, Any]:
+    """(the base with the new adapter on top of those below, tokenizer); what the run leaves to the base is settled on the way."""
+    from transformers import set_seed
+
+    model = load_base(run.base_dir, "bfloat16" if run.config.bf16 else "float32")
+    tokenizer = load_tokenizer(run.base_dir)
+    generate_alternates(run, model, tokenizer)
+    if run.auto is not None:
+        choose_experts(run, model, tokenizer, progress)
+    if below:
+        model = below.put_on(model)
+        run.recipe = {**run.recipe, "stack": below.rows()}
+    set_seed(run.config.seed)  # the adapter's random start
+    return get_forget_model(model, run.adapter), tokenizer
+
+
+def choose_experts(run: Run, model: Any, tokenizer: Any, progress: Progress) -> None:
     """Attribution on the run's own rows; the experts it picks replace ``experts: auto`` in the adapter and in the saved recipe."""
-    found = measure(model, tokenizer, run.data)
-    chosen = choose(found, run.auto or {})
-    say(describe(found, chosen))
-    run.adapter = replace(run.adapter, experts=chosen)
+    found = attribute(model, tokenizer, run.data, run.auto or {})
+    progress(str(found))
+    run.adapter = replace(run.adapter, experts=found.chosen)
     kept = {k: v for k, v in run.recipe["adapter"].items() if k not in CHOOSING}
-    run.recipe = {**run.recipe, "adapter": {**kept, "experts": {str(k): v for k, v in chosen.items()}}}
+    run.recipe = {**run.recipe, "adapter": {**kept, "experts": {str(k): v for k, v in found.chosen.items()}}}
 
 
 def generate_alternates(run: Run, model: Any, tokenizer: Any) -> None:
@@ -125,9 +120,19 @@ def generate_alternates(run: Run, model: Any, tokenizer: Any) -> None:
             setattr(run.data, batch, [{**r, "alternate": a} for r, a in zip(rows, others, strict=True)])
 
 
-def _score_callbacks(
+def _judges(run: Run, model: Any, tokenizer: Any) -> tuple[Callable[..., Mapping[str, float]] | None, list[Any]]:
+    """(score, callbacks that act on it) of a run that is evaluated while it trains."""
+    if run.config.eval_strategy == "no":
+        return None, []
+    wanted = dict(run.recipe.get("eval") or {})
+    scorer = make_score(run.data, tokenizer, suite=wanted.get("suite", "people"), n=wanted.get("n"))
+    return scorer, score_callbacks(wanted, scorer, model)
+
+
+def score_callbacks(
     evaluation: Mapping[str, Any], scorer: Callable[[Any], Mapping[str, float]], model: Any
 ) -> list[Any]:
+    """Callbacks of a recipe's ``eval`` part: keep the best checkpoint, stop once enough is forgotten."""
     found: list[Any] = []
     floor = float(evaluation.get("retain_floor", 0.95))
     if evaluation.get("keep_best"):
@@ -139,6 +144,18 @@ def _score_callbacks(
     return found
 
 
+def _watch_selection(run: Run, trainer: UnlearnTrainer) -> SelectionOverlap | None:
+    """For an adapter inside experts: the callback that records which experts tokens get."""
+    if not hasattr(run.adapter, "experts"):
+        return None
+    sets = dict(trainer.rows.sets)
+    if "retain" not in sets and run.data.retain:  # no term reads it, and a drift there is what ought to be seen
+        sets["retain"] = run.data.encode("retain", trainer.processing_class, run.config.max_length, run.config.on_overflow)  # fmt: skip
+    shift = SelectionOverlap(sets, trainer.pad_id)
+    trainer.add_callback(shift)
+    return shift
+
+
 def quiet(trainer: UnlearnTrainer) -> None:
     """Take off the Trainer's own printing to standard output, which is for results."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -146,6 +163,6 @@ def quiet(trainer: UnlearnTrainer) -> None:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm and trainer.is_world_process_zero():
-        from ..progress import TrainingBar
+        from ..progress import training_bar
 
-        trainer.add_callback(TrainingBar())
+        trainer.add_callback(training_bar())

@@ -6,34 +6,33 @@ gradients and writes ``.grad``: clipping, optimizer, schedule, logging and check
 
 from __future__ import annotations
 
+import copy
 import functools
-import warnings
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..data.bundle import ForgetRetain
 from ..data.collate import PairedRows, StreamSampler, collate, padding_id
 from ..errors import UserError
-from ..forward import dropouts
+from ..forward import Reference, dropouts
+from ..gradients.step_size import peeked_update
 from ..gradients.terms import with_experts
 from ..gradients.vector import Space, Vec
-from ..gradients.window import Step, Window
+from ..gradients.window import Window
 from ..tuners.names import belongs
 from ..tuners.peft_type import PREFIX
 from .adapt import describe, get_forget_model, refuse_base
-from .after_step import AfterStep
 from .checkpoints import STATE, fingerprint, last_checkpoint, load_adapter, read_state, write_state
-from .config import UnlearnConfig, encode_set, reference_of, require_sets
+from .config import UnlearnConfig, encode_set, require_sets
 from .reference import precompute, stack_digest
+from .untrained import Untrained
 
 
 class UnlearnTrainer(Trainer):
@@ -41,7 +40,7 @@ class UnlearnTrainer(Trainer):
 
     Args:
         model: a transformers causal LM, or a PeftModel with the adapter to be trained active and trainable.
-        args: `UnlearnConfig`.
+        args: `UnlearnConfig`; it is left as it is.
         data: `ForgetRetain`, or anything `ForgetRetain.load` takes.
         processing_class: the tokenizer.
         peft_config: adapter to add to a plain model (default: LoRA r 16 on all linear layers).
@@ -65,7 +64,6 @@ class UnlearnTrainer(Trainer):
     ) -> None:
         self.data = ForgetRetain.load(data)
         require_sets(args, self.data)
-        needed = {t.batch for t in args.term_list} | {args.anchor}
         if args.eval_strategy != "no" and score is None:
             raise UserError("eval_strategy is set and there is no score: pass score=make_score(data, tokenizer)")
         if args.n_gpu > 1:
@@ -75,25 +73,23 @@ class UnlearnTrainer(Trainer):
             model = get_forget_model(model, peft_config)
         elif peft_config is not None:
             raise UserError("the model already has an adapter and a peft_config was given too; pass one of them")
+        _refuse_dropout(model, args)
         self.pad_id = padding_id(processing_class)
-        if dropped := dropouts(model):
-            exact = {"smoothing": args.smoothing, "step_size": args.step_size, "reference: precomputed": args.reference}
-            for what in [k for k, v in exact.items() if v == "precomputed" or (v and k != "reference: precomputed")]:
-                raise UserError(
-                    f"{what} needs the same forward twice, and {dropped[0]} drops at random; set dropout to 0"
-                )
-        sets = {name: encode_set(args, self.data, name, processing_class) for name in sorted(needed)}
+        sets = {name: encode_set(args, self.data, name, processing_class) for name in args.sets}
         self.score = score
         self.trained_adapter = _trained_adapter(model)
-        self._reference = reference_of(args.reference, self.trained_adapter)
-        args.term_list = with_experts(args.term_list, getattr(self._peft_config(model), "experts", None))
+        adapter: Any = model.peft_config[self.trained_adapter]  # type: ignore[index]
+        self.config = copy.copy(args)
+        self.config.term_list = with_experts(args.term_list, getattr(adapter, "experts", None))
+        self.reference = Reference(args.reference, self.trained_adapter)
         self.rows = PairedRows(sets, args.anchor, args.per_anchor, args.seed)
-        self.config = args
+        theirs = copy.copy(self.config)  # transformers writes to its output_dir, and nowhere else
+        theirs.output_dir = self.config.work_dir
         super().__init__(
             model=model,
-            args=args,
+            args=theirs,
             train_dataset=self.rows,
-            eval_dataset=self.rows if score is not None else None,  # never read: `evaluate` asks `score`
+            eval_dataset=self.rows if score is not None else None,  # never read: `evaluate` calls `score`
             data_collator=functools.partial(collate, pad_id=self.pad_id),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -105,16 +101,24 @@ class UnlearnTrainer(Trainer):
         self._restored: dict[str, Any] | None = None
         self.average_state: dict[str, Any] = {}
         if args.step_size_method is not None or args.averaging_method is not None:
-            self.add_callback(AfterStep(self))
+            self.add_callback(_AfterStep(self))
 
-    def _peft_config(self, model: Any) -> Any:
-        return model.peft_config[self.trained_adapter]
+    @property
+    def bare(self) -> Any:
+        """The PEFT model itself, without what the accelerator wraps around it."""
+        return self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
 
-    # --- data ------------------------------------------------------------------------------------------------------
+    def describe(self) -> str:
+        """What is adapted and how long the run is, in two lines."""
+        c = self.config
+        sizes = ", ".join(f"{n} {len(r)}" for n, r in self.rows.sets.items())
+        steps = f"{c.rows_per_step} {c.anchor} rows per step; {c.steps_over(len(self.rows))} steps"
+        return f"{describe(self.bare, self.trained_adapter)}\nrows: {sizes}; {steps}"
+
+    # --- what the Trainer is built from ----------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StreamSampler:  # type: ignore[override]
-        a = self.config
-        return StreamSampler(len(self.rows), a.train_batch_size * a.gradient_accumulation_steps * a.world_size)
+        return StreamSampler(len(self.rows), self.config.rows_per_step)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's optimizer; routers get a group, and with it a learning rate, of their own."""
@@ -137,26 +141,25 @@ class UnlearnTrainer(Trainer):
     # --- the run ---------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As `Trainer.train`; ``resume_from_checkpoint=True`` takes the newest *whole* checkpoint of ``<output_dir>.work``."""
+        """As `Trainer.train`; ``resume_from_checkpoint=True`` takes the newest *whole* checkpoint of `config.work_dir`."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.config.output_dir)
+            resume_from_checkpoint = last_checkpoint(self.config.work_dir)
             if resume_from_checkpoint is None:
-                raise UserError(f"{self.config.output_dir} holds no whole checkpoint to resume from")
+                raise UserError(f"{self.config.work_dir} holds no whole checkpoint to resume from")
         self.window, self._pending, self._restored, self.average_state = None, [], None, {}
         self._sums.clear()
         if resume_from_checkpoint:
             self._restored = read_state(resume_from_checkpoint, self._fingerprint())
             self.average_state = self._restored["average"]
         space = Space.trainable(self.bare)
-        groups = _groups(self.bare, space.names)
-        before = _checksums(space)
+        self._untrained = Untrained(self.bare, space, self.config.allow_untrained)
         if self.config.reference == "precomputed":
             precompute(
                 self.bare,
                 self.rows.sets,
                 {t.batch for t in self.config.term_list if "ref_logp" in t.objective.needs},
-                Path(self.config.output_dir or ""),
-                reference=self._reference,
+                Path(self.config.work_dir),
+                reference=self.reference,
                 pad_id=self.pad_id,
                 write=self.is_world_process_zero(),
             )
@@ -165,13 +168,17 @@ class UnlearnTrainer(Trainer):
             averaged = [t.to(p.device) for t, p in zip(self.average_state["averaged"], space.params, strict=True)]
             space.write(Vec(averaged))
         if self.state.global_step and not resume_from_checkpoint:
-            self._check_changed(groups, space.names, before, _checksums(space))
+            self._untrained.after_run()
         return out
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
         if self.window is None:
-            self.window = self._open_window()
+            self.window = self.config.window(
+                self.bare, self.reference, reduce=_all_reduce if self.args.world_size > 1 else None
+            )
+            if self._restored is not None:
+                self.window.load_state_dict(self._restored["window"])
         self._pending.append(self._prepare_inputs(inputs))
         device = self.args.device
         if not self.accelerator.sync_gradients:
@@ -184,83 +191,13 @@ class UnlearnTrainer(Trainer):
         except UserError as e:
             raise UserError(f"step {self.state.global_step + 1}: {e}") from e
         if self.state.global_step == 0:
-            self._check_reached(step)
+            self._untrained.after_first_step(step.moved)
         for p, t in zip(self.window.space.params, step.update.tensors, strict=True):
             p.grad = t.to(p.dtype)
         self.last_step = step
         for key, value in step.logs().items():
             self._sums[key].append(value)
         return torch.tensor(sum(step.values.values()), device=device, dtype=torch.float32)
-
-    def _open_window(self) -> Window:
-        assert self.config.rule_method is not None
-        window = Window(
-            self.bare,
-            self.config.term_list,
-            self.config.rule_method,
-            scope=self.config.scope,
-            smoothing=self.config.smoothing_method,
-            space=self.config.smoothing_space,
-            reference=self._reference,
-            reduce=_all_reduce if self.args.world_size > 1 else None,
-            seed=self.config.seed,
-        )
-        if self._restored is not None:
-            window.load_state_dict(self._restored["window"])
-        return window
-
-    # --- nothing trains silently -----------------------------------------------------------------------------------
-
-    def _check_reached(self, step: Step) -> None:
-        assert self.window is not None
-        names = self.window.space.names
-        groups = _groups(self.bare, names)
-        reached = dict.fromkeys(groups.values(), False)
-        for n, m in zip(names, step.moved, strict=True):
-            reached[groups[n]] |= m > 0
-        silent = [g for g, ok in reached.items() if not ok and not self._allowed(g)]
-        unvisited = [g for g in silent if g in self._expert_groups(groups)]
-        if unvisited and len(unvisited) < len(reached):  # a token of a later step may come by
-            warnings.warn(
-                f"no token of the first step was routed to the adapted experts of {', '.join(unvisited)}; what never passes "
-                "through an expert cannot be changed there (`peft-unlearn experts` shows which ones it does)",
-                stacklevel=2,
-            )
-            silent = [g for g in silent if g not in unvisited]
-        if silent:
-            raise UserError(
-                f"no term gives a gradient to {len(silent)} of {len(reached)} adapted modules: {', '.join(silent[:5])}"
-                f"{', ..' if len(silent) > 5 else ''}. They would stay untrained in silence; adapt other layers or name them in "
-                "allow_untrained"
-            )
-
-    def _expert_groups(self, groups: Mapping[str, str]) -> set[str]:
-        """The adapted modules that are experts of a mixture-of-experts layer: tokens may pass them by."""
-        return {g for n, g in groups.items() if PREFIX in n and f"{PREFIX}router" not in n}
-
-    def _check_changed(self, groups: Mapping[str, str], names: list[str], before: list[int], after: list[int]) -> None:
-        changed = dict.fromkeys(groups.values(), False)
-        for n, a, b in zip(names, before, after, strict=True):
-            changed[groups[n]] |= a != b
-        still = [g for g, ok in changed.items() if not ok and not self._allowed(g)]
-        if len(still) < len(changed) and (unvisited := sorted(set(still) & self._expert_groups(groups))):
-            warnings.warn(f"no token ever trained the adapted experts of {', '.join(unvisited)}", stacklevel=2)
-            still = [g for g in still if g not in unvisited]
-        if still:
-            raise UserError(
-                f"{len(still)} of {len(changed)} adapted modules are exactly as before training: {', '.join(still[:5])}. "
-                "The learning rate is zero, or something froze them; nothing was saved"
-            )
-
-    def _allowed(self, name: str) -> bool:
-        return any(part in name for part in self.config.allow_untrained)
-
-    # --- reference -------------------------------------------------------------------------------------------------
-
-    @property
-    def bare(self) -> Any:
-        """The PEFT model itself, without what the accelerator wraps around it."""
-        return self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
 
     # --- logs, evaluation, checkpoints -----------------------------------------------------------------------------
 
@@ -307,51 +244,70 @@ class UnlearnTrainer(Trainer):
     def _fingerprint(self) -> str:
         c = self.config
         rows = [[(r["input_ids"], r["labels"]) for r in rows] for _, rows in sorted(self.rows.sets.items())]
-        per_step = c.train_batch_size * c.gradient_accumulation_steps * c.world_size
         method = (c.terms, c.rule, c.smoothing, c.step_size, c.averaging, c.reference)
         below = stack_digest(self.bare, self.trained_adapter)
-        return fingerprint(method, c.anchor, c.per_anchor, c.seed, per_step, rows, *([below] if below else []))
+        return fingerprint(method, c.anchor, c.per_anchor, c.seed, c.rows_per_step, rows, *([below] if below else []))
 
-    # --- the finished adapter --------------------------------------------------------------------------------------
 
-    def describe(self) -> str:
-        """What is adapted and how long the run is, in two lines."""
-        a = self.config
-        per_step = a.train_batch_size * a.gradient_accumulation_steps * a.world_size
-        steps = a.max_steps if a.max_steps > 0 else int(-(-len(self.rows) // per_step) * a.num_train_epochs)
-        sizes = ", ".join(f"{n} {len(r)}" for n, r in self.rows.sets.items())
-        return f"{describe(self.bare, self.trained_adapter)}\nrows: {sizes}; {per_step} {a.anchor} rows per step; {steps} steps"
+class _AfterStep(TrainerCallback):
+    """The two things that follow `training_step`: the automatic learning rate after clipping, averaging after the update."""
+
+    def __init__(self, trainer: UnlearnTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        t = self.trainer
+        if t.config.step_size_method is None or t.window is None or t.last_window is None:
+            return
+        method, hyper = t.config.step_size_method
+        if state.global_step % hyper.get("every", 1):
+            return
+        window, batches, here = t.window, t.last_window, t.last_step.values["retain"]
+        with peeked_update(t.optimizer, window.space) as update:
+
+            def loss(xi: float) -> float:
+                if xi == 0:
+                    return here
+                with window.space.shifted(update * -xi), t.accelerator.autocast():
+                    return window.value("retain", batches)
+
+            groups: list[dict[str, Any]] = t.optimizer.param_groups  # type: ignore[union-attr]
+            rate = float(groups[0]["lr"])
+            eta = method.fn(loss, rate, **hyper)
+        for group in groups:  # the probed step was of all groups together: routers keep their share
+            group["lr"] = eta if group["lr"] == rate else group["lr"] * eta / rate
+        scheduler: Any = getattr(t.lr_scheduler, "scheduler", t.lr_scheduler)
+        scheduler.base_lrs = [group["lr"] for group in groups]
+        scheduler._last_lr = list(scheduler.base_lrs)  # type: ignore[union-attr]  # what this step's log shows
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        t = self.trainer
+        if t.config.averaging_method is None or t.window is None:
+            return
+        method, hyper = t.config.averaging_method
+        found = method.fn(t.window.space.read(), t.window.space, t.average_state, state.global_step, **hyper)
+        if found is not None:
+            t.average_state["averaged"] = found.tensors
 
 
 def _all_reduce(flat: torch.Tensor) -> None:
     torch.distributed.all_reduce(flat)
 
 
+def _refuse_dropout(model: nn.Module, config: UnlearnConfig) -> None:
+    exact = {
+        "smoothing": config.smoothing,
+        "step_size": config.step_size,
+        "reference: precomputed": config.reference == "precomputed",
+    }
+    if (dropped := dropouts(model)) and (what := next((k for k, used in exact.items() if used), None)):
+        raise UserError(f"{what} needs the same forward twice, and {dropped[0]} drops at random; set dropout to 0")
+
+
 def _trained_adapter(model: Any) -> str:
     """Name of the one adapter whose parameters require a gradient."""
-    names = [
-        a for a in model.peft_config if any(p.requires_grad and belongs(n, a) for n, p in model.named_parameters())
-    ]
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    names = [a for a in model.peft_config if any(belongs(n, a) for n in trainable)]
     if len(names) != 1:
         raise UserError(f"exactly one adapter must be trainable, and {len(names)} are ({', '.join(names) or 'none'})")
     return names[0]
-
-
-def _groups(model: Any, names: list[str]) -> dict[str, str]:
-    """Parameter name -> the adapted module it belongs to (a fresh LoRA's A has no gradient: B speaks for both)."""
-    kinds = {c.peft_type for c in model.peft_config.values()}  # those below may be of another type
-    prefixes = tuple(
-        {getattr(model.base_model, "prefix", "lora_"), *filter(None, map(PEFT_TYPE_TO_PREFIX_MAPPING.get, kinds))}
-    )
-    out = {}
-    for n in names:
-        parts = n.split(".")
-        cut = next((i for i, part in enumerate(parts) if part.startswith(prefixes)), len(parts))
-        out[n] = ".".join(parts[:cut]).removeprefix("base_model.model.")
-    return out
-
-
-def _checksums(space: Space) -> list[int]:
-    return [
-        zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()) for p in space.params
-    ]

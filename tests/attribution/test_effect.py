@@ -10,16 +10,17 @@ import tiny
 import torch
 
 from peft_unlearn import registry
-from peft_unlearn.attribution.effect import Effects, group_of, measure, places
+from peft_unlearn.attribution.effect import Effects, measure, places
 from peft_unlearn.attribution.instances import weights
 from peft_unlearn.data.collate import encode, pad
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.errors import Errors, UserError
 from peft_unlearn.forward import Pass, Reference
+from peft_unlearn.gradients.parse import parse_terms
 from peft_unlearn.gradients.terms import Term
 from peft_unlearn.gradients.vector import Space, Vec
 from peft_unlearn.gradients.window import Window
-from peft_unlearn.training.config import parse_terms
+from peft_unlearn.reporting.effect_pictures import group_of
 
 
 def batches(n: int, rows: int = 3) -> list[dict[str, Any]]:
@@ -169,7 +170,7 @@ def test_no_side_effects(model, space, trainable):
     again = measure(
         model, terms("npo", "rmu", rmu={"layer": 1}), batches(2), reference=Reference(), space=space, instances=2
     )
-    assert again.to_json() == a.to_json()  # nothing was dropped at random
+    assert again.to_dict() == a.to_dict()  # nothing was dropped at random
 
 
 def test_moving_average_depends_on_order_and_the_mean_does_not(model):
@@ -228,7 +229,7 @@ def test_objectives_without_instances_say_why(model):
     )
     assert "no re-weighted likelihood" in found.effects["kl"].note and "no re-weighted" in found.effects["ga"].note
     assert "on the forget set" in found.effects["nll"].note
-    text = json.dumps(found.to_json(), allow_nan=False)
+    text = json.dumps(found.to_dict(), allow_nan=False)
     assert json.loads(text)["effects"]["kl"]["instances"] == []
 
 
@@ -236,7 +237,7 @@ def test_not_finite_is_null_with_a_note(model):
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "layers.1.mlp.down_proj.lora_B" in n).fill_(float("nan"))
     found = measure(model, terms("ga"), batches(2))
-    said = json.loads(json.dumps(found.to_json(), allow_nan=False))["effects"]["ga"]
+    said = json.loads(json.dumps(found.to_dict(), allow_nan=False))["effects"]["ga"]
     assert said["unlearning"]["value"] is None and "not finite" in said["note"]
     assert isinstance(found, Effects)
 

@@ -54,7 +54,7 @@ def test_recording_changes_nothing(tmp_path, reference):
     watched = trained(tmp_path / "b", recorder, reference=reference)
     assert all(torch.equal(plain[k], watched[k]) for k in plain)
     found = json.loads((tmp_path / "live" / "e.json").read_text())
-    assert found == recorder.to_json()
+    assert found == recorder.to_dict()
     assert [p["step"] for p in found["points"]] == [0, 2, 4]
     assert list(found["points"][0]["effects"]) == ["npo", "ga", "wga", "update"]
     first, middle, last = ({k: len(e["instances"]) for k, e in p["effects"].items()} for p in found["points"])
@@ -93,7 +93,7 @@ def saved(tmp_path_factory) -> Path:
         "train": {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4,
                   "learning_rate": 5e-3, "use_cpu": True, "disable_tqdm": True},
     }  # fmt: skip
-    peft_unlearn.train(recipe, home / "run", say=lambda text: None)
+    peft_unlearn.train(recipe, home / "run", progress=lambda text: None)
     return home
 
 
@@ -134,7 +134,7 @@ def test_the_start_is_the_runs_own(saved):
         saved / "again",
         base=str(saved / "base"),
         data=str(saved / "data"),
-        say=lambda text: None,
+        progress=lambda text: None,
         callbacks=[live],
     )
     for a, b in zip(found["points"], live.points, strict=True):

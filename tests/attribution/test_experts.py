@@ -16,8 +16,7 @@ import yaml
 
 import peft_unlearn
 from peft_unlearn import cli
-from peft_unlearn.attribution import experts_job as job
-from peft_unlearn.attribution.experts import Affinity, affinity, overlap, selected, within
+from peft_unlearn.attribution.experts import Affinity, Experts, affinity, experts, overlap, selected, within
 from peft_unlearn.attribution.selection import SelectionOverlap
 from peft_unlearn.errors import UserError
 from peft_unlearn.training.recipe import prepare
@@ -144,9 +143,8 @@ def test_choose():
     assert HUB.choose(layers=[2]) == {2: [0]}
     assert HUB.choose(top=1, layers=[2]) == {2: [0]}
     assert HUB.choose("contrast") == {2: [1], 5: [2]}  # the hub serves the retain set as much
-    assert job.choose(HUB, {}) == {2: [0], 5: [2]}
-    assert job.choose(HUB, {"top": 2, "ranking": "contrast"}) == {2: [1], 5: [2]}
-    assert job.choose(HUB, {"per_layer": 2, "layers": [5]}) == {5: [1, 2]}
+    assert HUB.choose(top=2, ranking="contrast") == {2: [1], 5: [2]}
+    assert HUB.choose(per_layer=2, layers=[5]) == {5: [1, 2]}
 
 
 @pytest.mark.parametrize(
@@ -160,7 +158,7 @@ def test_choose():
 )
 def test_choose_refuses(options, message):
     with pytest.raises(UserError, match=message):
-        job.choose(HUB, options)
+        HUB.choose(**options)
 
 
 def test_hubs_are_warned_about():
@@ -170,7 +168,7 @@ def test_hubs_are_warned_about():
     assert float(at.lift[0, 0]) == pytest.approx(3.0)
     assert not made([[0.31, 0.1]], [[0.1, 0.1]]).warnings() and made([[0.29, 0.1]], [[0.1, 0.1]]).warnings()
     assert not made([[0.5, 0.1]], [[0.0, 0.1]]).warnings()  # nothing of the retain set goes there
-    text = job.describe(HUB, HUB.choose())
+    text = str(Experts(HUB, HUB.choose()))
     assert (
         "block 5: expert 2: 0.60, lift 6.0" in text
         and "warning: block 2" in text
@@ -186,7 +184,7 @@ def test_stability():
 
 
 def test_json_holds_everything(found):
-    text = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    text = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert set(text) == {"layers", "forget", "retain", "lift", "tokens", "sequences", "stability", "warnings"}
 
 
@@ -311,7 +309,7 @@ def test_a_run_names_what_it_chose(run, base, data, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe(base, data, top=1, train_router="full")))
     code, out, err = run("train", tmp_path / "r.yaml", "--out", tmp_path / "a")
     assert code == 0, err
-    want = job.choose(job.experts(str(base), str(data)), {"top": 1})
+    want = experts(str(base), str(data)).affinity.choose(top=1)
     saved = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())["adapter"]
     assert saved == {
         "type": "expert_lora",
@@ -373,5 +371,5 @@ def test_an_expert_that_no_token_visits_alone_is_refused(base, data, tmp_path):
     spec = recipe(base, data, experts={1: [2]})
     spec["terms"] = {"forget": {"npo": {}}, "retain": {"nll": {}}}
     with pytest.raises(UserError, match=r"no term gives a gradient to 1 of 1|are all exactly zero"):
-        peft_unlearn.train(spec, tmp_path / "a", say=lambda _: None)
+        peft_unlearn.train(spec, tmp_path / "a", progress=lambda _: None)
     assert not (tmp_path / "a").exists()

@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import TrainerCallback, set_seed
 
-from peft_unlearn.attribution import experts_job as attribution
+from peft_unlearn.attribution.experts import attribute
 from peft_unlearn.attribution.selection import SelectionOverlap
 from peft_unlearn.data import domains, embedded
 from peft_unlearn.data.bundle import ForgetRetain
@@ -228,7 +228,7 @@ def affinity(base: str, domain: str) -> Any:
     if (base, domain) not in _affinities:
         path = embedded_base(base)
         data = ForgetRetain.load(f"embedded:domains?forget={domain}")
-        _affinities[base, domain] = attribution.measure(load_base(path), load_tokenizer(path), data)
+        _affinities[base, domain] = attribute(load_base(path), load_tokenizer(path), data, {}).affinity
     return _affinities[base, domain]
 
 
@@ -261,7 +261,7 @@ def measure(recipe: dict[str, Any], base: str, domain: str) -> dict[str, Any]:
         run = prepare(recipe, Path(scratch, "out"), base=str(path))
         model, tokenizer = load_base(path), load_tokenizer(path)
         if run.auto is not None:
-            run.adapter.experts = {str(k): v for k, v in attribution.choose(affinity(base, domain), run.auto).items()}
+            run.adapter.experts = {str(k): v for k, v in affinity(base, domain).choose(**run.auto).items()}
         set_seed(run.config.seed)
         model = get_forget_model(model, run.adapter)
         rows = {

@@ -16,9 +16,9 @@ from peft_unlearn.data.collate import encode, pad
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.errors import Errors, UserError
 from peft_unlearn.forward import Reference
+from peft_unlearn.gradients.parse import parse_method, parse_terms
 from peft_unlearn.gradients.vector import Space, Vec
 from peft_unlearn.gradients.window import Window
-from peft_unlearn.training.config import parse_method, parse_terms
 
 SMOOTHINGS = [m.name for m in registry.methods("smoothing")]
 SIZES = (3, 4)

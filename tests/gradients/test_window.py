@@ -20,9 +20,10 @@ from peft_unlearn.data.collate import encode, pad
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.errors import Errors, UserError
 from peft_unlearn.forward import Pass, Reference
+from peft_unlearn.gradients.parse import parse_terms
 from peft_unlearn.gradients.vector import Space, Vec
 from peft_unlearn.gradients.window import Window
-from peft_unlearn.training.config import UnlearnConfig, parse_terms
+from peft_unlearn.training.config import UnlearnConfig
 from peft_unlearn.training.trainer import UnlearnTrainer
 
 TERMS = {"forget": {"npo": {"beta": 0.5}, "ga": {"weight": 0.3}}, "retain": {"nll": {"weight": 2.0}, "kl": {}}}

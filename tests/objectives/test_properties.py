@@ -19,10 +19,10 @@ from peft_unlearn.data.collate import encode, pad
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.errors import Errors
 from peft_unlearn.forward import Pass, Reference
+from peft_unlearn.gradients.parse import parse_method, parse_terms
 from peft_unlearn.gradients.terms import count_units
 from peft_unlearn.gradients.window import Window
 from peft_unlearn.objectives.representation import steering_vector
-from peft_unlearn.training.config import parse_method, parse_terms
 
 Row = list[
     tuple[list[float], list[float], int]

@@ -88,7 +88,7 @@ class Watch(TrainerCallback):
 def test_frozen_below_and_written_down(base: Path, tmp_path: Path) -> None:
     below = first_of(base, tmp_path / "first", scale=0.5)
     watch = Watch()
-    made = train(recipe(base, stack=[str(tmp_path / "first")]), tmp_path / "second", say=quiet, callbacks=[watch])
+    made = train(recipe(base, stack=[str(tmp_path / "first")]), tmp_path / "second", progress=quiet, callbacks=[watch])
     assert made is not None and made.manifest.depends_on == [below.adapter_id]
     assert made.manifest.targets == [
         f"model.layers.{i}.{m}" for i in (0, 1) for m in ("mlp.down_proj", "self_attn.q_proj")
@@ -115,7 +115,7 @@ def test_frozen_below_and_written_down(base: Path, tmp_path: Path) -> None:
 
 def test_loaded_without_its_dependency(base: Path, tmp_path: Path) -> None:
     first_of(base, tmp_path / "first")
-    train(recipe(base, stack=[str(tmp_path / "first")]), tmp_path / "second", say=quiet)
+    train(recipe(base, stack=[str(tmp_path / "first")]), tmp_path / "second", progress=quiet)
     with pytest.raises(UserError, match=r"was trained on top of 1 adapter\(s\) that are not below it"):
         ForgetModel.from_pretrained(base, tmp_path / "second")
     with pytest.raises(UserError, match="first is given after it"):
@@ -131,7 +131,7 @@ def test_the_reference_is_the_stack(base: Path, tmp_path: Path) -> None:
     spec["train"] = {**spec["train"], "max_steps": 1, "logging_steps": 1}
     for reference in ("before", "base"):
         watch = Watch()
-        train({**spec, "reference": reference}, tmp_path / reference, say=quiet, callbacks=[watch])
+        train({**spec, "reference": reference}, tmp_path / reference, progress=quiet, callbacks=[watch])
         loss = next(v for log in watch.logs for k, v in log.items() if k.endswith("forget"))
         neutral = 2 / 0.5 * math.log(2)
         assert (abs(loss - neutral) < 1e-4) == (reference == "before")
@@ -143,21 +143,29 @@ def test_from_a_stack_file(base: Path, tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     for name in "ab":
         add(file, tmp_path / name, request_id=name, reason="r", scale=0.5)
-    made = train(recipe(base), tmp_path / "all", stack=file, say=quiet)
+    made = train(recipe(base), tmp_path / "all", stack=file, progress=quiet)
     assert made is not None and made.manifest.depends_on == [a.adapter_id, b.adapter_id]
     # The recipe that was saved runs again: it names the adapters by id, and the file has them.
     again = train(
-        {**made.recipe, **{k: recipe(base)[k] for k in ("base", "data")}}, tmp_path / "again", stack=file, say=quiet
+        {**made.recipe, **{k: recipe(base)[k] for k in ("base", "data")}},
+        tmp_path / "again",
+        stack=file,
+        progress=quiet,
     )
     assert again is not None and again.adapter_id == made.adapter_id
     with pytest.raises(UserError, match="--stack FILE"):
-        train({**made.recipe, **{k: recipe(base)[k] for k in ("base", "data")}}, tmp_path / "no", say=quiet)
+        train({**made.recipe, **{k: recipe(base)[k] for k in ("base", "data")}}, tmp_path / "no", progress=quiet)
     add(file, tmp_path / "all", request_id="c", reason="r")
     with pytest.raises(UserError, match="all was trained on top of a"):
         revoke(file, "a")
     revoke(file, "a", cascade=True)
     with pytest.raises(UserError, match="has no active adapter"):
-        train({**made.recipe, **{k: recipe(base)[k] for k in ("base", "data")}}, tmp_path / "no", stack=file, say=quiet)
+        train(
+            {**made.recipe, **{k: recipe(base)[k] for k in ("base", "data")}},
+            tmp_path / "no",
+            stack=file,
+            progress=quiet,
+        )
     assert not (tmp_path / "no").exists()
 
 
@@ -171,7 +179,7 @@ def test_of_another_kind(tmp_path: Path, top: str) -> None:
         if top == "lora"
         else ("l", {"type": "expert_lora", "r": 2, "experts": {"0": [0, 1, 2, 3, 4, 5, 6, 7]}})
     )
-    made = train(recipe(base, stack=[str(tmp_path / below)], adapter=adapter), tmp_path / "top", say=quiet)
+    made = train(recipe(base, stack=[str(tmp_path / below)], adapter=adapter), tmp_path / "top", progress=quiet)
     assert made is not None and len(made.manifest.depends_on) == 1
     assert all(("self_attn" in t) == (top == "lora") for t in made.manifest.targets)
     both = ForgetModel.from_pretrained(base, [tmp_path / below, tmp_path / "top"])
@@ -196,10 +204,10 @@ def test_what_cannot_lie_below(base: Path, tmp_path: Path) -> None:
         ([str(tmp_path / "elsewhere")], "other weights"),
     ):
         with pytest.raises(UserError, match=message):
-            train(recipe(base, stack=spec), tmp_path / "no", say=quiet)
+            train(recipe(base, stack=spec), tmp_path / "no", progress=quiet)
     assert not (tmp_path / "no").exists() and not read_below(None)
     with pytest.raises(UserError, match="peft-unlearn compose"):
-        train({**recipe(base), "compose": {"parts": []}}, tmp_path / "no", say=quiet)
+        train({**recipe(base), "compose": {"parts": []}}, tmp_path / "no", progress=quiet)
 
 
 def test_strength_and_weights_below_are_part_of_a_run(base: Path, tmp_path: Path) -> None:
@@ -242,10 +250,10 @@ def test_resumed_over_another_kind_and_not_over_another_stack(tmp_path: Path) ->
     adapter = {"type": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}
     spec = recipe(base, stack=[str(tmp_path / "e")], adapter=adapter)
     spec["train"] = {**spec["train"], "save_strategy": "steps", "save_steps": 1}
-    whole = train(spec, tmp_path / "top", say=quiet)
+    whole = train(spec, tmp_path / "top", progress=quiet)
     assert whole is not None
     shutil.rmtree(tmp_path / "top.work" / "checkpoint-2")
-    resumed = train(spec, tmp_path / "top", say=quiet, resume=True)
+    resumed = train(spec, tmp_path / "top", progress=quiet, resume=True)
     assert resumed is not None and resumed.adapter_id == whole.adapter_id
     with pytest.raises(UserError, match="checkpoint of another run"):
         train(
@@ -264,7 +272,7 @@ def test_a_full_disk_is_a_sentence(base: Path, tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
     try:
         with pytest.raises(UserError, match=r"new: cannot be written \(File too large\)"):
-            train(recipe(base, train=steps), tmp_path / "new", say=lambda _: None)
+            train(recipe(base, train=steps), tmp_path / "new", progress=lambda _: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "new").exists()
@@ -275,6 +283,6 @@ def test_negation_turns_the_new_one_alone(base: Path, tmp_path: Path) -> None:
     watch = Watch()
     spec = recipe(base, stack=[str(tmp_path / "first")])
     spec["adapter"] = {**spec["adapter"], "negate": 2.0}
-    train(spec, tmp_path / "second", say=quiet, callbacks=[watch])
+    train(spec, tmp_path / "second", progress=quiet, callbacks=[watch])
     for n, p in watch.model.named_parameters():
         assert torch.equal(p, watch.seen[-1][n] * (-2 if "lora_B.default" in n else 1)), n

@@ -11,7 +11,7 @@ import pytest
 from peft_unlearn import registry
 from peft_unlearn.errors import Errors, UserError, nearest
 from peft_unlearn.registry import Range, Source
-from peft_unlearn.training.config import UnlearnConfig, reference_of
+from peft_unlearn.training.config import UnlearnConfig
 from peft_unlearn.training.recipe import from_recipe
 
 RECIPE: dict[str, Any] = {"terms": {"forget": {"npo": {}}, "retain": {"nll": {}}}, "train": {"use_cpu": True}}
@@ -26,8 +26,8 @@ def refused(recipe: dict[str, Any]) -> str:
 
 def test_defaults():
     c = UnlearnConfig(output_dir="a/b", use_cpu=True)
-    assert c.output_dir == "a/b.work" and c.adapter_dir == "a/b"
-    assert UnlearnConfig(output_dir="a/b.work", use_cpu=True).output_dir == "a/b.work"
+    assert c.output_dir == "a/b" and c.work_dir == "a/b.work"
+    assert UnlearnConfig(output_dir="a/b/", use_cpu=True).work_dir == "a/b.work"
     assert c.remove_unused_columns is False and c.weight_decay == 0 and c.logging_nan_inf_filter is False
     assert str(getattr(c.lr_scheduler_type, "value", c.lr_scheduler_type)) == "constant" and c.max_grad_norm == 1.0
     assert [(t.gradient, t.batch, t.objective.name, t.weight, dict(t.hyper)) for t in c.term_list] == [
@@ -152,10 +152,6 @@ def test_every_mistake_is_shown_at_once():
         assert part in told
 
 
-def test_reference_of():
-    assert reference_of("precomputed", "a").mode == "before" and reference_of("base", "a").trained == "a"
-
-
 # --- registry -----------------------------------------------------------------------------------------------------
 
 
@@ -196,8 +192,8 @@ def test_the_signature_is_the_schema(method, hyper, complaint):
     assert (not found) if complaint is None else any(complaint in f for f in found)
 
 
-def test_method_as_json(method):
-    about = method.as_json()
+def test_method_to_dict(method):
+    about = method.to_dict()
     assert about["summary"] == "One line." and about["unit"] == "token" and about["needs"] == ["logp"]
     assert about["params"]["k"] == {"type": "int", "default": None, "min": 1, "max": 5}
     assert about["params"]["mode"]["choices"] == ["a", "b"]
@@ -221,7 +217,7 @@ def test_registering_wrongly_is_a_type_error():
 
 def test_every_registered_method_has_what_a_card_needs():
     for m in registry.methods():
-        about = m.as_json()
+        about = m.to_dict()
         assert about["summary"] and len(about["source"]["paper"]) > 3, m.name
         assert about["source"]["url"].startswith("https://") and 2000 < about["source"]["year"] < 2030, m.name
         assert registry.get(m.kind, m.name.replace("_", "-")) is m

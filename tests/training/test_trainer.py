@@ -196,7 +196,7 @@ _LONG = {
 def child(tmp_path: Path, out: Path, resume: bool = False, pause: float = 0.0) -> subprocess.Popen[str]:
     here = Path(__file__).resolve()
     script = tmp_path / "child.py"
-    script.write_text(_CHILD.format(paths=[str(here.parent), str(here.parents[1])], over=_LONG))
+    script.write_text(_CHILD.format(paths=[*map(str, here.parents[:3])], over=_LONG))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [sys.executable, str(script), str(out), "resume" if resume else "start", str(pause)],

@@ -311,7 +311,7 @@ def test_two_gloo_processes_equal_one(tmp_path):
     over = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3}
     here = Path(__file__).resolve()
     script = tmp_path / "rank.py"
-    paths = [str(here.parent), str(here.parents[1])]
+    paths = [*map(str, here.parents[:3])]
     script.write_text(_RANK.format(paths=paths, out=str(tmp_path), names=TOGETHER, over=over))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
