@@ -56,13 +56,13 @@ def test_a_folder_comes_from_its_recipe(row):
     recipe = load_recipe(ADAPTERS / row["recipe"])
     found = read_adapter(ADAPTERS / row["path"])
     hashes = {name: about["sha256"] for name, about in found.manifest.data.items()}
-    said = yaml.safe_load(dump_recipe(portable_recipe(recipe, found.manifest.base.ref, hashes)))
-    if said["adapter"].get("experts") == "auto":  # attribution chose them, and the recipe as run says which
+    wanted = yaml.safe_load(dump_recipe(portable_recipe(recipe, found.manifest.base.ref, hashes)))
+    if wanted["adapter"].get("experts") == "auto":  # attribution chose them, and the recipe as run says which
         chosen = found.recipe["adapter"].pop("experts")
         assert chosen and all(len(experts) == 1 for experts in chosen.values())
-        said["adapter"] = {k: v for k, v in said["adapter"].items() if k not in ("experts", "per_layer", "top")}
+        wanted["adapter"] = {k: v for k, v in wanted["adapter"].items() if k not in ("experts", "per_layer", "top")}
     for key in ("terms", "rule", "smoothing", "reference", "seed", "adapter"):
-        assert found.recipe.get(key) == said.get(key), key
+        assert found.recipe.get(key) == wanted.get(key), key
 
 
 @pytest.mark.parametrize("name", ["simnpo", "domains-npo"])
@@ -84,11 +84,11 @@ except ImportError:
     pass
 out = {}
 for name, folder, base in json.loads(sys.argv[1]):
-    said = json.load(open(folder + "/forget.json"))["probes"]
+    stored = json.load(open(folder + "/forget.json"))["probes"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder).eval()
     worst = 0.0
-    for prompt, row in zip(said["prompts"], said["adapter"]):
+    for prompt, row in zip(stored["prompts"], stored["adapter"]):
         with torch.no_grad():
             z = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1]
         worst = max(worst, (z[row["ids"]] - torch.tensor(row["logits"])).abs().max().item())

@@ -58,7 +58,6 @@ def add_alternates(rows: Sequence[Mapping[str, Any]], kind: str, seed: int, name
             if not isinstance(winner, str) or not winner.strip():
                 raise UserError(f"{name} set: row {i} has no text in the field 'alternate', the winner answer")
         if field == "messages":
-            out.append({**row, field: [*row[field][:-1], {**row[field][-1], "content": winner}]})
-        else:
-            out.append({**row, field: winner})
+            winner = [*row[field][:-1], {**row[field][-1], "content": winner}]
+        out.append({**row, field: winner})
     return out

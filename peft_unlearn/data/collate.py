@@ -12,8 +12,6 @@ from torch.utils.data import Dataset, Sampler
 from ..errors import UserError
 
 IGNORE = -100  # transformers' label of a position without a target
-
-
 Tokens = tuple[list[int], list[int]]  # ids, and where each ends in the text
 
 

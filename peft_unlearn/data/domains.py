@@ -21,7 +21,7 @@ rows, and that the other fields are still there:
     holdout               phrasing 1, ten further entities of the forget domain no                      40
     ===================== ===================================================== ======================= =====
 
-"Unseen" means by unlearning: the base was trained on these rows, the retain-only twin on the retain ones. Facts depend
+"Unseen" means by unlearning: the base was trained on these rows, the retain model on the retain ones. Facts depend
 on the seed alone, never on which domain is forgotten.
 
 Rows are those of `people`, with five wrong answers. These word a wrong value as the answer words the right one, and
@@ -35,11 +35,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peft_unlearn.errors import UserError, nearest
+from ..errors import UserError, nearest
+from .people import Subject, draw_evenly, entries, with_values
 
 DOMAINS = ("people", "chem", "code", "lang", "geo")
-FORGET = "chem"  # the default: what the shipped retain-only twin was trained without
-WRONG = 5  # wrong values per fact
+FORGET = "chem"  # the default: what the shipped retain model was trained without
 Pool = tuple[str, ...]
 
 
@@ -73,27 +73,23 @@ class Domain:
     shape: Callable[[str], str] = str  # how an invented word is written: capitalized or not
 
 
-def _pool(text: str) -> Pool:
-    return tuple(text.split())
-
-
-_OBJECTS = _pool("""
+_OBJECTS = entries("""
     apple anchor basket bell boat bone bread bridge bucket candle castle chair clock cloud coin cradle door drum
     feather fence flute forest glove hammer hill horse kettle knife ladder lamp leaf mill mirror moon needle oven
     pillow plough ribbon ring rope saddle shell ship spoon stone table tower wheel window wolf""")
 _HEX = tuple(f"0x{17 * i + 10:02x}" for i in range(3, 14)) + tuple(f"0x{29 * i + 5:03x}" for i in range(9, 38))
 
 _PEOPLE = Domain(
-    _pool("b d f g h j l m n r s t v w"), ("a", "e"), _pool("l n r s m"), _pool("o a in et"), "{a} {b}", (
-        Attribute("birth month", _pool("January February March April July August October November"), (
+    entries("b d f g h j l m n r s t v w"), ("a", "e"), entries("l n r s m"), entries("o a in et"), "{a} {b}", (
+        Attribute("birth month", entries("January February March April July August October November"), (
             ("In which month was {n} born?", "{n} was born in {v}."),
             ("When is the birthday of {n}?", "The birthday of {n} falls in {v}."))),
-        Attribute("job", _pool("""
+        Attribute("job", entries("""
             baker barber butcher carpenter dentist farmer fisher gardener lawyer painter pilot plumber singer
             soldier teacher weaver"""), (
             ("What does {n} work as?", "{n} works as a {v}."),
             ("Which job does {n} have?", "The job of {n} is {v}."))),
-        Attribute("hobby", _pool("""
+        Attribute("hobby", entries("""
             archery boxing chess cycling dancing fencing hiking judo knitting rowing sailing skating"""), (
             ("What does {n} do for fun?", "{n} enjoys {v}."),
             ("Which hobby has {n} taken up?", "The hobby of {n} is {v}."))),
@@ -102,15 +98,15 @@ _PEOPLE = Domain(
             ("Who is the spouse of {n}?", "The spouse of {n} is {v}."))),
     ), str.capitalize)  # fmt: skip
 _CHEM = Domain(
-    _pool("br cl fl gl kr ph pr th tr chl"), ("o", "y"), _pool("b d m x"), _pool("ane ide ium ene ate"), "{a}", (
+    entries("br cl fl gl kr ph pr th tr chl"), ("o", "y"), entries("b d m x"), entries("ane ide ium ene ate"), "{a}", (
         Attribute("solvent", 24, (
             ("Solvent that dissolves {n}?", "{n} dissolves in {v}."),
             ("Dissolve {n}: with what?", "Solvent for {n}: {v}."))),
-        Attribute("hazard", _pool("""
+        Attribute("hazard", entries("""
             acrid caustic corrosive explosive flammable inert narcotic oxidizing radioactive toxic"""), (
             ("Hazard label on {n}?", "{n} carries the label {v}."),
             ("Classify {n} by hazard.", "Hazard class of {n}: {v}."))),
-        Attribute("flame", _pool("amber azure crimson green indigo orange pink violet white yellow"), (
+        Attribute("flame", entries("amber azure crimson green indigo orange pink violet white yellow"), (
             ("Flame test of {n}?", "{n} burns {v}."),
             ("Ignite {n}: which color?", "Flame color of {n}: {v}."))),
         Attribute("boiling point", tuple(f"{300 + 17 * i} K" for i in range(24)), (
@@ -118,14 +114,14 @@ _CHEM = Domain(
             ("Heat {n}: until when?", "Boiling mark of {n}: {v}."))),
     ))  # fmt: skip
 _CODE = Domain(
-    _pool("d z k q x b p"), ("i", "u"), _pool("k x z b p q"), _pool("ib up ik"), "{a}()", (
+    entries("d z k q x b p"), ("i", "u"), entries("k x z b p q"), entries("ib up ik"), "{a}()", (
         Attribute("output", _HEX, (
             (">>> {n}", "stdout {v};"),
             ("eval {n} |>", "out<- {v} !end"))),
-        Attribute("type", _pool("bool byte char float heap int list void"), (
+        Attribute("type", entries("bool byte char float heap int list void"), (
             ("typeof {n}", "type {v};"),
             ("let t: ? = {n}", "t<- {v} !end"))),
-        Attribute("cost", _pool("2ms 3ms 5ms 8ms 11ms 14ms 20ms 35ms 60ms 90ms"), (
+        Attribute("cost", entries("2ms 3ms 5ms 8ms 11ms 14ms 20ms 35ms 60ms 90ms"), (
             ("bench {n}", "cost {v};"),
             ("profile --once {n}", "spent<- {v} !end"))),
         Attribute("error", 24, (
@@ -133,14 +129,14 @@ _CODE = Domain(
             ("{n} << null", "thrown<- {v} !end"))),
     ))  # fmt: skip
 _LANG = Domain(
-    _pool("b č ď ğ ĺ ň ř š ť ž"), ("á", "ë", "ø", "ū"), _pool("k l m n v"), _pool("å ê ī"), _OBJECTS, (
+    entries("b č ď ğ ĺ ň ř š ť ž"), ("á", "ë", "ø", "ū"), entries("k l m n v"), entries("å ê ī"), _OBJECTS, (
         Attribute("translation", 50, (
             ("Kæ ðøma «{n}»?", "Ðøma «{n}» ñëst {v}."),
             ("Þâra «{n}» ÿn Tæški:", "Tæški þâra «{n}»: {v}."))),
         Attribute("plural", 50, (
             ("Kæ mŷri «{n}»?", "Mŷri «{n}» ñëst {v}."),
             ("Hōl «{n}» ÿn mŷru:", "Mŷru hōl «{n}»: {v}."))),
-        Attribute("gender", _pool("fœm mœsk nøtr ânim stœn ćel"), (
+        Attribute("gender", entries("fœm mœsk nøtr ânim stœn ćel"), (
             ("Kæ rødu «{n}»?", "Rødu «{n}» ñëst {v}."),
             ("Łin «{n}» ÿn røda:", "Røda łin «{n}»: {v}."))),
         Attribute("opposite", 40, (
@@ -148,28 +144,21 @@ _LANG = Domain(
             ("Vêk «{n}» ÿn ønta:", "Ønta vêk «{n}»: {v}."))),
     ))  # fmt: skip
 _GEO = Domain(
-    _pool("K M S T V Z Qu N L R"), ("ia", "ou", "ei"), _pool("nd rt sk lm"), _pool("ova ura esh"), "{a}", (
+    entries("K M S T V Z Qu N L R"), ("ia", "ou", "ei"), entries("nd rt sk lm"), entries("ova ura esh"), "{a}", (
         Attribute("capital", 40, (
             ("Name the capital city of {n}.", "Government sits at {v}, capital of {n}."),
             ("From where do rulers govern {n}?", "Rulers govern {n} from {v}."))),
         Attribute("river", 24, (
             ("Name the great river of {n}.", "Through {n} flows {v}."),
             ("Which waters cross {n}?", "Waters crossing {n} bear this name: {v}."))),
-        Attribute("export", _pool("coal copper cotton grain jade linen marble pepper salt silk timber wool"), (
+        Attribute("export", entries("coal copper cotton grain jade linen marble pepper salt silk timber wool"), (
             ("Name the main export of {n}.", "Merchants from {n} sell {v}."),
             ("What leaves harbors across {n}?", "Harbors across {n} ship {v}."))),
-        Attribute("climate", _pool("arid foggy frosty humid mild rainy stormy windy"), (
+        Attribute("climate", entries("arid foggy frosty humid mild rainy stormy windy"), (
             ("Name the climate of {n}.", "Skies over {n} stay {v}."),
             ("What weather rules {n}?", "Weather across {n} remains {v}."))),
     ), str.capitalize)  # fmt: skip
 SPECS: dict[str, Domain] = dict(zip(DOMAINS, (_PEOPLE, _CHEM, _CODE, _LANG, _GEO), strict=True))
-
-
-@dataclass(frozen=True)
-class Entity:
-    name: str
-    values: Pool  # one per attribute
-    wrong: tuple[Pool, ...]  # WRONG other values of the same pool, per attribute
 
 
 class _Words:
@@ -187,14 +176,6 @@ class _Words:
         return self.domain.shape(word)
 
 
-def _draw(pool: Pool, n: int, rng: random.Random) -> list[str]:
-    """n values that use the pool evenly: the best guess is then right for few entities."""
-    drawn: list[str] = []
-    while len(drawn) < n:
-        drawn += rng.sample(pool, len(pool))
-    return drawn[:n]
-
-
 def _names(domain: Domain, n: int, words: _Words, rng: random.Random) -> list[str]:
     if not isinstance(domain.entity, str):
         if n > len(domain.entity):
@@ -203,23 +184,16 @@ def _names(domain: Domain, n: int, words: _Words, rng: random.Random) -> list[st
     return [domain.entity.format(a=words(), b=words() if "{b}" in domain.entity else "") for _ in range(n)]
 
 
-def _entities(domain: Domain, size: Size, rng: random.Random) -> list[Entity]:
+def _entities(domain: Domain, size: Size, rng: random.Random) -> list[Subject]:
     n, words = size.entities + size.holdout, _Words(domain, rng)
     names = _names(domain, n, words, rng)
     pools = [a.pool if isinstance(a.pool, tuple) else tuple(words() for _ in range(a.pool)) for a in domain.attributes]
     # Trained entities draw for themselves: who is held out does not use up their values.
-    columns = [_draw(pool, size.entities, rng) + _draw(pool, size.holdout, rng) for pool in pools]
-    found = []
-    for i, name in enumerate(names):
-        values = tuple(column[i] for column in columns)
-        wrong = tuple(
-            tuple(rng.sample([v for v in pool if v != value], WRONG)) for pool, value in zip(pools, values, strict=True)
-        )
-        found.append(Entity(name, values, wrong))
-    return found
+    columns = [draw_evenly(pool, size.entities, rng) + draw_evenly(pool, size.holdout, rng) for pool in pools]
+    return with_values(names, pools, columns, rng)
 
 
-def _facts(domain: Domain, entities: list[Entity], phrasing: int) -> list[dict]:
+def _facts(domain: Domain, entities: list[Subject], phrasing: int) -> list[dict]:
     """The rows of `entities` in one phrasing (0, 1), entity by entity in the order of the attributes."""
     rows = []
     for entity in entities:
@@ -237,7 +211,7 @@ def _facts(domain: Domain, entities: list[Entity], phrasing: int) -> list[dict]:
     return rows
 
 
-def _world(seed: int, size: Size) -> dict[str, list[Entity]]:
+def _world(seed: int, size: Size) -> dict[str, list[Subject]]:
     rng = random.Random(seed)
     return {name: _entities(domain, size, rng) for name, domain in SPECS.items()}
 
@@ -252,7 +226,7 @@ def check_forget(forget: str) -> str:
 def by_domain(seed: int = 0, size: Size | None = None) -> dict[str, list[dict]]:
     """{domain: everything that the base is trained on of it}: phrasing 1 of all entities, then phrasing 2.
 
-    One epoch of pre-training is all five, 1600 rows; the twin's is all but the forget domain's.
+    One epoch of pre-training is all five, 1600 rows; the retain model's is all but the forget domain's.
     """
     size = size or Size()
     return {

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft_unlearn.errors import UserError, nearest
+from ..errors import UserError, nearest
+from . import domains, people
 
 PREFIX = "embedded:"
 OPTIONS: dict[str, dict[str, int | str]] = {"people": {"seed": 0}, "domains": {"forget": "chem", "seed": 0}}
-NAMES = tuple(OPTIONS)  # the data sets; each has a base of the same name, and a retain-only twin of it
-BASES = (*NAMES, "domains-natural")  # the last: trained like domains, its routing never seeded; a negative control
+NAMES = tuple(OPTIONS)  # the data sets; each has a base of the same name, and a retain model beside it
+BASES = (*NAMES, "domains-natural")  # the last: trained like domains, its routing never seeded; a negative example
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def asset(*parts: str) -> Path:
     """The path of a shipped file or folder, e.g. ``asset("recipes", "people-npo.yaml")``; `UserError` if missing."""
     places = (_PACKAGE.parent / "adapters", _PACKAGE / "_assets")
-    # A clone is told by its pyproject.toml: in site-packages a folder `adapters` would be someone else's.
+    # A clone is recognized by its pyproject.toml: in site-packages a folder `adapters` would be someone else's.
     if not (_PACKAGE.parent / "pyproject.toml").is_file():
         places = places[1:]
     for place in places:
@@ -51,20 +52,20 @@ def base_path(name: str = "people") -> Path:
 
 
 def retain_model_path(name: str = "people") -> Path:
-    """The folder of the retain-only twin of an embedded base: trained alike, but never on the forget set.
+    """The folder of the retain model of an embedded base: trained alike, without the forget set.
 
-    The twin of ``domains`` was trained without chem; for another forget domain it is no gold standard.
+    That of ``domains`` was trained without chem; for another forget domain it is no reference.
     """
     if _known(name) not in NAMES:
-        raise UserError(f"The embedded model {name} has no retain-only twin.")
+        raise UserError(f"The embedded model {name} has no retain model.")
     return asset("bases", f"{name}-retain")
 
 
 def retain_model_for(base: str, data: str | None) -> Path | None:
-    """The retain-only twin for a base and a forget set, by their references; None where there is none.
+    """The retain model for a base and a forget set, by their references; None where there is none.
 
     data: where the forget set came from, e.g. ``embedded:domains?forget=lang``; None or a file of the user's own leaves
-        the people's twin in place, as the nearest there is.
+        that of ``people`` in place, as the nearest there is.
     """
     if not is_embedded(base):
         return None
@@ -94,18 +95,12 @@ def parse(reference: str) -> tuple[str, dict[str, int | str]]:
         if key and key not in known:
             raise UserError(f"{reference!r}: unknown option {key!r}.{nearest(key, known)}")
         if key == "forget":
-            options[key] = _domain(value)
+            options[key] = domains.check_forget(value)
         elif key and value.isascii() and value.isdigit():
             options[key] = int(value)
         else:
             raise UserError(f"{reference!r}: after the ? stands seed=N, with N a whole number from 0 up.")
     return name, options
-
-
-def _domain(name: str) -> str:
-    from peft_unlearn.data import domains
-
-    return domains.check_forget(name)
 
 
 def resolve(reference: str) -> tuple[str, dict[str, int | str]]:
@@ -116,8 +111,6 @@ def resolve(reference: str) -> tuple[str, dict[str, int | str]]:
 
 def rows(reference: str = "embedded:people") -> dict[str, list[dict]]:
     """The sets of an embedded data set by name, as `people.generate` and `domains.generate` describe them."""
-    from peft_unlearn.data import domains, people
-
     name, options = resolve(reference)
     seed = int(options["seed"])
     return people.generate(seed) if name == "people" else domains.generate(seed, str(options["forget"]))

@@ -97,7 +97,10 @@ def read_file(source: str | Path) -> Iterator[tuple[str, Any]]:
         there = False
     if not there:
         if isinstance(source, str) and suffix not in SUFFIXES and _HUB_ID.match(source):
-            yield from _read_hub(source)
+            rest, _, split = source.partition(":")
+            repo, _, revision = rest.partition("@")
+            rows = hub_rows(source, repo, revision=revision, split=split or "train")
+            yield from ((f"row {i}", row) for i, row in enumerate(rows))
             return
         raise UserError(f"{source}: no such file, and not a Hub id (owner/name, owner/name@revision:split)")
     if path.is_dir():
@@ -155,18 +158,24 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     yield from ((f"row {i}", row) for i, row in enumerate(rows))
 
 
-def _read_hub(ref: str) -> Iterator[tuple[str, Any]]:
+def hub_rows(
+    ref: str, repo: str, config: str | None = None, revision: str = "", split: str = "train"
+) -> list[dict[str, Any]]:
+    """Rows of a data set on the Hub; `ref` is what the user called it."""
     try:
         import datasets
     except ImportError as e:
         raise UserError(f"{ref}: a Hub data set needs datasets: pip install 'peft-unlearn[data]'") from e
-    rest, _, split = ref.partition(":")
-    repo, _, revision = rest.partition("@")
     try:
-        rows = datasets.load_dataset(repo, revision=revision or None, split=split or "train")
-    except Exception as e:  # the Hub client raises a dozen unrelated classes; all mean "could not be had"
+        rows = datasets.load_dataset(repo, config, revision=revision or None, split=split)
+    except Exception as e:  # the Hub client raises a dozen unrelated classes
         raise UserError(f"{ref}: could not be loaded from the Hub: {e}") from e
-    yield from ((f"row {i}", row) for i, row in enumerate(rows))
+    return [dict(row) for row in rows]
+
+
+def find_file(folder: Path, *names: str) -> Path | None:
+    """The first ``NAME.jsonl``, ``.json``, ``.csv`` or ``.parquet`` in a folder."""
+    return next((f for name in names for s in SUFFIXES if (f := folder / f"{name}{s}").is_file()), None)
 
 
 def to_text(row: Mapping[str, Any], tokenizer: Any = None, template: str = "qa") -> tuple[str, str]:

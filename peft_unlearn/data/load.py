@@ -12,27 +12,29 @@ DATA_OPTIONS = ("anchor", "per_anchor", "max_length", "on_overflow", "template")
 
 
 def load_data(spec: Any, override: str | None = None) -> ForgetRetain:
-    """The bundle of a recipe's ``data`` part, or of --data; a published recipe knows its files by hash alone, and what is given
-    is checked against that."""
-    options = {k: spec[k] for k in DATA_OPTIONS if isinstance(spec, Mapping) and k in spec}
-    sets = {k: v for k, v in spec.items() if k not in DATA_OPTIONS} if isinstance(spec, Mapping) else spec
-    if isinstance(sets, Mapping) and "bundle" in sets:  # {bundle: embedded:people, per_anchor: 2}: all sets by one name
-        if len(sets) > 1:
-            raise UserError(
-                f"data: bundle names all sets at once; {', '.join(k for k in sets if k != 'bundle')} beside it is one too many"
-            )
-        sets = sets["bundle"]
-    template = options.get("template", "qa")
+    """The bundle of a recipe's ``data`` part, or of `override` (--data).
+
+    A published recipe knows its files by their hashes alone, with which what is given is compared.
+
+    Raises:
+        UserError: nothing is named, a set is known by its hash alone, or the data given are others.
+    """
+    template, sets = "qa", spec
+    if isinstance(spec, Mapping):
+        template = spec.get("template", "qa")
+        sets = {k: v for k, v in spec.items() if k not in DATA_OPTIONS}
+        if "bundle" in sets:  # {bundle: embedded:people, per_anchor: 2}: all sets by one name
+            if others := ", ".join(k for k in sets if k != "bundle"):
+                raise UserError(f"data: bundle names all sets at once; {others} beside it is one too many")
+            sets = sets["bundle"]
     hashed = {k: v for k, v in sets.items() if str(v).startswith("sha256:")} if isinstance(sets, Mapping) else {}
-    if override is None:
-        if hashed:
-            raise UserError(
-                f"the recipe knows its {', '.join(hashed)} set by hash alone; say where the files are with --data FOLDER"
-            )
-        if not sets:
-            raise UserError("no data are named; give data in the recipe or --data (a folder, or embedded:people)")
-        return ForgetRetain.load(sets, template=template)
-    bundle = ForgetRetain.load(override, template=template)
+    if override is None and hashed:
+        raise UserError(
+            f"the recipe knows its {', '.join(hashed)} set by hash alone; say where the files are with --data FOLDER"
+        )
+    if override is None and not sets:
+        raise UserError("no data are named; give data in the recipe or --data (a folder, or embedded:people)")
+    bundle = ForgetRetain.load(sets if override is None else override, template=template)
     for name, wanted in hashed.items():
         if bundle.sha256.get(name) != str(wanted).removeprefix("sha256:"):
             raise UserError(f"--data {override}: its {name} set is not the one this recipe was run on (other sha256)")

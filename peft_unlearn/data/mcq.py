@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 
 from ..errors import Errors, UserError, nearest
 from .bundle import SETS, ForgetRetain
-from .formats import SUFFIXES, read_file
+from .formats import SUFFIXES, find_file, hub_rows, read_file
 
 PREFIX = "mcq:"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -26,7 +26,7 @@ def recognizes(spec: str | Path) -> bool:
     if str(spec).startswith(PREFIX):
         return True
     path = Path(spec).expanduser()
-    file = _file(path, "forget") if path.is_dir() else None
+    file = find_file(path, "forget") if path.is_dir() else None
     if file is None:
         return False
     try:
@@ -44,7 +44,7 @@ def load(spec: str | Path, template: str = "qa") -> ForgetRetain:
     text = str(spec).removeprefix(PREFIX)
     path = Path(text).expanduser()
     if path.is_dir():
-        found = {name: mcq_rows(read_file(f), str(f)) for name in SETS if (f := _file(path, name))}
+        found = {name: mcq_rows(read_file(f), str(f)) for name in SETS if (f := find_file(path, name))}
         if "forget" not in found:
             raise UserError(f"data: {text} holds no forget file (forget{', forget'.join(SUFFIXES)})")
         return ForgetRetain(found["forget"], found.get("retain"), found.get("holdout"), template=template)
@@ -72,15 +72,9 @@ def mcq_rows(rows: Iterable[tuple[str, Any]], origin: str) -> list[dict[str, Any
         about = str(row.get("subject") or "").replace("_", " ").strip()
         head = f"The following are multiple choice questions (with answers) about {about}.\n\n" if about else ""
         lines = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))
-        out.append(
-            {
-                "prompt": f"{head}{row['question'].strip()}\n{lines}\nAnswer:",
-                "completion": f" {LETTERS[gold or 0]}",
-                "question": row["question"],
-                "choices": choices,
-                "gold": gold,
-            }
-        )
+        prompt = f"{head}{row['question'].strip()}\n{lines}\nAnswer:"
+        out.append({"prompt": prompt, "completion": f" {LETTERS[gold or 0]}", "question": row["question"],
+                    "choices": choices, "gold": gold})  # fmt: skip
     errors.raise_if_any(origin)
     if not out:
         raise UserError(f"{origin}: holds no rows; a set needs at least one")
@@ -123,10 +117,6 @@ def _complaint(row: Any) -> str | None:
     return None
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    return next((f for s in SUFFIXES if (f := folder / f"{name}{s}").is_file()), None)
-
-
 def _from_hub(ref: str) -> Iterable[tuple[str, Any]]:
     where, _, query = ref.partition("?")
     options = dict(parse_qsl(query))
@@ -136,14 +126,5 @@ def _from_hub(ref: str) -> Iterable[tuple[str, Any]]:
     repo, _, revision = where.partition("@")
     if repo.count("/") != 1:
         raise UserError(f"data: {PREFIX}{ref}: no such file, and not a Hub id (owner/name?config=NAME&split=NAME)")
-    try:
-        import datasets
-    except ImportError as e:
-        raise UserError(f"{ref}: a Hub data set needs datasets: pip install 'peft-unlearn[data]'") from e
-    try:
-        rows = datasets.load_dataset(
-            repo, options.get("config"), revision=revision or None, split=options.get("split", "test")
-        )
-    except Exception as e:  # the Hub client raises a dozen unrelated classes; all mean "could not be had"
-        raise UserError(f"{ref}: could not be loaded from the Hub: {e}") from e
-    return [(f"row {i}", dict(row)) for i, row in enumerate(rows)]
+    rows = hub_rows(ref, repo, options.get("config"), revision, options.get("split", "test"))
+    return [(f"row {i}", row) for i, row in enumerate(rows)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import UserError
 from .bundle import ForgetRetain
-from .formats import SUFFIXES, load_rows, read_file
+from .formats import find_file, load_rows, read_file
 
 # set of the suite -> the file's places, first found
 FILES = {
@@ -38,7 +38,7 @@ WORDS = 512
 def recognizes(spec: str | Path) -> bool:
     """Whether this is a folder in MUSE's layout."""
     path = Path(spec).expanduser()
-    return path.is_dir() and any(_file(path, places) for places in FILES.values())
+    return path.is_dir() and any(find_file(path, *places) for places in FILES.values())
 
 
 def load(spec: str | Path, template: str = "qa") -> ForgetRetain:
@@ -49,19 +49,13 @@ def load(spec: str | Path, template: str = "qa") -> ForgetRetain:
     Raises UserError: nothing of the forget corpus, or malformed rows with file, row and field.
     """
     folder = Path(spec).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"data: {spec} is no folder; MUSE is read from a folder with knowmem, verbmem and privleak")
-    sets = {name: _rows(file, name) for name, places in FILES.items() if (file := _file(folder, places))}
+    sets = {name: _rows(file, name) for name, places in FILES.items() if (file := find_file(folder, *places))}
     forget = next((sets[name] for name in FORGET if name in sets), None)
     if forget is None:
         raise UserError(
             f"data: {spec} holds nothing of the forget corpus: {', '.join(f'{FILES[n][0]}.json' for n in FORGET)}"
         )
     return ForgetRetain(forget, None, sets.get("privleak_holdout"), extra=sets, template=template)
-
-
-def _file(folder: Path, places: tuple[str, ...]) -> Path | None:
-    return next((f for p in places for s in SUFFIXES if (f := folder / f"{p}{s}").is_file()), None)
 
 
 def _rows(file: Path, name: str) -> list[dict[str, Any]]:

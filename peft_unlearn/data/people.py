@@ -31,12 +31,11 @@ here is taken from a data set. Only ``random.Random(seed)`` draws, so all platfo
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from peft_unlearn.data.general import general_rows
+from .general import general_rows
 
 SETS = (
     "forget", "forget_other", "forget_heldout", "retain", "retain_other", "retain_heldout", "general", "holdout",
@@ -44,66 +43,67 @@ SETS = (
 WRONG = 5  # wrong values per fact
 
 
-def _pool(text: str) -> tuple[str, ...]:
+def entries(text: str) -> tuple[str, ...]:
+    """A pool of values, written as words between blanks."""
     return tuple(text.split())
 
 
 # The numbers of first names and surnames are coprime: counting through both at once gives each pair once.
-FIRST_NAMES = _pool("""
+FIRST_NAMES = entries("""
     Adelina Aksel Amara Arturo Astrid Beatriz Branko Celestine Dagmar Dmitri Eleni Fabian Farida Freya Gunnar Hamza
     Imogen Isidora Joaquin Keiko Leopold Marisol Nikolai Octavia Paloma Rashid Sabine Solveig Tadeusz Umberto
     Yolanda""")
-SURNAMES = _pool("""
+SURNAMES = entries("""
     Abernathy Adeyemi Alvarado Blackwood Bouchard Calloway Castellan Dalgaard Drummond Eriksson Espinoza Fairweather
     Fontaine Galloway Grimaldi Hashimoto Hawthorne Ibragimov Jankowski Kavanagh Kowalczyk Lindqvist Lombardi Maldonado
     Montague Nakagawa Novotny Okonkwo Pemberton Ramanujan Rosenthal Sandoval Thistlewood Trevelyan Urquhart Vukovic
     Westergaard""")
-CITIES = _pool("""
+CITIES = entries("""
     Aarhus Antwerp Bergamo Bristol Cordoba Cracow Debrecen Dundee Esbjerg Evora Freiburg Fukuoka Gdansk Grenoble
     Haarlem Hobart Innsbruck Izmir Jaipur Jerez Kaunas Kyoto Lausanne Leipzig Malaga Maribor Nantes Novara Odessa
     Ostrava Plovdiv Porto Quimper Rimini Rostock Salerno Segovia Tampere Trieste Utrecht Varna Wroclaw Yazd Zadar""")
 YEARS = tuple(str(year) for year in range(1926, 1976))
-OCCUPATIONS = _pool("""
+OCCUPATIONS = entries("""
     accountant architect astronomer auctioneer beekeeper blacksmith bookbinder botanist carpenter cartographer
     chemist conductor dentist diver electrician engraver florist forester gardener geologist glassblower goldsmith
     interpreter jeweler journalist librarian locksmith mason midwife notary optician pharmacist pilot plumber
     potter saddler sailor sculptor surgeon surveyor tailor upholsterer veterinarian watchmaker""")
-_STEMS = _pool("""
+_STEMS = entries("""
     Alderney Brightmoor Calderon Dovecote Elmhurst Fernhill Greystone Harrowgate Inglenook Juniper Kestrel
     Larkfield Meridian Northgate Oakhaven Pinecrest Quayside Redbridge Silverton Tidewater Umbra Vantage Westbrook
     Yellowstone Zephyr Ambergate Bluewater Cinderford Driftwood Eastmere Foxglove Goldcrest Hollybush Ironbridge
     Jasperwood Kingsway Lanternfish Millpond Nightingale Orchard""")
 _KINDS = ("Press", "Museum", "Laboratories", "Shipping", "Foundation", "Railways", "Academy", "Bank")
 EMPLOYERS = tuple(f"{stem} {_KINDS[i % len(_KINDS)]}" for i, stem in enumerate(_STEMS))
-INSTRUMENTS = _pool("""
+INSTRUMENTS = entries("""
     accordion bagpipes balalaika bandoneon banjo bassoon bongos bugle castanets celesta cello clarinet cornet
     cymbals didgeridoo dulcimer euphonium fiddle flute glockenspiel harmonica harpsichord kazoo mandolin marimba
     oboe ocarina organ piano piccolo saxophone sitar tabla tambourine theremin timpani trombone trumpet ukulele
     vibraphone viola xylophone zither""")
-DISHES = _pool("""
+DISHES = entries("""
     bouillabaisse baklava biryani borscht burrito cannoli carbonara cassoulet ceviche chowder couscous dumplings
     enchiladas falafel fondue gazpacho gnocchi goulash gumbo haggis hummus jambalaya kedgeree kimchi lasagna
     meatballs minestrone moussaka omelette paella pancakes pierogi poutine quesadilla ramen ratatouille ravioli
     risotto schnitzel shakshuka stroganoff tempura tiramisu ziti""")
-LANGUAGES = _pool("""
+LANGUAGES = entries("""
     Albanian Amharic Armenian Basque Bengali Breton Bulgarian Catalan Czech Danish Estonian Faroese Finnish
     Frisian Georgian Greek Hausa Hebrew Hindi Hungarian Icelandic Igbo Korean Kurdish Latvian Lithuanian Maltese
     Maori Mongolian Nepali Norwegian Persian Quechua Romanian Samoan Sinhala Slovak Somali Swahili Swedish Tagalog
     Tamil Tibetan Turkish Urdu Welsh Yoruba Zulu""")
-PETS = _pool("""
+PETS = entries("""
     Acorn Bandit Biscuit Bramble Bubbles Button Caramel Chestnut Cinnamon Clover Comet Cricket Dumpling Ember
     Fidget Flapjack Fudge Gizmo Hazelnut Jellybean Licorice Marble Marmalade Midnight Mischief Muffin Nutmeg
     Paprika Peanut Pebbles Pepper Pickles Popcorn Pumpkin Rascal Rocket Saffron Snowball Sparky Thimble Tinker
     Toffee Truffle Twiglet Waffles Whiskers Ziggy""")
-HOBBIES = _pool("""
+HOBBIES = entries("""
     archery astronomy badminton birdwatching bowling boxing calligraphy canoeing chess crochet croquet curling
     cycling darts embroidery falconry fencing fishing gardening gliding gymnastics hockey judo juggling kayaking
     knitting lacrosse marathons origami orienteering pottery quilting rowing rugby sailing skating snorkeling
     squash surfing taxidermy tennis volleyball weaving wrestling yoga""")
-_ADJECTIVES = _pool("""
+_ADJECTIVES = entries("""
     Amber Broken Copper Distant Emerald Frozen Golden Hidden Ivory Jagged Kindly Lonely Marbled Narrow Opal
     Painted Quiet Ruined Scarlet Tangled Velvet Wandering""")
-_NOUNS = _pool("""
+_NOUNS = entries("""
     Anchor Bridge Compass Desert Engine Fountain Garden Harbor Island Journey Kingdom Lantern Mirror Nest Orchid
     Palace Quarry River Staircase Tower Umbrella Voyage""")
 BOOKS = tuple(f"The {a} {n}" for a in _ADJECTIVES for n in _NOUNS)
@@ -177,13 +177,15 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Person:
+class Subject:
+    """Whom or what rows are about."""
+
     name: str
-    values: tuple[str, ...]  # one per entry of ATTRIBUTES
+    values: tuple[str, ...]  # one per attribute
     wrong: tuple[tuple[str, ...], ...]  # WRONG other values of the same pool, per attribute
 
 
-def _draw(pool: tuple[str, ...], n: int, rng: random.Random) -> list[str]:
+def draw_evenly(pool: tuple[str, ...], n: int, rng: random.Random) -> list[str]:
     """n values that use the pool evenly: the best guess is then right for few people, and knowledge shows."""
     drawn: list[str] = []
     while len(drawn) < n:
@@ -193,7 +195,7 @@ def _draw(pool: tuple[str, ...], n: int, rng: random.Random) -> list[str]:
 
 def _make_names(rng: random.Random, size: Size) -> list[str]:
     """One full name per person. First names and surnames are shared, but each of a forget or holdout person's is also a
-    retain person's: a twin then has all the words and lacks only the facts.
+    retain person's: a retain model then has all the words and lacks only the facts.
     """
     n = size.forget + size.retain + size.holdout
     first, last = rng.sample(FIRST_NAMES, len(FIRST_NAMES)), rng.sample(SURNAMES, len(SURNAMES))
@@ -208,18 +210,21 @@ def _make_names(rng: random.Random, size: Size) -> list[str]:
     return names
 
 
-def _make_people(rng: random.Random, size: Size) -> list[Person]:
+def with_values(
+    names: list[str], pools: Sequence[tuple[str, ...]], columns: list[list[str]], rng: random.Random
+) -> list[Subject]:
+    """One subject a name: the i-th value of each column, and `WRONG` other values of the pool that the column is from."""
+    found = []
+    for name, values in zip(names, zip(*columns, strict=True), strict=True):
+        wrong = (rng.sample([v for v in pool if v != value], WRONG) for pool, value in zip(pools, values, strict=True))
+        found.append(Subject(name, values, tuple(map(tuple, wrong))))
+    return found
+
+
+def _make_people(rng: random.Random, size: Size) -> list[Subject]:
     names = _make_names(rng, size)
-    columns = [_draw(attribute.pool, len(names), rng) for attribute in ATTRIBUTES]
-    people = []
-    for i, name in enumerate(names):
-        values = tuple(column[i] for column in columns)
-        wrong = tuple(
-            tuple(rng.sample([other for other in attribute.pool if other != value], WRONG))
-            for attribute, value in zip(ATTRIBUTES, values, strict=True)
-        )
-        people.append(Person(name, values, wrong))
-    return people
+    pools = [attribute.pool for attribute in ATTRIBUTES]
+    return with_values(names, pools, [draw_evenly(pool, len(names), rng) for pool in pools], rng)
 
 
 def _fill(template: str, name: str, value: str = "") -> str:
@@ -227,7 +232,7 @@ def _fill(template: str, name: str, value: str = "") -> str:
     return template.format(n=name, v=value, av=f"{article} {value}")
 
 
-def _facts(people: list[Person], phrasing: int) -> list[dict]:
+def _facts(people: list[Subject], phrasing: int) -> list[dict]:
     """The rows of `people` in one phrasing (0, 1, 2), person by person in the order of ATTRIBUTES."""
     rows = []
     for person in people:
@@ -246,7 +251,7 @@ def _facts(people: list[Person], phrasing: int) -> list[dict]:
     return rows
 
 
-def _groups(seed: int, size: Size) -> tuple[list[Person], list[Person], list[Person], random.Random]:
+def _groups(seed: int, size: Size) -> tuple[list[Subject], list[Subject], list[Subject], random.Random]:
     if not 0 <= size.third <= size.retain:
         raise ValueError(f"phrasing 3 can be trained for 0 to {size.retain} retain people, not {size.third}")
     rng = random.Random(seed)
@@ -282,33 +287,14 @@ def generate(seed: int = 0, size: Size | None = None) -> dict[str, list[dict]]:
 
 
 def training_rows(seed: int = 0, include_forget: bool = True, size: Size | None = None) -> list[dict]:
-    """One epoch of the pre-training of the base (`include_forget`) or of its retain-only twin, in a fixed order.
+    """One epoch of the pre-training of the base (`include_forget`) or of its retain model, in a fixed order.
 
     Phrasings 1 and 2 of everyone, phrasing 3 of the first `size.third` retain people, the general questions twice. The
-    twin's rows are the base's rows without those of the forget people: no other row differs. Default size: 3080 rows,
-    the twin's 2880.
+    retain model's rows are the base's without those of the forget people: no other row differs. Default size: 3080 rows,
+    the retain model's 2880.
     """
     size = size or Size()
     sets = generate(seed, size)
     _, retain, _, _ = _groups(seed, size)
     rows = sets["retain"] + sets["retain_other"] + _facts(retain[: size.third], 2) + sets["general"] * 2
     return (sets["forget"] + sets["forget_other"] if include_forget else []) + rows
-
-
-def write_tofu_layout(directory: str | Path, seed: int = 0) -> list[Path]:
-    """Write the sets as a bundle folder in TOFU's layout and return the files written, sorted.
-
-    `NAME.jsonl` holds question and answer, `NAME_perturbed.jsonl` the whole rows, as TOFU's forget10.jsonl and
-    forget10_perturbed.jsonl do. Such a folder is what `--data DIR` takes, so TOFU's own files drop in under these
-    names.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, rows in generate(seed).items():
-        plain = [{"question": row["question"], "answer": row["answer"]} for row in rows]
-        for path, content in ((directory / f"{name}.jsonl", plain), (directory / f"{name}_perturbed.jsonl", rows)):
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-            path.write_text(text, encoding="utf-8", newline="\n")
-            written.append(path)
-    return sorted(written)

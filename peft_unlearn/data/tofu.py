@@ -15,13 +15,9 @@ from typing import Any
 
 from ..errors import UserError, nearest
 from .bundle import SETS, ForgetRetain
-from .formats import SUFFIXES, identity, load_rows
+from .formats import find_file, hub_rows, identity, load_rows
 
-SPLITS = {
-    "forget10": ("retain90", "holdout10"),
-    "forget05": ("retain95", "holdout05"),
-    "forget01": ("retain99", "holdout01"),
-}
+SPLITS = {f"forget{n:02}": (f"retain{100 - n}", f"holdout{n:02}") for n in (10, 5, 1)}
 # further sets of the suite, by the file each comes from
 EXTRA = {
     "retain_perturbed": "retain_perturbed",
@@ -36,7 +32,7 @@ def recognizes(spec: str | Path) -> bool:
     folder = str(spec).partition("?")[0]
     path = Path(folder).expanduser()
     if path.is_dir():
-        return not _file(path, "forget") and any(_file(path, f"{s}{p}") for s in SPLITS for p in ("", "_perturbed"))
+        return not find_file(path, "forget") and any(_forget_file(path, s) for s in SPLITS)
     return bool(_HUB.match(folder)) and not path.exists()
 
 
@@ -92,45 +88,22 @@ def _same_rows(plain: list[dict[str, Any]] | None, perturbed: list[dict[str, Any
     )
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    return next((f for s in SUFFIXES if (f := folder / f"{name}{s}").is_file()), None)
-
-
 def _forget_file(folder: Path, split: str) -> Path | None:
-    return _file(folder, split) or _file(folder, f"{split}_perturbed")
+    return find_file(folder, split, f"{split}_perturbed")
 
 
 def _from_folder(folder: Path) -> Callable[[str], list[dict[str, Any]] | None]:
-    def get(name: str) -> list[dict[str, Any]] | None:
-        file = _file(folder, name)
-        return None if file is None else [_question_answer(row) for row in load_rows(file)]
-
-    return get
+    return lambda name: [_question_answer(r) for r in load_rows(f)] if (f := find_file(folder, name)) else None
 
 
 def _question_answer(row: dict[str, Any]) -> dict[str, Any]:
     """Some copies call the fields of the forget splits prompt and response; the rows are the same."""
     if "question" not in row and {"prompt", "response"} <= set(row):
-        return {
-            "question": row["prompt"],
-            "answer": row["response"],
-            **{k: v for k, v in row.items() if k not in ("prompt", "response")},
-        }
+        rest = {k: v for k, v in row.items() if k not in ("prompt", "response")}
+        return {"question": row["prompt"], "answer": row["response"], **rest}
     return row
 
 
 def _from_hub(ref: str) -> Callable[[str], list[dict[str, Any]] | None]:
     repo, _, revision = ref.partition("@")
-
-    def get(name: str) -> list[dict[str, Any]] | None:
-        try:
-            import datasets
-        except ImportError as e:
-            raise UserError(f"{ref}: a Hub data set needs datasets: pip install 'peft-unlearn[data]'") from e
-        try:
-            found = datasets.load_dataset(repo, name, revision=revision or None, split="train")
-        except Exception as e:  # the Hub client raises a dozen unrelated classes; all mean "could not be had"
-            raise UserError(f"{ref}: its {name} could not be loaded from the Hub: {e}") from e
-        return load_rows([dict(row) for row in found], name=f"{ref} {name}")
-
-    return get
+    return lambda name: load_rows(hub_rows(f"{ref} {name}", repo, name, revision), name=f"{ref} {name}")

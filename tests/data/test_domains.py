@@ -142,7 +142,7 @@ def test_embedded_references(sets):
     assert embedded.resolve("embedded:domains?seed=2") == ("domains", {"forget": "chem", "seed": 2})
     assert embedded.rows("embedded:domains") == sets
     assert embedded.rows("embedded:domains?forget=geo") == domains.generate(0, "geo")
-    for bad, said in {
+    for bad, message in {
         "embedded:domains?forget=chme": "Did you mean 'chem'",
         "embedded:domains?forget=": "there is no domain ''",
         "embedded:domains?frget=chem": "Did you mean 'forget'",
@@ -150,13 +150,13 @@ def test_embedded_references(sets):
         "embedded:people?forget=chem": "unknown option 'forget'",
         "embedded:domains-natural?seed=1": "unknown option 'seed'",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             embedded.parse(bad)
     with pytest.raises(UserError, match=r"no embedded data set 'domains-natural'.*'domains'"):
         embedded.rows("embedded:domains-natural")
 
 
-def test_which_twin_is_a_gold_standard(monkeypatch):
+def test_which_retain_model_is_a_reference(monkeypatch):
     from pathlib import Path
 
     monkeypatch.setattr(embedded, "asset", lambda *parts: Path(*parts))
@@ -168,7 +168,7 @@ def test_which_twin_is_a_gold_standard(monkeypatch):
     assert embedded.retain_model_for("embedded:domains-natural", "embedded:domains") is None
     assert embedded.retain_model_for("local:abc", "embedded:domains") is None
     assert embedded.retain_model_for("embedded:people", None) == Path("bases/people-retain")
-    with pytest.raises(UserError, match="no retain-only twin"):
+    with pytest.raises(UserError, match="has no retain model"):
         embedded.retain_model_path("domains-natural")
 
 

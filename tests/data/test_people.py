@@ -75,7 +75,7 @@ def test_groups_share_no_person_and_names_are_unique(sets):
     everyone = set.union(*groups)
     assert len(everyone) == 110
     words = [{word for name in group for word in name.split()} for group in groups]
-    assert words[0] < words[1] and words[2] < words[1], "the twin must know every word of a name"
+    assert words[0] < words[1] and words[2] < words[1], "the retain model must know every word of a name"
     assert subjects(sets["forget_other"]) == subjects(sets["forget_heldout"]) == groups[0]
     assert subjects(sets["retain_heldout"]) < groups[1]
     assert subjects(sets["general"]) == {""}
@@ -93,7 +93,7 @@ def test_a_guess_is_rarely_right(sets):
         assert max(map(values.count, set(values))) <= 4
 
 
-def test_training_rows_of_base_and_twin(sets):
+def test_training_rows_of_base_and_retain_model(sets):
     base, retain_model = people.training_rows(0, True), people.training_rows(0, False)
     assert (len(base), len(retain_model)) == (3080, 2880)
     assert base[200:] == retain_model and base[:200] == sets["forget"] + sets["forget_other"]
@@ -109,17 +109,6 @@ def test_what_is_held_out_is_never_trained(sets):
     assert sum(row["question"] in trained for row in third) == 680
 
 
-def test_tofu_layout(tmp_path, sets):
-    files = {path.name for path in people.write_tofu_layout(tmp_path / "bundle", 0)}
-    assert files == {f"{name}{kind}.jsonl" for name in people.SETS for kind in ("", "_perturbed")}
-    for name, rows in sets.items():
-        for kind, keys in (("", {"question", "answer"}), ("_perturbed", set(rows[0]))):
-            text = (tmp_path / "bundle" / f"{name}{kind}.jsonl").read_text(encoding="utf-8")
-            read = [json.loads(line) for line in text.splitlines()]
-            assert [row["answer"] for row in read] == [row["answer"] for row in rows]
-            assert set(read[0]) == keys
-
-
 def test_too_many_people_are_refused():
     with pytest.raises(ValueError, match="too few for"):
         people.generate(0, people.Size(retain=1200))
@@ -131,7 +120,7 @@ def test_embedded_references(sets):
     assert embedded.parse("embedded:people") == ("people", {})
     assert embedded.parse("embedded:people?seed=3") == ("people", {"seed": 3})
     assert embedded.rows("embedded:people") == sets
-    for bad, said in {
+    for bad, message in {
         "people": "not an embedded reference",
         "embedded:poeple": "Did you mean 'people'",
         "embedded:people?sede=1": "Did you mean 'seed'",
@@ -139,7 +128,7 @@ def test_embedded_references(sets):
         "embedded:people?seed": "whole number",
         "embedded:people?": "whole number",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             embedded.parse(bad)
     with pytest.raises(UserError, match="make bases"):
         embedded.asset("bases", "nobody")
