@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 X, Y = "forget/extraction_strength", "retain_heldout/value_accuracy"
-VERSION = 1  # of the drawing: raise it and the picture counts as stale
+VERSION = 2  # of the drawing: raise it and the picture counts as stale
 Point = tuple[str, float, float, str]  # label, x, y, "base" | "twin" | "recipe"
 
 
@@ -17,7 +17,7 @@ def points(results: Mapping[str, Any]) -> list[Point]:
     out: list[Point] = []
     for name in ("base", "twin"):
         if (f := results.get("models", {}).get(name)) is not None:
-            out.append((name, f[X], f[Y], name))
+            out.append((name.replace("twin", "retain model"), f[X], f[Y], name))
     for name, row in sorted(results["recipes"].items()):
         f = row.get("figures") or {}
         if f.get(X) is not None and f.get(Y) is not None:
@@ -65,7 +65,7 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
     low = min(y for _, _, y, _ in found)
     ax.set_xlim(-0.04, 1.06)
     ax.set_ylim(low - 0.08, 1.06)
-    ax.set_xlabel("extraction strength of the forget answers (the twin's: what can be guessed)")
+    ax.set_xlabel("extraction strength of the forget answers (the retain model's: what can be guessed)")
     ax.set_ylabel("value accuracy of retain questions, wording never trained")
     ax.set_title("Recipes on the embedded people: one seed, one base", fontsize=11)
     ax.grid(alpha=0.25, lw=0.6)

@@ -3,14 +3,16 @@
     python docs/generate.py            # `make docs`
     python docs/generate.py --check    # exit 1 when a page or the picture is not what would be written now
 
-One page per method, docs/methods/README.md with all of them in one table and every recipe's figures in another, and the picture of
-those figures. Nothing else is read, so the same inputs give the same pages.
+One page per method that somebody wrote a card for, docs/methods/README.md with all of them in one table and every recipe's figures in
+another, and the picture of those figures. A method without a card has its page on the site (docs/site_hook.py), made of its docstring
+and its signature. Nothing else is read, so the same inputs give the same pages.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import re
 import sys
@@ -67,9 +69,9 @@ READING = """\
   1 is the wording that unlearning sees; 2 one that the base was trained on and unlearning does not see; 3 one that the base was
   never trained on for these people. n = {n[forget]} / {n[forget_other]} / {n[forget_heldout]} for forget, {n[retain]} / {n[retain_other]} /
   {n[retain_heldout]} for retain, {n[general]} general questions.
-* **ES**: extraction strength of wording 1; the twin shows how much of an answer can be guessed. **p(answer) forget**:
+* **ES**: extraction strength of wording 1; the retain model shows how much of an answer can be guessed. **p(answer) forget**:
   length-normalized likelihood of the forget answers.
-* **forget quality p, D**: Kolmogorov-Smirnov test of the forget truth ratios against those of the one twin. It looks at the
+* **forget quality p, D**: Kolmogorov-Smirnov test of the forget truth ratios against those of the one retain model. It looks at the
   forget answers alone, so a damaged model can have a high p; see [limits](../limits.md). **utility**: model utility.
 * **rows**: forget and retain rows in a step. `people-npo` sees twice the retain rows of the recipes that smooth, average or
   rectify NPO, and more steps; the difference between them is not the smoothing's.
@@ -179,7 +181,7 @@ def measured_table(names: list[str], have: dict[str, Any], found: dict[str, Any]
     """Rows of the base, the twin and those recipes that were measured."""
     rows = [
         figures_row(f"*{label}*", found["models"][which], "– | – | –")
-        for which, label in (("base", "base, nothing forgotten"), ("twin", "twin, never saw the forget set"))
+        for which, label in (("base", "base, nothing forgotten"), ("twin", "retain model, without the forget set"))
         if which in found.get("models", {})
     ]
     for name in names:
@@ -259,24 +261,38 @@ def own_recipe(m: Any, users: list[str], have: Mapping[str, Any]) -> str | None:
     return next(iter([*named, *main, *users]), None)
 
 
-def page(
-    m: Any, card: Mapping[str, Any], shared: Mapping[str, str], have: dict[str, Any], found: dict[str, Any]
-) -> str:
-    users = [n for n, r in have.items() if f"{m.kind}/{m.name}" in r["uses"]]
+def head(m: Any) -> list[str]:
     s = m.source
-    out = [
-        NOTE,
-        f"# {m.name}\n",
-        f"*{m.kind.replace('_', ' ')}*, from [{s.paper}]({s.url}) ({s.year}).\n",
-        f"{plain(m.summary)}\n",
-    ]
-    out += ["## When\n", f"{card['use']}\n", "## Formula\n", f"```text\n{card['formula']}\n```\n"]
-    out += ["## Hyper-parameters\n", params_table(m, card, shared)]
+    return [NOTE, f"# {m.name}\n", f"*{m.kind.replace('_', ' ')}*, from [{s.paper}]({s.url}) ({s.year}).\n"]
+
+
+def hyper(m: Any, card: Mapping[str, Any], shared: Mapping[str, str]) -> list[str]:
+    out = ["## Hyper-parameters\n", params_table(m, card, shared)]
     if m.kind in RESERVED:
         spaces = ", ".join(f"`{x}`" for x in m.extra.get("spaces", ()))
         out.append(
             RESERVED[m.kind].format(spaces=f"{spaces} (the first is the default)" if "," in spaces else spaces) + "\n"
         )
+    return out
+
+
+def bare_page(m: Any, shared: Mapping[str, str]) -> str:
+    """The page of a method for which nobody has written a card: its docstring, its signature, how a recipe names it."""
+    values = {p.name: "..." if p.required else p.default for p in m.params.values()}
+    named = f"{m.name}: {flow(values)}"
+    named = f"terms:\n  forget: {{{named}}}" if m.kind == "objective" else f"{m.kind}: {{{named}}}"
+    doc = (inspect.getdoc(m.fn) or "").replace("``", "`")
+    out = [*head(m), f"{doc}\n", *hyper(m, {}, shared), "## Our form\n", f"{m.faithful.capitalize()}.\n"]
+    return "\n".join([*out, "## Recipe\n", f"With every default, to be put into any recipe.\n\n```yaml\n{named}\n```\n"])
+
+
+def page(
+    m: Any, card: Mapping[str, Any], shared: Mapping[str, str], have: dict[str, Any], found: dict[str, Any]
+) -> str:
+    users = [n for n, r in have.items() if f"{m.kind}/{m.name}" in r["uses"]]
+    out = [*head(m), f"{plain(m.summary)}\n"]
+    out += ["## When\n", f"{card['use']}\n", "## Formula\n", f"```text\n{card['formula']}\n```\n"]
+    out += hyper(m, card, shared)
     out.append("## Published values\n")
     published = card["published"]
     if published:
@@ -303,10 +319,12 @@ def page(
             out.append("Also in " + ", ".join(f"[{n}](../../adapters/recipes/{n}.yaml)" for n in others) + ".\n")
     elif "example" in card:
         out.append(f"Written for this page, not measured.\n\n```yaml\n{example_text(card, m.name)}```\n")
-    else:
+    elif "fragment" in card:
         out.append(
             f"The parts that matter; base, adapter and training as in any other.\n\n```yaml\n{card['fragment'].strip()}\n```\n"
         )
+    else:
+        out.pop()
     return "\n".join(out)
 
 
@@ -338,11 +356,15 @@ def overview(ms: list[Any], have: dict[str, Any], found: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
-def build() -> dict[str, str]:
-    """File name in docs/methods -> what it should hold."""
+def build(written_only: bool = True) -> dict[str, str]:
+    """File name in docs/methods -> what it should hold; with the pages of methods without a card, or without."""
     written, found, have = cards(), results(), recipes()
-    ms = methods()
-    out = {f"{m.name}.md": page(m, written[f"{m.kind}/{m.name}"], written["shared"], have, found) for m in ms}
+    ms = [m for m in methods() if not written_only or f"{m.kind}/{m.name}" in written]
+    out = {}
+    for m in ms:
+        card = written.get(f"{m.kind}/{m.name}")
+        shared = written["shared"]
+        out[f"{m.name}.md"] = page(m, card, shared, have, found) if card else bare_page(m, shared)
     return {**out, "README.md": overview(ms, have, found)}
 
 

@@ -1,0 +1,119 @@
+"""What mkdocs adds to the pages of docs/: pages whose text lies elsewhere, the reference of the public names, every method's page.
+
+The files themselves read well in the repository: their links are relative to where they lie. Here each link is turned into one to
+the page of the site, or to the repository where the site has no such page.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import posixpath
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# The text lies at -> the page is called
+ELSEWHERE = {
+    "README.md": "index.md",
+    "adapters/README.md": "specification.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "CHANGELOG.md": "changelog.md",
+}
+LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+FENCED = re.compile(r"(^```.*?^```)", re.S | re.M)
+
+
+def _generate() -> Any:
+    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def reference() -> str:
+    """The page of the public names, by the room in which each is written."""
+    sys.path.insert(0, str(ROOT))
+    import peft_unlearn
+
+    titles = {
+        "training": "Training", "data": "Data", "evaluation": "Evaluating", "attacks": "Attacks", "analysis": "Analysis",
+        "attribution": "Attribution", "merging": "Merging and composing", "stack": "Stacks", "sharing": "Sharing",
+        "registry": "Methods of your own", "forward": "What an objective reads", "errors": "Errors",
+    }  # fmt: skip
+    where = peft_unlearn._WHERE
+    rooms = sorted({w.split(".")[0] for w in where.values()}, key=lambda r: [*titles, r].index(r))
+    out = ["# Reference\n", "Every name here is imported from `peft_unlearn`; nothing loads before it is used.\n"]
+    for room in rooms:
+        out.append(f"## {titles.get(room, room)}\n")
+        for name, module in sorted(where.items()):
+            if module.split(".")[0] == room:
+                out.append(f"::: peft_unlearn.{module}.{name}\n    options: {{heading: {name}, toc_label: {name}}}\n")
+    return "\n".join(out)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages whose text lies elsewhere or is generated."""
+    from mkdocs.structure.files import File
+
+    for text_at, page in ELSEWHERE.items():
+        files.append(File.generated(config, page, content=(ROOT / text_at).read_text(encoding="utf-8")))
+    files.append(File.generated(config, "api.md", content=reference()))
+    for name, text in _generate().build(written_only=False).items():
+        old = files.get_file_from_path(f"methods/{name}")
+        if old is not None:
+            files.remove(old)
+        files.append(File.generated(config, f"methods/{name}", content=text))
+    return files
+
+
+def on_nav(nav: Any, config: Any, files: Any) -> Any:
+    """Every method's page stands under Methods, without being named in mkdocs.yml."""
+    from mkdocs.structure.nav import Section
+    from mkdocs.structure.pages import Page
+
+    for i, item in enumerate(nav.items):
+        if item.title == "Methods":
+            pages = [f for f in files.documentation_pages() if f.src_uri.startswith("methods/")]
+            pages.sort(key=lambda f: (f.name.lower() not in ("index", "readme"), f.name))
+            children = [f.page or Page(None, f, config) for f in pages]
+            section = Section("Methods", children)
+            for child in children:
+                child.parent = section
+            nav.items[i] = section
+    nav.pages[:] = [p for item in nav.items for p in _pages(item)]
+    for before, after in zip([None, *nav.pages], [*nav.pages, None], strict=True):
+        if before is not None:
+            before.next_page = after
+        if after is not None:
+            after.previous_page = before
+    return nav
+
+
+def _pages(item: Any) -> list[Any]:
+    return [p for child in item.children or [] for p in _pages(child)] if item.is_section else [item] * item.is_page
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Links of a file in the repository -> links of the site."""
+    lies_at = {page_name: text_at for text_at, page_name in ELSEWHERE.items()}
+    source = lies_at.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    in_site = {f"docs/{f.src_uri}": f.src_uri for f in files} | ELSEWHERE
+
+    def there(match: re.Match[str]) -> str:
+        target, _, anchor = match[2].partition("#")
+        if not target or re.match(r"[a-z]+:", target):
+            return match[0]
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        if path in in_site:
+            link = posixpath.relpath(in_site[path], posixpath.dirname(page.file.src_uri) or ".")
+        elif (ROOT / path).exists():
+            link = f"{config.repo_url}{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
+        else:
+            return match[0]  # mkdocs says that it leads nowhere
+        return f"{match[1]}{link}{'#' + anchor if anchor else ''}{match[3]}"
+
+    return "".join(p if p.startswith("```") else LINK.sub(there, p) for p in FENCED.split(markdown))
