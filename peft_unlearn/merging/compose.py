@@ -22,14 +22,14 @@ from torch import Tensor
 from ..errors import UserError
 from ..folder.atomic import room_for
 from ..folder.base import load_base, load_tokenizer, peft_base_name, resolve_base
-from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
+from ..folder.digest import digest_checkpoint, targeted_names
 from ..folder.fetch import resolve_adapter
 from ..folder.manifest import BaseRef, Manifest, probes
 from ..folder.read import CONFIG, MANIFEST, WEIGHTS, AdapterFolder, read_adapter
 from ..folder.versions import versions
 from ..folder.write import check_destination, write_adapter
 from ..folder.yaml_io import read_text
-from ..stack.attach import attach, check_loaded, load_by_peft
+from ..stack.attach import attach, load_by_peft
 from ..stack.fits import check_base, check_tokenizer
 from ..stack.removal import unload
 from .delta import Deltas
@@ -298,16 +298,15 @@ def _probed(manifest: Manifest, stage: Path, base_dir: Path | None, tokenizer: A
     """
     if base_dir is None or tokenizer is None:
         return manifest
-    model = load_by_peft(load_base(base_dir), "default", stage)
     try:
-        check_loaded(model, "default", stage)
+        model = load_by_peft(load_base(base_dir), "default", stage)
     except ValueError as e:
         raise RuntimeError(f"PEFT does not load what was composed: {e}") from None
     found = probes(model.eval(), tokenizer)
     folder = AdapterFolder(stage, manifest, {}, json.loads((stage / CONFIG).read_text(encoding="utf-8")), None)
     modules = targeted_names(attach(unload(model), {"default": folder}))  # the names that a check will ask for
     try:
-        targeted = digest_targeted(base_dir, modules)
+        targeted = digest_checkpoint(base_dir, modules)
     except UserError:
         targeted = None  # the files call these weights otherwise
     return replace(manifest, probes=found, base=replace(manifest.base, digest_targeted=targeted))

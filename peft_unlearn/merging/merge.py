@@ -21,7 +21,7 @@ from ..folder.merge_record import RECORD, read_record, write_record
 from ..folder.read import read_adapter
 from ..folder.safetensors_io import WEIGHTS, checkpoint_tensors
 from ..stack.fits import check_base, check_dependencies, check_tokenizer
-from ..stack.model import Adapters, names_of, scales_of
+from ..stack.names import Adapters, names_of, scales_of
 from ..stack.stackfile import is_stack, load
 from .job import Job, refuse_tied
 from .layout import Layout

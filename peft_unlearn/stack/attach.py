@@ -20,10 +20,11 @@ import torch
 from ..errors import UserError
 from ..folder.digest import adapter_modules
 from ..folder.read import CONFIG, WEIGHTS, AdapterFolder
+from ..tuners.names import belongs, scalings
 from ..tuners.peft_type import PEFT_TYPE
 from ..tuners.registration import register
+from ..tuners.stock import COMPACT
 
-COMPACT = "expert_lora"  # subfolder with the compact form of an expert adapter
 _SUMS = ("LORA", PEFT_TYPE)
 
 
@@ -40,9 +41,7 @@ def attach(base: Any, folders: Mapping[str, AdapterFolder]) -> Any:
         where = compact if (compact / CONFIG).is_file() else folder.path
         try:
             converted = None if where is compact else _converted(model, name, folder)
-            model = load_by_peft(model, name, where) if converted is None else converted
-            if converted is None:
-                check_loaded(model, name, where)
+            model = converted or load_by_peft(model, name, where)
         except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as e:
             raise UserError(f"{folder.path}: PEFT cannot put this adapter on the base: {_brief(e)}.") from None
         if where is compact:
@@ -53,11 +52,13 @@ def attach(base: Any, folders: Mapping[str, AdapterFolder]) -> Any:
 
 
 def load_by_peft(model: Any, name: str, where: Path) -> Any:
-    """`model` with the adapter in folder `where` on it, by PEFT's own means; not checked (`check_loaded` does)."""
+    """`model` with the adapter in folder `where` on it, by PEFT's own means. Raises `ValueError` unless all of it arrived."""
     with warnings.catch_warnings():
         # PEFT looks for these keys among modules alone, and then does apply them to fused parameters
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
-        return _load(model, name, where)
+        model = _load(model, name, where)
+    _check_loaded(model, name, where)
+    return model
 
 
 def _load(model: Any, name: str, where: Path) -> Any:
@@ -138,18 +139,14 @@ def freeze(model: Any) -> None:
         p.requires_grad_(False)
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
-    return str(config.get("peft_type"))
-
-
-def check_loaded(model: Any, name: str, where: Path) -> None:
+def _check_loaded(model: Any, name: str, where: Path) -> None:
     """Raise `ValueError` unless every tensor of the folder is in the model, and every one the model has was in the folder:
     PEFT only warns of tensors that found no place, and part of an adapter would then be missing in silence."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     config = json.loads((where / CONFIG).read_text(encoding="utf-8"))
-    if kind_of(config) not in _SUMS:
+    if config.get("peft_type") not in _SUMS:
         return
     file = load_file(str(where / WEIGHTS))
     live = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -203,13 +200,10 @@ def detach(model: Any, name: str) -> list[str]:
     for at, layer in sorted(adapter_modules(model).items(), key=lambda kv: -len(kv[0])):  # inner ones first
         holds = getattr(layer, "_get_available_adapters", None)
         if holds is not None and not holds():
-            parent, _, child = at.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
+            model.set_submodule(at, layer.base_layer)
     activate(model, active)
-    return sorted(
-        {n for n, _ in model.named_parameters() if f".{name}." in n or n.endswith(f".{name}")}
-        | {n for n, m in adapter_modules(model).items() if name in getattr(m, "scaling", ())}
-    )
+    left = {n for n, _ in model.named_parameters() if belongs(n, name)}
+    return sorted(left | {n for n, scaling in scalings(model) if name in scaling})
 
 
 _SIZE = re.compile(

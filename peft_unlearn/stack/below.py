@@ -11,15 +11,16 @@ from ..errors import Errors, UserError
 from ..folder.digest import digest_checkpoint
 from ..folder.fetch import resolve_adapter
 from ..folder.read import AdapterFolder, read_adapter
+from ..tuners.names import scalings
 from .attach import attach
 from .fits import check_base, check_dependencies, check_tokenizer
-from .model import names_of
+from .names import names_of
 from .stackfile import load
 
 
 @dataclass
 class Below:
-    """Name -> folder in stacking order, and name -> the strength each runs at."""
+    """Name -> folder in stacking order, and name -> the scale each runs at."""
 
     folders: dict[str, AdapterFolder] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
@@ -44,15 +45,13 @@ class Below:
             check_tokenizer(folder.path, base_dir)
 
     def put_on(self, base: Any) -> Any:
-        """`base` as a PeftModel with these adapters active and frozen, at their strengths; `base` itself if there are none."""
+        """`base` as a PeftModel with these adapters active and frozen, at their scales; `base` itself if there are none."""
         if not self.folders:
             return base
         model = attach(base, self.folders)
-        for name, scale in self.scales.items():
-            for module in model.modules():
-                scaling = getattr(module, "scaling", None)
-                if isinstance(scaling, dict) and name in scaling:
-                    scaling[name] *= scale
+        for _, scaling in scalings(model):
+            for name in scaling.keys() & self.scales.keys():
+                scaling[name] *= self.scales[name]
         return model
 
 
@@ -88,9 +87,8 @@ def read_below(spec: Any, stack_file: str | Path | None = None) -> Below:
         )
     if not rows:
         return Below()
-    named = names_of([ref for ref, _ in rows], "below")  # "default" is what the new one will be called
-    named = {f"{n}_below" if n == "default" else n: ref for n, ref in named.items()}
-    folders = {n: read_adapter(resolve_adapter(ref)) for n, ref in named.items()}
+    named = names_of([ref for ref, _ in rows], "below")
+    folders = {_below(n): read_adapter(resolve_adapter(ref)) for n, ref in named.items()}
     scales = {
         n: float(f.manifest.scale if s is None else s) for (n, f), (_, s) in zip(folders.items(), rows, strict=True)
     }
@@ -100,10 +98,8 @@ def read_below(spec: Any, stack_file: str | Path | None = None) -> Below:
 
 def _from_file(rows: list[tuple[str, float | None]], stack_file: str | Path) -> Below:
     stack = load(stack_file)
-    folders = {f"{n}_below" if n == "default" else n: f for n, f in stack.folders().items()}
-    scales = {f"{n}_below" if n == "default" else n: s for n, s in stack.scales().items()}
-    if not folders:
-        raise UserError(f"{stack.path}: no adapter of this stack is active, so there is nothing to train on top of.")
+    folders = {_below(n): f for n, f in stack.folders().items()}
+    scales = {_below(n): s for n, s in stack.scales().items()}
     if rows:
         if plain := [ref for ref, _ in rows if not ref.startswith("sha256:")]:
             raise UserError(
@@ -117,3 +113,7 @@ def _from_file(rows: list[tuple[str, float | None]], stack_file: str | Path) -> 
         scales = {n: scales[n] if s is None else float(s) for n, s in chosen}
     check_dependencies(folders, scales)
     return Below(folders, scales)
+
+
+def _below(name: str) -> str:
+    return f"{name}_below" if name == "default" else name  # which is what the new one will be called

@@ -20,45 +20,41 @@ def check_base(folder: AdapterFolder, base_dir: Path, digest: str) -> None:
     base = folder.manifest.base
     if base.digest != digest:
         raise UserError(
-            f"{folder.path}: was trained on the base {base.ref} with digest {base.digest[:12]}, but {base_dir} "
-            f"has digest "
+            f"{folder.path}: was trained on the base {base.ref} with digest {base.digest[:12]}, but {base_dir} has digest "
             f"{digest[:12]}: other weights, on which this adapter means nothing. Give the right base with --base."
         )
 
 
-def check_dependencies(folders: Mapping[str, AdapterFolder], trained_with: Mapping[str, float] | None = None) -> None:
+def check_dependencies(folders: Mapping[str, AdapterFolder], scales: Mapping[str, float] | None = None) -> None:
     """Refuse adapters without those they were trained on top of, or in another order than that of training.
 
-    trained_with: strength each adapter is about to run at; one that differs from the strength an adapter above was
-    trained over is a warning.
+    scales: the scale that each is about to run at; one that differs from the scale an adapter above was trained over is a
+    warning.
     """
     below: dict[str, str] = {}
     all_ids = {f.adapter_id: name for name, f in folders.items()}
     for name, folder in folders.items():
-        lost = [d for d in folder.manifest.depends_on if d not in below]
-        if lost:
+        if lost := [d for d in folder.manifest.depends_on if d not in below]:
             above = [all_ids[d] for d in lost if d in all_ids]
-            why = (
-                f"{', '.join(above)} {'is' if len(above) == 1 else 'are'} given after it"
-                if above
-                else f"{lost[0][:19]} is not among the adapters given"
-            )
+            why = f"{lost[0][:19]} is not among the adapters given"
+            if above:
+                why = f"{', '.join(above)} {'is' if len(above) == 1 else 'are'} given after it"
             raise UserError(
                 f"{folder.path}: was trained on top of {len(lost)} adapter(s) that are not below it ({why}); "
                 "give those first, in the order of training, or a stack file that holds all (peft-unlearn stack add)."
             )
-        for row in scales_below(folder):
-            under = below.get(row[0])
-            if under is not None and trained_with is not None and trained_with[under] != row[1]:
+        for adapter, trained in scales_below(folder):
+            under = below.get(adapter)
+            if scales is not None and under is not None and scales[under] != trained:
                 warnings.warn(
-                    f"{name} was trained over {under} at scale {row[1]:g}, and {under} now runs at {trained_with[under]:g}",
+                    f"{name} was trained over {under} at scale {trained:g}, and {under} now runs at {scales[under]:g}",
                     stacklevel=3,
                 )
         below[folder.adapter_id] = name
 
 
 def scales_below(folder: AdapterFolder) -> list[tuple[str, float]]:
-    """(adapter id, strength) of those that an adapter was trained over, as its manifest says."""
+    """(adapter id, scale) of those that an adapter was trained over, as its manifest says."""
     rows = folder.manifest.method.get("stack")
     rows = rows if isinstance(rows, list) else []
     return [(str(r["id"]), float(r["scale"])) for r in rows if isinstance(r, dict) and {"id", "scale"} <= set(r)]

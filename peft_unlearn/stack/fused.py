@@ -2,7 +2,7 @@
 
 sum_i s_i B_i A_i x = B A x with A = [A_1; A_2; ..] (sum of ranks, in) and B = [s_1 B_1, s_2 B_2, ..] (out, sum of ranks):
 two products however many adapters there are, where PEFT's own layer makes two per adapter. The adapters stay what they
-are, so they can be dialled, swapped, saved and taken off one by one; the pair is built at the first forward that needs it
+are, so they can be scaled, swapped, saved and taken off one by one; the pair is built at the first forward that needs it
 and again whenever something about them has changed. Where a gradient could flow into one of them, PEFT's own loop runs.
 """
 
@@ -42,7 +42,7 @@ class _Pair:
         self.active = list(active)
         names = [n for n in active if n in layer.lora_A]
         factors: list[tuple[str, Any, Any]] = [(n, layer.lora_A[n].weight, layer.lora_B[n].weight) for n in names]
-        self.seen = [(n, layer.scaling[n], *_state(a), *_state(b)) for n, a, b in factors if not a.is_inference()]
+        self.seen = [(n, layer.scaling[n], _seen(a), _seen(b)) for n, a, b in factors if not a.is_inference()]
         self.drops = any(not isinstance(layer.lora_dropout[n], nn.Identity) for n in names)
         self.a: Tensor | None = None
         self.b: Tensor | None = None
@@ -50,7 +50,7 @@ class _Pair:
         plain = not any(n in layer.lora_variant or layer.lora_bias.get(n) for n in names)
         if not plain or len(kinds) != 1 or next(iter(kinds))[2]:
             return
-        # An adapter dialled to zero is left out, not multiplied by zero: the others are as if it were not there.
+        # An adapter at scale zero is left out, not multiplied by zero: the others are as if it were not there.
         on = [(layer.scaling[n], a, b) for n, a, b in factors if layer.scaling[n] != 0]
         with torch.inference_mode(False), torch.no_grad():
             if on:
@@ -60,32 +60,34 @@ class _Pair:
                 self.a = self.b = factors[0][1].new_empty(0)
 
     def holds(self, layer: Linear) -> bool:
+        """Whether the layer still has the same adapters active, each with the scale and the factors it had."""
         if self.active != layer._active_adapter:
             return False
-        scaling = layer.scaling
-        # Past nn.Module's own attribute look-up, which costs more than all the rest of this.
-        in_a: Any = layer._modules["lora_A"]
-        in_b: Any = layer._modules["lora_B"]
-        of_a, of_b = in_a._modules, in_b._modules
-        for name, scale, a, at_a, version_a, b, at_b, version_b in self.seen:
-            if (
-                scaling.get(name) != scale
-                or of_a[name]._parameters["weight"] is not a
-                or of_b[name]._parameters["weight"] is not b
-                or a._version != version_a
-                or b._version != version_b
-                or a.data_ptr() != at_a
-                or b.data_ptr() != at_b
-            ):
+        scaling, a_of, b_of = layer.scaling, _factors(layer, "lora_A"), _factors(layer, "lora_B")
+        for name, scale, a, b in self.seen:
+            if scaling.get(name) != scale or not _unchanged(a_of[name], a) or not _unchanged(b_of[name], b):
                 return False
         return True
 
     def trains(self) -> bool:
-        return torch.is_grad_enabled() and any(row[2].requires_grad or row[5].requires_grad for row in self.seen)
+        return torch.is_grad_enabled() and any(a[0].requires_grad or b[0].requires_grad for _, _, a, b in self.seen)
 
 
-def _state(t: Tensor) -> tuple[Tensor, int, int]:
+_Seen = tuple[Tensor, int, int]  # a factor, where its memory was, and how often it had been written to
+
+
+def _seen(t: Tensor) -> _Seen:
     return t, t.data_ptr(), 0 if t.is_inference() else t._version
+
+
+def _factors(layer: Any, which: str) -> Any:
+    """Adapter -> module that holds the factor; past nn.Module's own attribute look-up, which costs more than the rest."""
+    return layer._modules[which]._modules
+
+
+def _unchanged(module: Any, seen: _Seen) -> bool:
+    tensor, at, version = seen
+    return module._parameters["weight"] is tensor and tensor._version == version and tensor.data_ptr() == at
 
 
 class FusedLinear(Linear):

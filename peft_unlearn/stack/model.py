@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,15 @@ from ..errors import UserError, nearest
 from ..folder.base import load_base, load_tokenizer, resolve_base
 from ..folder.card import add_tags
 from ..folder.digest import digest_checkpoint
-from ..folder.fetch import is_hub_id, resolve_adapter, split_reference
+from ..folder.fetch import resolve_adapter
+from ..folder.merge_record import RECORD, read_record
 from ..folder.read import AdapterFolder, read_adapter
-from .attach import attach, detach, freeze, kind_of
+from ..tuners.names import scalings
+from .attach import attach, freeze
 from .fits import check_base, check_dependencies, check_tokenizer, dependents
+from .names import Adapters, Scales, names_of, scales_of
 from .removal import RemovalReport, take_off, take_one_off
-
-__all__ = ["ForgetModel", "attach", "check_base", "freeze"]
-
-Adapters = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
+from .stackfile import is_stack, load
 
 
 class ForgetModel:
@@ -40,7 +39,8 @@ class ForgetModel:
         self.adapters = adapters
         self.base_digest = base_digest
         self._scales = dict.fromkeys(adapters, 1.0)
-        self._unit = {name: _scalings(model, name) for name in adapters}
+        # Name -> the factors of its layers, each with the value it has at scale 1 (alpha/r, rank-stabilized included).
+        self._unit = {n: [(s, float(s[n])) for _, s in scalings(model) if n in s] for n in adapters}
         self._tokenizer: Any = None
         if fused:
             from .fused import fuse
@@ -52,7 +52,7 @@ class ForgetModel:
         cls,
         base: str | Path | None,
         adapters: Adapters,
-        scales: Sequence[float] | Mapping[str, float] | None = None,
+        scales: Scales = None,
         dtype: str | torch.dtype = torch.float32,
         fused: bool = True,
     ) -> ForgetModel:
@@ -85,13 +85,8 @@ class ForgetModel:
         Raises:
             UserError: as `from_pretrained`; and for an adapter that is not the one that was added to the file.
         """
-        from .stackfile import load
-
         stack = load(path)
-        folders = stack.folders()
-        if not folders:
-            raise UserError(f"{path}: no adapter of this stack is active; the base itself is what it describes.")
-        ref = stack.base
+        folders, ref = stack.folders(), stack.base
         found = resolve_base(ref.ref, override=base, revision=ref.revision)
         digest = digest_checkpoint(found)
         if digest != ref.digest:
@@ -106,7 +101,7 @@ class ForgetModel:
         cls,
         folders: dict[str, AdapterFolder],
         base: str | Path | None,
-        scales: Sequence[float] | Mapping[str, float] | None,
+        scales: Scales,
         dtype: str | torch.dtype,
         fused: bool,
         digest: str | None = None,
@@ -155,20 +150,19 @@ class ForgetModel:
         freeze(self.model)  # PEFT makes active adapters trainable when it switches them on again
 
     def scale(self, name: str, value: float) -> None:
-        """Set the strength of adapter `name`: 1 is as trained, 0 is off, negative is the opposite."""
+        """Set the scale of adapter `name`: 1 is as trained, 0 is off, negative is the opposite."""
         self._known(name)
         if not isinstance(value, int | float) or not torch.isfinite(torch.tensor(float(value))):
             raise UserError(f"scale of {name!r}: expected a finite number, found {value!r}.")
         if not self._unit[name] and value != 1:
-            raise UserError(
-                f"{name!r} is of type {kind_of(self.adapters[name].config)}, which has no strength to set; it runs at 1."
-            )
-        for layer, unit in self._unit[name]:
-            layer.scaling[name] = unit * float(value)
+            kind = self.adapters[name].config.get("peft_type")
+            raise UserError(f"{name!r} is of type {kind}, which has no scale to set; it runs at 1.")
+        for scaling, unit in self._unit[name]:
+            scaling[name] = unit * float(value)
         self._scales[name] = float(value)
 
     def scales(self) -> dict[str, float]:
-        """Name -> strength as set last."""
+        """Name -> scale as set last."""
         return dict(self._scales)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,8 +177,8 @@ class ForgetModel:
         Raises:
             UserError: others were trained on top of `name`, and `cascade`, which takes those off too, was not asked for.
         """
-        probes = next((a.manifest.probes for a in self.adapters.values()), None)
         if name is None or (list(self.adapters) == [name]):
+            probes = next((a.manifest.probes for a in self.adapters.values()), None)
             tokenizer = None if probes is None else self.tokenizer
             self.model, report = take_off(self.model, self.base_dir, probes, tokenizer)
             self.adapters, self._scales, self._unit = {}, {}, {}
@@ -199,12 +193,11 @@ class ForgetModel:
         gone = [*reversed(above), name]
         if len(gone) == len(self.adapters):
             return self.remove()
-        tokenizer = self.tokenizer
-        report = take_one_off(self.model, self.base_dir, gone, detach)
+        self._tokenizer = self.tokenizer  # stays the one it was
+        report = take_one_off(self.model, self.base_dir, gone)
         for each in gone:
             for table in (self.adapters, self._scales, self._unit):
                 del table[each]
-        self._tokenizer = tokenizer
         return report
 
     def _known(self, name: str) -> None:
@@ -212,54 +205,48 @@ class ForgetModel:
             raise UserError(f"There is no adapter {name!r}.{nearest(name, self.adapters)}")
 
 
-def names_of(adapters: Adapters, alone: str = "default") -> dict[str, str | Path]:
-    """Name -> folder or Hub id: a mapping's keys, else the folders' names; one adapter alone is called `alone`."""
-    if isinstance(adapters, Mapping):
-        named = {str(k): v for k, v in adapters.items()}
-    else:
-        paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
-        named = {}
-        for path in paths:
-            # PEFT uses the name as a module name: no dots. One adapter alone is PEFT's "default".
-            stem = re.sub(r"[^A-Za-z0-9_-]", "_", _last(path)) if len(paths) > 1 else alone
-            name, k = stem, 2
-            while name in named:
-                name, k = f"{stem}_{k}", k + 1
-            named[name] = path
-    if not named:
-        raise UserError("No adapter was given.")
-    for name in named:
-        if name == "__base__" or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise UserError(f"The adapter name {name!r} cannot be used: letters, digits, _ and - only.")
-    return named
+def remove(
+    what: str | Path | ForgetModel | Any, base: str | Path | None = None, name: str | None = None, cascade: bool = False
+) -> RemovalReport:
+    """Unload every adapter, or the one called `name`, and prove the result.
+
+    Args:
+        what: an adapter's folder or Hub id (loaded on `base`, by default its manifest's), a stack file, a `ForgetModel` (its
+            `.model` becomes the plain base, or goes on without that one), or a PeftModel together with `base`.
+        cascade: with `name` also those that were trained on top of it.
+
+    Raises:
+        UserError: input that cannot be loaded, a merged model, an adapter that others stand on; never a failed proof.
+    """
+    if isinstance(what, str | Path):
+        _refuse_merged(Path(what).expanduser())
+        if is_stack(what):
+            what = ForgetModel.from_stack(what, base)
+        elif name is not None:
+            raise UserError(f"remove {what}: --name says which adapter of a stack file, and this is no stack file.")
+        else:
+            what = ForgetModel.from_pretrained(base, what)
+    if isinstance(what, ForgetModel):
+        return what.remove(name, cascade)
+    if base is None:
+        raise UserError("remove(model): say which files the base came from, with base=.")
+    return take_off(what, resolve_base(None, override=base))[1]
 
 
-def _last(ref: str | Path) -> str:
-    text = split_reference(str(ref))[0] if is_hub_id(ref) else str(ref)
-    return Path(text).expanduser().resolve().name
-
-
-def scales_of(
-    folders: dict[str, AdapterFolder], scales: Sequence[float] | Mapping[str, float] | None
-) -> dict[str, float]:
-    out = {name: float(f.manifest.scale) for name, f in folders.items()}
-    if isinstance(scales, Mapping):
-        for name in scales:
-            if name not in out:
-                raise UserError(f"scales: there is no adapter {name!r}.{nearest(str(name), out)}")
-        out.update(scales)
-    elif scales is not None:
-        if len(scales) != len(out):
-            raise UserError(f"scales: {len(scales)} given for {len(out)} adapters.")
-        out = dict(zip(out, scales, strict=True))
-    return out
-
-
-def _scalings(model: Any, adapter: str) -> list[tuple[Any, float]]:
-    """Layers of `adapter`, each with the factor PEFT multiplies B A with at scale 1 (alpha/r, rank-stabilised included)."""
-    found = []
-    for module in model.modules():
-        scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict) and adapter in scaling:
-            found.append((module, float(scaling[adapter])))
-    return found
+def _refuse_merged(path: Path) -> None:
+    """Raise the `UserError` that says what to do where `path` is a model into which adapters were merged."""
+    record = read_record(path) if path.is_dir() else None
+    if record is not None:
+        base = record.get("base") or {}
+        ref = str(base.get("ref", "its base")) + (f" at {base['revision']}" if base.get("revision") else "")
+        ids = [str(a.get("adapter_id", ""))[:19] for a in record.get("adapters") or [] if isinstance(a, dict)]
+        raise UserError(
+            f"{path}: is a merged model ({RECORD}): {', '.join(ids) or 'its adapters'} {'are' if len(ids) > 1 else 'is'} in the "
+            "rounded weights, and subtracting gives other bits than the base's. To be rid of it, delete this folder and load the "
+            f"base again: {ref}, whose digest is {str(base.get('digest', 'unknown'))[:12]}."
+        )
+    if path.is_dir() and (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: is a whole model, not an adapter; there is nothing on it to take off. If an adapter was merged into it, "
+            "delete it and load the base again."
+        )

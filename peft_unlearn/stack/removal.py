@@ -8,7 +8,7 @@ reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +18,21 @@ import torch
 from ..errors import UserError
 from ..folder.digest import adapter_modules, digest_live
 from ..folder.manifest import Probes, probe_difference
+from ..reporting.result import Result
+from ..tuners.names import belongs
+from .attach import detach
 
 PROBE_TOLERANCE = 1e-3
 """Largest allowed |logit - stored logit|: other kernels and thread counts differ by less, a changed model by more."""
 
 
 @dataclass
-class RemovalReport:
-    """What was taken off and what was found. `digest` is that of the live tensors, `base_digest` that of the files."""
+class RemovalReport(Result):
+    """What was taken off and what was found.
+
+    digest, base_digest: of the live tensors and of the files. changed: tensors that differ. left: what is still there of
+    the adapters. merged: modules that hold rounded sums. remaining: adapters that go on.
+    """
 
     verdict: Literal["removed", "changed", "cannot tell"]
     adapters: list[str]
@@ -54,13 +61,13 @@ class RemovalReport:
 
     def __str__(self) -> str:
         names = ", ".join(self.adapters)
-        if self.verdict == "removed":
+        if self.verdict == "removed" and self.remaining:
+            head = (
+                f"Removed {names}; {', '.join(self.remaining)} {'goes' if len(self.remaining) == 1 else 'go'} on over a "
+                f"base all of whose {self.n_tensors} tensors have the bytes of its files."
+            )
+        elif self.verdict == "removed":
             head = f"Removed {names}: all {self.n_tensors} tensors in memory have the bytes of the base's files."
-            if self.remaining:
-                head = (
-                    f"Removed {names}; {', '.join(self.remaining)} {'goes' if len(self.remaining) == 1 else 'go'} on over a "
-                    f"base all of whose {self.n_tensors} tensors have the bytes of its files."
-                )
         elif self.verdict == "changed":
             head = f"CHANGED: {names} taken off, but what is left is not the base."
         else:
@@ -82,22 +89,20 @@ def take_off(
     """
     if not adapter_modules(model):
         raise UserError("There is no adapter on this model to remove.")
-    names = list(getattr(model, "peft_config", {}))
-    merged = [n for n, m in adapter_modules(model).items() if getattr(m, "merged", False)]
+    names, merged = list(getattr(model, "peft_config", {})), _merged(model)
     plain = unload(model)
     live = digest_live(plain, base_dir)
-    left = _left_behind(plain)
+    left = list(adapter_modules(plain))
+    left += [n for n, _ in plain.named_parameters() if "lora_" in n and n not in left]
     reasons = [live.reason] if live.reason else []
     if merged:
         reasons.append(f"It was merged into {len(merged)} modules; reload the base to be rid of it.")
     if left:
         reasons.append(f"Left behind: {', '.join(left[:4])}.")
-    gap = None
-    if probes is not None:
-        gap = probe_difference(plain, tokenizer, probes.prompts, probes.base)
-        if gap is None or not gap <= PROBE_TOLERANCE:
-            reasons.append("The probe prompts do not give the base's logits.")
+    gap = None if probes is None else probe_difference(plain, tokenizer, probes.prompts, probes.base)
     bad_probe = probes is not None and (gap is None or not gap <= PROBE_TOLERANCE)
+    if bad_probe:
+        reasons.append("The probe prompts do not give the base's logits.")
     if live.verdict == "changed" or left or (bad_probe and live.verdict == "cannot tell"):
         verdict = "changed"
     elif bad_probe or live.verdict == "cannot tell" or live.digest != live.checkpoint_digest:
@@ -111,17 +116,15 @@ def take_off(
     return plain, report
 
 
-def take_one_off(
-    model: Any, base_dir: Path, names: Sequence[str], detach: Callable[[Any, str], list[str]]
-) -> RemovalReport:
+def take_one_off(model: Any, base_dir: Path, names: Sequence[str]) -> RemovalReport:
     """Take `names` off a stack that goes on without them, and prove it: nothing of them is left, the base under the others
     has the bytes of its files, and no factor of the others has changed. (Logits would prove nothing here: no manifest
     stores those of this combination.)
 
-    detach: takes one adapter off a model and returns what is still there of it.
+    Raises:
+        UserError: the adapters are merged into this model. Never for a failed proof.
     """
-    merged = [n for n, m in adapter_modules(model).items() if getattr(m, "merged", False)]
-    if merged:
+    if merged := _merged(model):
         raise UserError(
             f"The adapters are merged into {len(merged)} modules of this model, and taking one out of rounded sums does not "
             "give the others back. Load the base and the other adapters anew."
@@ -145,12 +148,16 @@ def take_one_off(
 
 def _others(model: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Copies of the factors of every adapter but `names`; wrappers that go away with one are not part of a key."""
-    found = {}
-    for kept in (n for n in model.peft_config if n not in names):
-        for key, p in model.named_parameters():
-            if f".{kept}." in key or key.endswith(f".{kept}"):
-                found[key.replace(".base_layer", "")] = p.detach().clone()
-    return found
+    kept = [n for n in model.peft_config if n not in names]
+    return {
+        key.replace(".base_layer", ""): p.detach().clone()
+        for key, p in model.named_parameters()
+        if any(belongs(key, n) for n in kept)
+    }
+
+
+def _merged(model: Any) -> list[str]:
+    return [n for n, m in adapter_modules(model).items() if getattr(m, "merged", False)]
 
 
 def unload(model: Any) -> Any:
@@ -158,11 +165,8 @@ def unload(model: Any) -> Any:
     from ..tuners.expert_lora.layer import TunerLayer
 
     for name, layer in adapter_modules(model).items():
-        if isinstance(
-            layer, TunerLayer
-        ):  # PEFT moves a `.weight` about when it takes a layer out, and fused experts have none
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
+        if isinstance(layer, TunerLayer):  # PEFT would move a `.weight` about, and fused experts have none
+            model.set_submodule(name, layer.base_layer)
     plain = model.unload() if hasattr(model, "unload") else model.base_model.unload()
     for holder in (plain, getattr(plain, "model", None)):
         if holder is not None and "peft_config" in vars(holder):
@@ -170,9 +174,3 @@ def unload(model: Any) -> Any:
     if getattr(plain, "_hf_peft_config_loaded", False):
         plain._hf_peft_config_loaded = False
     return plain
-
-
-def _left_behind(model: Any) -> list[str]:
-    left = list(adapter_modules(model))
-    left += [n for n, _ in model.named_parameters() if "lora_" in n and n not in left]
-    return left

@@ -1,4 +1,4 @@
-"""forget-stack.yaml: which adapters a deployment runs, for which requests, at which strength; a ledger and a lock file.
+"""forget-stack.yaml: which adapters a deployment runs, for which requests, at which scale; a ledger and a lock file.
 
 Every adapter is named by its id, the sha256 of its weights, and by one over the list of its other files' hashes: what is
 loaded is what was added, or nothing is. Entries are never taken out of the ledger; revoking marks them. Writing is atomic,
@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from ..folder.fetch import commit_of, is_hub_id, resolve_adapter, split_referenc
 from ..folder.manifest import BaseRef
 from ..folder.read import MANIFEST, AdapterFolder, read_adapter
 from ..folder.yaml_io import dump_yaml, read_yaml
+from ..reporting.result import Result
+from ..reporting.tables import Table, to_text
+from .names import FORM, stem
 
 FORMAT = 1
 NAME = "forget-stack.yaml"
@@ -48,12 +51,13 @@ class Entry:
 
 
 @dataclass
-class Stack:
-    """A stack file as read; `entries` in stacking order, revoked ones among them."""
+class Stack(Result):
+    """A stack file as read; `entries` in stacking order, revoked ones among them. changed: names that `add` or `revoke` wrote."""
 
     path: Path
     base: BaseRef
     entries: list[Entry] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
     @property
     def active(self) -> list[Entry]:
@@ -72,18 +76,16 @@ class Stack:
         """The active adapters' folders, fetched if they lie on the Hub, read and compared with what was added.
 
         Raises:
-            UserError: one is missing, damaged, or another adapter than the one added.
+            UserError: none is active; one is missing, damaged, or another adapter than the one added.
         """
+        if not self.active:
+            raise UserError(f"{self.path}: no adapter of this stack is active; the base itself is what it describes.")
         out = {}
         for e in self.active:
-            where = (
-                resolve_adapter(e.source, e.revision) if e.revision else resolve_adapter(self.path.parent / e.source)
-            )
-            folder = read_adapter(where)
-            for what, found, added in (
-                ("weights", folder.adapter_id, e.adapter_id),
-                ("files", files_id(folder), e.files),
-            ):
+            where = e.source if e.revision else self.path.parent / e.source
+            folder = read_adapter(resolve_adapter(where, e.revision))
+            pairs = {"weights": (folder.adapter_id, e.adapter_id), "files": (files_id(folder), e.files)}
+            for what, (found, added) in pairs.items():
                 if found != added:
                     raise UserError(
                         f"{self.path}: {e.name} ({e.source}) is not the adapter that was added: its {what} are {found[:19]}, "
@@ -92,19 +94,17 @@ class Stack:
             out[e.name] = folder
         return out
 
-    def table(self) -> str:
+    def __str__(self) -> str:
         """The ledger for people: one line per adapter."""
         head = ("name", "request", "date", "status", "scale", "adapter", "reason")
-        rows = [
-            (
-                e.name, str(e.request["id"]), str(e.request["date"])[:10],
-                e.status if e.revoked is None else f"revoked {str(e.revoked['date'])[:10]}", f"{e.scale:g}",
-                e.adapter_id[7:19], str(e.request["reason"]) + _why_revoked(e),
-            )
-            for e in self.entries
-        ]  # fmt: skip
-        width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, width, strict=True)).rstrip() for r in [head, *rows])
+        rows = []
+        for e in self.entries:
+            status = e.status if e.revoked is None else f"revoked {str(e.revoked['date'])[:10]}"
+            why = str((e.revoked or {}).get("reason") or "")
+            reason = f"{e.request['reason']} [revoked: {why}]" if why else str(e.request["reason"])
+            asked = str(e.request["id"]), str(e.request["date"])[:10]
+            rows.append((e.name, *asked, status, f"{e.scale:g}", e.adapter_id[7:19], reason))
+        return to_text(Table(head, rows, words=True), width=1 << 30)
 
     def to_dict(self) -> dict[str, Any]:
         base = {k: getattr(self.base, k) for k in ("ref", "revision", "digest")}
@@ -112,13 +112,8 @@ class Stack:
         return {"format": FORMAT, "base": base, "adapters": rows}
 
 
-def _why_revoked(entry: Entry) -> str:
-    why = str((entry.revoked or {}).get("reason") or "")
-    return f" [revoked: {why}]" if why else ""
-
-
 def files_id(folder: AdapterFolder) -> str:
-    """One sha256 over what a manifest says of its files: configuration, compact form and tokenizer count, not the strength,
+    """One sha256 over what a manifest says of its files: configuration, compact form and tokenizer count, not the scale,
     evaluation and card, which may be written again."""
     listed = sorted((n, sha) for n, sha in folder.manifest.files.items() if sha is not None)
     return f"sha256:{hashlib.sha256(json.dumps(listed).encode()).hexdigest()}"
@@ -167,10 +162,10 @@ def _holding(*keys: str) -> s.Shape:
 
 
 _ID = s.matching("sha256:[0-9a-f]{64}", "sha256:..")
-_NAME = r"(?!__base__\Z)[A-Za-z0-9_-]+"
+
 _ENTRY = s.record(
     {
-        "name": s.matching(_NAME, "letters, digits, _ and - only"), "source": s.TEXT, "adapter_id": _ID, "files": _ID,
+        "name": s.matching(FORM, "letters, digits, _ and - only"), "source": s.TEXT, "adapter_id": _ID, "files": _ID,
         "request": _holding("id", "date", "reason"), "revision": s.maybe(s.TEXT), "scale": s.FINITE,
         "status": s.one_of("active", "revoked"), "depends_on": s.list_of(_ID), "revoked": s.maybe(_holding("date", "reason")),
     },
@@ -214,42 +209,28 @@ def add(
     if not str(request_id).strip() or not str(reason).strip():
         raise UserError("stack: an entry of the ledger needs the request's id and its reason.")
     folder = read_adapter(resolve_adapter(adapter))
-    hub = is_hub_id(adapter)
-    file = _file(path)
-    label = name or re.sub(
-        r"[^A-Za-z0-9_-]",
-        "_",
-        split_reference(str(adapter))[0].rpartition("/")[2] if hub else folder.path.resolve().name,
-    )
-    strength = float(folder.manifest.scale if scale is None else scale)
-    if not math.isfinite(strength):
+    file, label = _file(path), name or stem(adapter)
+    chosen = float(folder.manifest.scale if scale is None else scale)
+    if not math.isfinite(chosen):
         raise UserError(f"stack: scale should be a finite number, found {scale!r}.")
-    if not re.fullmatch(_NAME, label):
+    if not re.fullmatch(FORM, label):
         raise UserError(
             f"stack: the name {label!r} cannot be used: letters, digits, _ and - only; give another (--name)."
         )
+    if is_hub_id(adapter):
+        source, revision = split_reference(str(adapter))[0], commit_of(folder.path)
+    else:
+        source, revision = os.path.relpath(folder.path.resolve(), file.resolve().parent), None
+    entry = Entry(
+        label, source, folder.adapter_id, files_id(folder),
+        {"id": str(request_id), "date": _utc(date), "reason": str(reason)}, revision, chosen,
+        depends_on=list(folder.manifest.depends_on),
+    )  # fmt: skip
     with _locked(file):
-        stack = (
-            load(file)
-            if file.exists()
-            else Stack(
-                file, BaseRef(folder.manifest.base.ref, folder.manifest.base.digest, folder.manifest.base.revision)
-            )
-        )
+        stack = load(file) if file.exists() else Stack(file, replace(folder.manifest.base, digest_targeted=None))
         _refuse_entry(stack, folder, label)
-        entry = Entry(
-            name=label,
-            source=split_reference(str(adapter))[0]
-            if hub
-            else os.path.relpath(folder.path.resolve(), file.resolve().parent),
-            revision=commit_of(folder.path) if hub else None,
-            adapter_id=folder.adapter_id,
-            files=files_id(folder),
-            scale=strength,
-            request={"id": str(request_id), "date": _utc(date), "reason": str(reason)},
-            depends_on=list(folder.manifest.depends_on),
-        )
         stack.entries.append(entry)
+        stack.changed = [label]
         save(stack)
     return stack
 
@@ -263,15 +244,14 @@ def _refuse_entry(stack: Stack, folder: AdapterFolder, label: str) -> None:
         )
     if label in {e.name for e in stack.entries}:
         raise UserError(f"{where}: has an adapter called {label!r} already; give this one another name (--name).")
-    same = [e for e in stack.entries if e.adapter_id == folder.adapter_id]
-    for e in same:
-        if e.revoked is not None:
-            raise UserError(
-                f"{folder.path}: was revoked in {where} on {str(e.revoked['date'])[:10]} as {e.name} ({e.revoked['reason']}); a "
-                "revoked adapter does not come back into its stack. Train a new one."
-            )
-        raise UserError(f"{folder.path}: is in {where} already, as {e.name}.")
     ids = {e.adapter_id: e for e in stack.entries}
+    if same := ids.get(folder.adapter_id):
+        if same.revoked is None:
+            raise UserError(f"{folder.path}: is in {where} already, as {same.name}.")
+        raise UserError(
+            f"{folder.path}: was revoked in {where} on {str(same.revoked['date'])[:10]} as {same.name} "
+            f"({same.revoked['reason']}); a revoked adapter does not come back into its stack. Train a new one."
+        )
     for need in folder.manifest.depends_on:
         below = ids.get(need)
         if below is None or below.status != "active":
@@ -284,9 +264,9 @@ def _refuse_entry(stack: Stack, folder: AdapterFolder, label: str) -> None:
 
 def revoke(
     path: str | Path, name: str, reason: str = "", *, cascade: bool = False, date: datetime | None = None
-) -> tuple[Stack, list[str]]:
-    """Mark an adapter as revoked and write the file: (stack, names revoked). What is loaded from it afterwards is what it
-    would be had the adapter never been added.
+) -> Stack:
+    """Mark an adapter as revoked and write the file; the names are in `changed`. What is loaded from it afterwards is what
+    it would be had the adapter never been added.
 
     Raises:
         UserError: no such adapter, revoked already, or active ones were trained on top of it (with `cascade` they are
@@ -308,15 +288,12 @@ def revoke(
                 f"{file}: {above} {'was' if len(gone) == 2 else 'were'} trained on top of {name} and would mean something "
                 "else without it. Revoke those first, or all together with --cascade."
             )
-        now = _utc(date)
+        now, with_it = _utc(date), f"with {name}: {reason}" if reason else f"with {name}"
         for e in gone:
-            e.status = "revoked"
-            e.revoked = {
-                "date": now,
-                "reason": reason if e is entry else f"with {name}" + (f": {reason}" if reason else ""),
-            }
+            e.status, e.revoked = "revoked", {"date": now, "reason": reason if e is entry else with_it}
+        stack.changed = [e.name for e in gone]
         save(stack)
-    return stack, [e.name for e in gone]
+    return stack
 
 
 def _utc(date: datetime | None) -> str:

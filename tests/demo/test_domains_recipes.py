@@ -14,7 +14,7 @@ from peft_unlearn.data.formats import to_text
 from peft_unlearn.demo import child
 from peft_unlearn.folder.recipe import load_recipe
 from peft_unlearn.stack.model import ForgetModel
-from peft_unlearn.stack.remove import remove
+from peft_unlearn.stack.model import remove
 from peft_unlearn.training.recipe import prepare
 
 # name -> parameters that are trained: 5,120 for an expert (gate and up, down; rank 8), 1,024 for a router

@@ -53,7 +53,7 @@ def test_a_ledger_for_people_and_for_programs(stack: Path) -> None:
     ]  # fmt: skip
     assert found.entries[2].depends_on == [found.entries[0].adapter_id]
     assert found.entries[0].source == "a" and str(stack.parent) not in stack.read_text()
-    assert "R-b" in found.table() and found.entries[1].adapter_id[7:19] in found.table()
+    assert "R-b" in str(found) and found.entries[1].adapter_id[7:19] in str(found)
     assert datetime.fromisoformat(found.entries[0].request["date"].replace("Z", "+00:00")).tzinfo is not None
     before = stack.read_bytes()
     save(found)
@@ -79,8 +79,8 @@ def test_revoked_is_as_if_never_there(base_dir: Path, place: Path, stack: Path) 
     other = place / "without.yaml"
     for name in "ac":
         add(other, place / name, **WHY)
-    _, gone = revoke(stack, "b", "withdrawn")
-    assert gone == ["b"] and load(stack).entry("b").revoked["reason"] == "withdrawn"
+    assert revoke(stack, "b", "withdrawn").changed == ["b"]
+    assert load(stack).entry("b").revoked["reason"] == "withdrawn"
     after = ForgetModel.from_stack(stack, base_dir)
     without = ForgetModel.from_stack(other, base_dir)
     assert after.active() == ["a", "c"] and torch.equal(logits(after.model), logits(without.model))
@@ -98,8 +98,8 @@ def test_what_others_stand_on_is_not_revoked_alone(base_dir: Path, place: Path, 
     with pytest.raises(UserError, match="c was trained on top of a"):
         revoke(stack, "a")
     assert stack.read_bytes() == before
-    found, gone = revoke(stack, "a", "all", cascade=True)
-    assert gone == ["a", "c"] and [e.name for e in found.active] == ["b"]
+    found = revoke(stack, "a", "all", cascade=True)
+    assert found.changed == ["a", "c"] and [e.name for e in found.active] == ["b"]
     assert found.entry("c").revoked["reason"] == "with a: all"
     write(place / "d", base_dir, seed=4, depends_on=[found.entries[0].adapter_id])
     with pytest.raises(UserError, match=r"\(a\) was revoked in"):

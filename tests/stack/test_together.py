@@ -103,14 +103,14 @@ def test_two_kinds_on_one_module_are_refused(base_dir: Path, tmp_path: Path) -> 
     assert not torch.equal(both, logits(stack.model))
 
 
-def test_a_type_without_a_dial_says_so(base_dir: Path, tmp_path: Path) -> None:
+def test_a_type_without_a_scale_says_so(base_dir: Path, tmp_path: Path) -> None:
     from peft import IA3Config
     from stacks import write_config
 
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     write_config(tmp_path / "ia3", base_dir, config, 1)
     stack = ForgetModel.from_pretrained(base_dir, tmp_path / "ia3")
-    with pytest.raises(UserError, match="no strength to set"):
+    with pytest.raises(UserError, match="no scale to set"):
         stack.scale("default", 0.5)
     assert stack.remove().ok
 
