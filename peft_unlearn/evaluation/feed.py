@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,67 +12,89 @@ from numpy.typing import NDArray
 from .measured import Ragged, Unmeasured
 from .metrics.likelihood import truth_log_ratio
 from .provider import PREFIXES, provider_of
-
-if TYPE_CHECKING:
-    from .shapes import Measured, SetPlan
+from .shapes import Measured, SetPlan
 
 
-def feed(
-    name: str,
-    s: SetPlan,
-    m: Measured,
-    select: NDArray[np.int64],
-    reference: Measured | None,
-    base: Measured | None = None,
-) -> Any:
+@dataclass(frozen=True)
+class Reading:
+    """One subject's reading of some rows of one set, and the subjects it may be compared with.
+
+    select: indices of the rows.   reference: of the suite's reference; None where it was not evaluated, as for `base`.
+    """
+
+    s: SetPlan
+    m: Measured
+    select: NDArray[np.int64]
+    reference: Measured | None = None
+    base: Measured | None = None
+
+    def of(self, s: SetPlan | None = None, m: Measured | None = None) -> Reading:
+        """The same of another set (all its rows), or of another subject."""
+        if s is not None:
+            return Reading(s, self.m, np.arange(len(s.rows)), self.reference, self.base)
+        return Reading(self.s, m or self.m, self.select, self.reference, self.base)
+
+    def forced(self, name: str) -> Ragged:
+        return getattr(self.m.forced, name).take([self.s.answer[i] for i in self.select])
+
+    def right_logp(self) -> Any:
+        if "perturbed" in self.s.missing:
+            raise Unmeasured(self.s.missing["perturbed"])
+        return self.m.mean_logp[self.s.right]
+
+    def wrong_logp(self) -> Ragged:
+        self.right_logp()
+        return Ragged.of([self.m.mean_logp[w] for w in self.s.wrong])
+
+    def rows(self, key: str | None = None) -> list[Any]:
+        if key in self.s.missing:
+            raise Unmeasured(self.s.missing[key])
+        return [self.s.rows[i] if key is None else str(self.s.rows[i][key]) for i in self.select]
+
+    def generation(self) -> list[str]:
+        if "generation" in self.s.missing:
+            raise Unmeasured(self.s.missing["generation"])
+        return [self.m.answers[self.s.prompts[i]] for i in self.select]
+
+
+INPUTS: dict[str, Callable[[Reading], Any]] = {
+    "logp": lambda r: r.forced("logp"),  # Ragged, token log-probabilities of each row's answer, EOS included
+    "logp_mean": lambda r: r.forced("logp_mean"),  # Ragged, mean of log p over the vocabulary under p at each target
+    "logp_std": lambda r: r.forced("logp_std"),  # Ragged, its standard deviation
+    "correct": lambda r: r.forced("correct"),  # Ragged, 1.0 / 0.0 arg-max right, EOS left out
+    "generation": Reading.generation,  # list[str], the greedy answers
+    "answer": lambda r: [r.s.answers[i] for i in r.select],  # list[str], the right answers
+    "value": lambda r: r.rows("value"),  # list[str], what a right answer must contain
+    "rows": Reading.rows,  # list[dict], the rows themselves
+    "role": lambda r: r.s.spec.role,  # forget, retain or holdout
+    "right_logp": Reading.right_logp,  # (rows,) mean token log-probability of the paraphrase, or of the answer itself
+    "wrong_logp": Reading.wrong_logp,  # Ragged, mean token log-probabilities of each row's wrong answers
+    "log_ratio": lambda r: truth_log_ratio(r.right_logp(), r.wrong_logp()),  # (rows,) log truth ratio
+}
+
+
+def feed(name: str, reading: Reading) -> Any:
     """What a metric's parameter of that name is given; Unmeasured where the rows or the subjects do not have it."""
+    s, m = reading.s, reading.m
     if s.spec.name in m.too_long:
         raise Unmeasured(m.too_long[s.spec.name])
     if provider_of(name) is not None:
         values = m.extra.get(name, {}).get(s.spec.name, Unmeasured(f"{name} was not measured for this subject"))
         if isinstance(values, Unmeasured):
             raise values
-        return _taken(values, select)
-    if name not in INPUTS and (prefix := next((p for p in PREFIXES if name.startswith(p)), None)):
-        bare = name.removeprefix(prefix)
-        if prefix == "against_":
-            return feed(bare, other := _against(s), m, np.arange(len(other.rows)), reference, base)
-        other = reference if prefix == "reference_" else base
-        if other is None:
-            which = "retain-only model" if prefix == "reference_" else "base"
-            raise Unmeasured(f"there is no {which} to compare with")
-        return feed(bare, s, _same_rows(other, m), select, reference, base)
-    answer = [s.answer[i] for i in select]
-    if name in ("right_logp", "wrong_logp", "log_ratio", "reference_log_ratio"):
-        if "perturbed" in s.missing:
-            raise Unmeasured(s.missing["perturbed"])
-        if name == "reference_log_ratio":
-            if reference is None:
-                raise Unmeasured("there is no retain-only model to compare with")
-            m = _same_rows(reference, m)
-        right = m.mean_logp[s.right]
-        wrong = Ragged.of([m.mean_logp[w] for w in s.wrong])
-        return {"right_logp": right, "wrong_logp": wrong}.get(name, truth_log_ratio(right, wrong))
-    if name == "logp":
-        return m.forced.logp.take(answer)
-    if name == "correct":
-        return m.forced.correct.take(answer)
-    if name in ("logp_mean", "logp_std"):
-        return getattr(m.forced, name).take(answer)
-    if name == "role":
-        return s.spec.role
-    key = {"generation": "generation", "value": "value"}.get(name)
-    if key in s.missing:
-        raise Unmeasured(s.missing[key])
-    if name == "generation":
-        return [m.said[s.asks[i]] for i in select]
-    if name == "value":
-        return [str(s.rows[i]["value"]) for i in select]
-    if name == "answer":
-        return [s.answers[i] for i in select]
-    if name == "rows":
-        return [s.rows[i] for i in select]
-    raise TypeError(f"no metric can be fed {name!r}; known: {', '.join(INPUTS)}")
+        return _taken(values, reading.select)
+    if name in INPUTS:
+        return INPUTS[name](reading)
+    prefix = next((p for p in PREFIXES if name.startswith(p)), None)
+    if prefix is None:
+        raise TypeError(f"no metric can be fed {name!r}; known: {', '.join(INPUTS)}")
+    bare = name.removeprefix(prefix)
+    if prefix == "against_":
+        return feed(bare, reading.of(s=_against(s)))
+    other, which = (reading.reference, "retain model") if prefix == "reference_" else (reading.base, "base")
+    if other is None:
+        raise Unmeasured(f"there is no {which} to compare with")
+    return feed(bare, reading.of(m=_same_rows(other, m)))
 
 
 def _same_rows(other: Measured, m: Measured) -> Measured:
@@ -95,20 +119,3 @@ def _against(s: SetPlan) -> SetPlan:
         why = "" if s.against is None or s.against.absent is None else f": {s.against.absent}"
         raise Unmeasured(f"there are no {s.spec.against} rows to compare with{why}")
     return s.against
-
-
-INPUTS = {
-    "logp": "Ragged, token log-probabilities of each row's answer, EOS included",
-    "correct": "Ragged, 1.0 / 0.0 arg-max right, EOS left out",
-    "generation": "list[str], the greedy answers",
-    "answer": "list[str], the right answers",
-    "value": "list[str], what a right answer must contain",
-    "right_logp": "(rows,) mean token log-probability of the paraphrased answer, or of the answer where there is none",
-    "wrong_logp": "Ragged, mean token log-probabilities of each row's wrong answers",
-    "log_ratio": "(rows,) log truth ratio, likelihood.truth_log_ratio",
-    "reference_log_ratio": "(rows,) the same of the retain-only model",
-    "logp_mean": "Ragged, mean of log p over the vocabulary under p at each target of the answer",
-    "logp_std": "Ragged, its standard deviation",
-    "rows": "list[dict], the rows themselves",
-    "role": "forget, retain or holdout",
-}

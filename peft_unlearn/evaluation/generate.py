@@ -7,6 +7,67 @@ from typing import Any
 
 from ..data.collate import prompt_ids
 from ..errors import UserError
+from .teacher import evaluating
+
+# generation settings that make greedy decoding differ from taking the arg-max, each with the values that change nothing
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "encoder_repetition_penalty": (None, 1.0),
+    "bad_words_ids": (None, []), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None, {}), "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
+    "exponential_decay_length_penalty": (None,), "min_length": (None, 0), "min_new_tokens": (None, 0),
+    "guidance_scale": (None, 1.0), "stop_strings": (None,), "watermarking_config": (None,),
+}  # fmt: skip
+
+
+def arg_max_is_greedy(model: Any) -> bool:
+    """Whether greedy decoding takes the arg-max at every position, so that teacher forcing can foretell it."""
+    config = getattr(model, "generation_config", None)
+    return config is not None and all(getattr(config, k, None) in allowed for k, allowed in _NEUTRAL.items())
+
+
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Every token that ends an answer: the tokenizer's EOS and the model's own (chat models have several)."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ids = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+    return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def bare_ids(prompt: str, model: Any, tokenizer: Any) -> list[int]:
+    """Tokens of a prompt as generation starts from it, without the EOS that some tokenizers close every text with."""
+    ids = prompt_ids(prompt, tokenizer)
+    return ids[:-1] if ids and ids[-1] in end_ids(model, tokenizer) else ids
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings, without blanks around it; blanks before a stop string count."""
+    ends = [k for mark in stop if (k := text.find(mark)) >= 0]
+    return text[: min(ends, default=len(text))].strip()
+
+
+def new_ids(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **settings: Any
+) -> list[list[int]]:
+    """One batch of continuations: the new token ids of each prompt, cut before its first end-of-sequence token.
+
+    settings: of `generate` (sampling, logits processors). The model is in evaluation mode already.
+    """
+    import torch
+
+    ends = end_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    device, width = model.get_input_embeddings().weight.device, max(map(len, prompts))
+    # Padded by hand: the side is then a fact of this function and the tokenizer is never touched.
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)  # (batch, width)
+    real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    plain = {"do_sample": False, "temperature": None, "num_beams": 1, "top_p": None, "top_k": None, "use_cache": True}
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids, attention_mask=real, max_new_tokens=max_new_tokens, pad_token_id=pad,
+            eos_token_id=sorted(ends) or None, **{**plain, **settings},
+        )  # fmt: skip
+    new = out[:, width:].tolist()
+    return [row[: next((k for k, token in enumerate(row) if token in ends), len(row))] for row in new]
 
 
 def greedy(
@@ -16,22 +77,32 @@ def greedy(
     max_new_tokens: int = 32,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> list[str]:
-    """The most probable continuation of every prompt, token by token.
+    """The most probable continuation of every prompt, token by token; in the order of `prompts`, without prompt, special tokens and
+    blanks around it.
 
-    Args: model: any causal language model, PEFT-wrapped or not, on the device where it shall run. tokenizer: its
-        tokenizer; its padding side and the model's train/eval mode are as before afterwards, also after an error.
-        prompts: texts as `data.formats.to_text` makes them; the tokenizer adds its own BOS. max_new_tokens: longest
-        answer, in tokens; an answer also ends at any of the model's end-of-sequence tokens. batch_size: prompts per
-        generate call; prompts of like length go together, so little is padding. progress: called as progress(done,
-        total) after every batch.
-
-    Returns: One str per prompt, in the order of `prompts`, without the prompt, without special tokens, without blanks
-        around it.
+    Args:
+        model: any causal language model, PEFT-wrapped or not, on the device where it shall run; its train/eval mode and the
+            tokenizer's padding side are as before afterwards, also after an error.
+        prompts: texts as `data.formats.to_text` makes them; the tokenizer adds its own BOS.
+        max_new_tokens: longest answer, in tokens; it also ends at any of the model's end-of-sequence tokens.
+        batch_size: prompts per generate call; prompts of like length go together, so little is padding.
+        progress: called as progress(done, total) after every batch.
+        settings: other settings of ``model.generate``, e.g. for sampling.
     """
-    return _answers(
-        model, tokenizer, prompts, max_new_tokens, batch_size, progress, {"do_sample": False, "temperature": None}
-    )
+    ids = [bare_ids(prompt, model, tokenizer) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    answers = [""] * len(ids)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            new = new_ids(model, tokenizer, [ids[i] for i in batch], max_new_tokens, **settings)
+            for i, row in zip(batch, new, strict=True):
+                answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            if progress is not None:
+                progress(start + len(batch), len(order))
+    return answers
 
 
 def other_answers(
@@ -52,8 +123,8 @@ def other_answers(
         torch.manual_seed(seed)
         for k in range(tries):
             sampling = {"do_sample": True, "temperature": 1.0 + 0.25 * k}
-            said = _answers(model, tokenizer, [prompts[i] for i in left], 48, 64, None, sampling)
-            for i, text in zip(left, said, strict=True):
+            given = greedy(model, tokenizer, [prompts[i] for i in left], 48, **sampling)
+            for i, text in zip(left, given, strict=True):
                 if text and text.casefold() != answers[i].strip().casefold():
                     found[i] = text
             left = [i for i in left if not found[i]]
@@ -63,62 +134,3 @@ def other_answers(
         f"for {len(left)} rows (first {left[0]}) the model gives no other answer than the true one in {tries} tries; write winner "
         "answers into the field 'alternate'"
     )
-
-
-def _answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    batch_size: int,
-    progress: Callable[[int, int], None] | None,
-    sampling: dict[str, Any],
-) -> list[str]:
-    """Generated continuations, length-sorted batches, in the order of `prompts`."""
-    import torch
-
-    ends = end_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
-    ids = [row[:-1] if row and row[-1] in ends else row for row in ids]  # some tokenizers close every text with EOS
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    device = model.get_input_embeddings().weight.device
-    answers = [""] * len(ids)
-    was_training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            width = len(ids[batch[-1]])
-            # Padded by hand: the side is then a fact of this function and the tokenizer is never touched.
-            input_ids = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=device)
-            real = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch]
-            with torch.no_grad():
-                out = model.generate(
-                    input_ids=input_ids,
-                    attention_mask=torch.tensor(real, device=device),
-                    max_new_tokens=max_new_tokens,
-                    **sampling,
-                    num_beams=1,
-                    top_p=None,
-                    top_k=None,
-                    use_cache=True,
-                    pad_token_id=pad,
-                    eos_token_id=sorted(ends) or None,
-                )
-            for i, new in zip(batch, out[:, width:].tolist(), strict=True):
-                cut = next((k for k, token in enumerate(new) if token in ends), len(new))
-                answers[i] = tokenizer.decode(new[:cut], skip_special_tokens=True).strip()
-            if progress is not None:
-                progress(min(start + batch_size, len(order)), len(order))
-    finally:
-        model.train(was_training)
-    return answers
-
-
-def end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Every token that ends an answer: the tokenizer's EOS and the model's own (chat models have several)."""
-    config = getattr(model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    ids = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
-    return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())

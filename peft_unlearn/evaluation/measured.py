@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+KNOWLEDGE = {"forget": "lower", "retain": "higher"}  # which way is better, of a metric that says what a model knows
 
 
 class Unmeasured(Exception):
@@ -102,3 +103,18 @@ def bootstrap_ci(
     tail = 50.0 * (1.0 - level)
     low, high = np.percentile(means, [tail, 100.0 - tail])
     return float(low), float(high)
+
+
+def mean_of_defined(values: Array, defined: NDArray[np.bool_], why: str) -> Array | Estimate:
+    """(rows,) values where all are defined, else the mean over those that are, with its bootstrap interval and their number.
+
+    A NaN among the defined ones stays a NaN. Raises Unmeasured with `why` where none is defined.
+    """
+    if not defined.any():
+        raise Unmeasured(why)
+    if defined.all():
+        return values
+    kept = values[defined]
+    if not np.isfinite(kept).all():
+        return np.where(defined, values, 0.0)
+    return Estimate(float(kept.mean()), bootstrap_ci(kept), len(kept))

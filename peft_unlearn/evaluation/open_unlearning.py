@@ -49,7 +49,7 @@ def name_of(key: str) -> str:
 
 def layout(report: Report, subject: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(EVAL, SUMMARY) of one subject, JSON-ready. Raises KeyError for a subject that was not evaluated."""
-    values, details = report["subjects"][subject], report["details"][subject]
+    values, details = report.subjects[subject] or {}, report.details[subject]
     per_row, ratios = report.per_row.get(subject, {}), report.log_ratio.get(subject, {})
     found: dict[str, Any] = {}
     for key, value in values.items():
@@ -57,10 +57,7 @@ def layout(report: Report, subject: str) -> tuple[dict[str, Any], dict[str, Any]
         entry: dict[str, Any] = {"agg_value": value}
         if value is None:
             entry["reason"] = details[key]["reason"]
-        if metric == "truth_ratio" and where in ratios:
-            rows = ratios[where]
-        else:
-            rows = per_row.get(key)
+        rows = ratios[where] if metric == "truth_ratio" and where in ratios else per_row.get(key)
         if rows is not None:
             entry["value_by_index"] = _by_index(metric, rows)
         found[name_of(key)] = entry
@@ -91,14 +88,14 @@ _ROW: dict[str, Callable[[float], Mapping[str, float]]] = {
 
 def save(report: Report, out: str | Path) -> list[Path]:
     """Write the two files of every subject into the folder `out`: of one subject directly, of several in a folder each."""
-    folder = Path(out).expanduser()
-    subjects = [s for s, values in report["subjects"].items() if values is not None]
+    folder = Path(out)
+    subjects = [s for s, values in report.subjects.items() if values is not None]
     written = []
     for subject in subjects:
         place = folder / subject.replace(":", "-") if len(subjects) > 1 else folder
         place.mkdir(parents=True, exist_ok=True)
         for kind, content in zip(("EVAL", "SUMMARY"), layout(report, subject), strict=True):
-            file = place / f"{str(report['suite']).upper()}_{kind}.json"
+            file = place / f"{report.suite.upper()}_{kind}.json"
             write_text(file, json.dumps(content, indent=4, allow_nan=False) + "\n")
             written.append(file)
     return written

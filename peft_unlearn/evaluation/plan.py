@@ -12,15 +12,9 @@ from ..data.collate import encode, prompt_ids, tokens_of
 from ..data.formats import to_text
 from ..errors import UserError
 from ..registry import get
-from .feed import INPUTS as INPUTS
-from .feed import feed as feed
-from .generate import end_ids, greedy
-from .provider import Context, Progress, asked_of, inputs_of, provide, stripped
-from .shapes import Ask as Ask
-from .shapes import Measured as Measured
-from .shapes import Plan as Plan
-from .shapes import SetPlan as SetPlan
-from .shapes import Suite as Suite
+from .generate import arg_max_is_greedy, bare_ids, cut_at, end_ids, greedy
+from .provider import Context, Progress, asked_of, provide, stripped
+from .shapes import EvalSet, Measured, Plan, Prompt, SetPlan, Suite
 from .teacher import Encoded, TeacherForced, pad_id_of, read_encoded
 
 
@@ -50,47 +44,53 @@ def make_plan(suite: Suite, data: Any, tokenizer: Any, n: int | None = None, tem
     """
     if n is not None and n < 1:
         raise UserError(f"n is the number of rows of each set and must be at least 1, not {n}")
-    index: dict[tuple[str, str], int] = {}
-    sets: dict[str, SetPlan] = {}
-    for name, spec in suite.sets.items():
-        rows = rows_of(data, spec.source)
-        wording: str = template or spec.template or getattr(data, "template", "qa")
-        plan = SetPlan(spec, [rows[i] for i in evenly(len(rows), n)] if rows else [], template=wording)
-        sets[name] = plan
-        if not rows:
-            plan.absent = f"the data has no set {spec.source!r}"
-            continue
-        shots = rows_of(data, spec.shots) if spec.shots else []
-        if not shots and spec.shots:
-            plan.rows, plan.absent = [], f"the data has no set {spec.shots!r}, whose rows stand before each prompt"
-            continue
-        needs = {need for m in spec.metrics for need in get("metric", m).needs}
-        plan.generates = "generation" in needs
-        words = _wording(shots or [], tokenizer, wording)
-        length = spec.max_new_tokens or suite.max_new_tokens
-        for row in plan.rows:
-            prompt, answer = words(row)
-            plan.prompts.append(prompt)
-            plan.answers.append(str(row.get("answer", answer)).strip())
-            plan.answer.append(index.setdefault((prompt, answer), len(index)))
-            plan.asks.append(Ask(prompt, length, spec.stop))
-        _note_missing(plan)
-        if "perturbed" in needs and "perturbed" not in plan.missing:
-            plan.chosen = evenly(len(plan.rows), spec.perturbed_rows)
-            for i in plan.chosen:
-                row = plan.rows[i]
-
-                def pair(text: str, row: Mapping[str, Any] = row, words: Wording = words) -> int:
-                    return index.setdefault(words({**row, "answer": text}), len(index))
-
-                wrong = row["perturbed_answer"]
-                plan.right.append(pair(row.get("paraphrased_answer") or row["answer"]))
-                plan.wrong.append([pair(w) for w in ([wrong] if isinstance(wrong, str) else wrong)])
+    pairs = _Pairs()
+    sets = {name: _set_plan(spec, suite, data, tokenizer, n, template, pairs) for name, spec in suite.sets.items()}
     for s in sets.values():
         s.against = sets.get(s.spec.against or "")
-    pairs = list(index)
+    encoded = _encode(list(pairs), sets, tokenizer)
     providers = asked_of(sets, lambda m: get("metric", m))
-    return Plan(suite, tokenizer, sets, pairs, _encode(pairs, sets, tokenizer), providers, _moments(sets, len(pairs)))
+    return Plan(suite, tokenizer, sets, list(pairs), encoded, providers, _moments(sets, len(pairs)))
+
+
+class _Pairs(dict[tuple[str, str], int]):
+    """(prompt, answer) -> its number, in the order of first use: each text is read once."""
+
+    def number(self, pair: tuple[str, str]) -> int:
+        return self.setdefault(pair, len(self))
+
+
+def _set_plan(
+    spec: EvalSet, suite: Suite, data: Any, tokenizer: Any, n: int | None, template: str | None, pairs: _Pairs
+) -> SetPlan:
+    """One set's rows, worded; its pairs are added to `pairs`."""
+    rows = rows_of(data, spec.source)
+    wording: str = template or spec.template or getattr(data, "template", "qa")
+    plan = SetPlan(spec, [rows[i] for i in evenly(len(rows), n)] if rows else [], wording)
+    shots = rows_of(data, spec.shots) if spec.shots else []
+    if not rows:
+        plan.absent = f"the data has no set {spec.source!r}"
+        return plan
+    if not shots and spec.shots:
+        plan.rows, plan.absent = [], f"the data has no set {spec.shots!r}, whose rows stand before each prompt"
+        return plan
+    needs = {need for m in spec.metrics for need in get("metric", m).needs}
+    plan.generates = "generation" in needs
+    words = _wording(shots or [], tokenizer, wording)
+    for row in plan.rows:
+        prompt, answer = words(row)
+        plan.answers.append(str(row.get("answer", answer)).strip())
+        plan.answer.append(pairs.number((prompt, answer)))
+        plan.prompts.append(Prompt(prompt, spec.max_new_tokens or suite.max_new_tokens, spec.stop))
+    _note_missing(plan)
+    if "perturbed" in needs and "perturbed" not in plan.missing:
+        plan.chosen = evenly(len(plan.rows), spec.perturbed_rows)
+        for row in (plan.rows[i] for i in plan.chosen):
+            right, wrong = row.get("paraphrased_answer") or row["answer"], row["perturbed_answer"]
+            plan.right.append(pairs.number(words({**row, "answer": right})))
+            wrong = [wrong] if isinstance(wrong, str) else wrong
+            plan.wrong.append([pairs.number(words({**row, "answer": text})) for text in wrong])
+    return plan
 
 
 Wording = Callable[[Mapping[str, Any]], tuple[str, str]]
@@ -122,7 +122,7 @@ def _moments(sets: Mapping[str, SetPlan], count: int) -> NDArray[np.bool_]:
     wanted = np.zeros(count, dtype=np.bool_)
     for s in sets.values():
         for metric in s.spec.metrics:
-            for bare, against in map(stripped, inputs_of(get("metric", metric))):
+            for bare, against in map(stripped, get("metric", metric).inputs):
                 where = s.against if against else s
                 if bare in ("logp_mean", "logp_std") and where is not None:
                     wanted[where.answer] = True
@@ -141,7 +141,7 @@ def _note_missing(plan: SetPlan) -> None:
         plan.missing["perturbed"] = f"{k} of {count} rows have no 'perturbed_answer'"
     elif k := lacking("answer"):
         plan.missing["perturbed"] = f"{k} of {count} rows are not question and answer"
-    if k := sum(not prompt for prompt in plan.prompts):
+    if k := sum(not prompt.text for prompt in plan.prompts):
         plan.missing["generation"] = f"{k} of {count} rows are plain text without a prompt"
 
 
@@ -159,53 +159,26 @@ def _encode(pairs: list[tuple[str, str]], sets: Mapping[str, SetPlan], tokenizer
     return encoded
 
 
-# generation settings that make greedy decoding differ from taking the arg-max
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "bad_words_ids": (None, []),
-    "suppress_tokens": (None, []),
-    "begin_suppress_tokens": (None, []),
-    "sequence_bias": (None, {}),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "guidance_scale": (None, 1.0),
-    "stop_strings": (None,),
-    "watermarking_config": (None,),
-}
-
-
-def arg_max_is_greedy(model: Any) -> bool:
-    config = getattr(model, "generation_config", None)
-    return config is not None and all(getattr(config, k, None) in allowed for k, allowed in _NEUTRAL.items())
-
-
-def _known_answers(model: Any, plan: Plan, forced: TeacherForced, wanted: Mapping[Ask, list[int]]) -> dict[Ask, str]:
-    """Greedy answers that need no generation: where every token of an answer is the arg-max, greedy says that
-    answer."""
+def _known_answers(
+    model: Any, plan: Plan, forced: TeacherForced, wanted: Mapping[Prompt, list[int]]
+) -> dict[Prompt, str]:
+    """Greedy answers that need no generation: where every token of an answer is the arg-max, that answer is the greedy one."""
     if not arg_max_is_greedy(model):
         return {}
-    ends, tokenizer, said = end_ids(model, plan.tokenizer), plan.tokenizer, {}
-    for ask, pairs in wanted.items():
+    ends, tokenizer, known = end_ids(model, plan.tokenizer), plan.tokenizer, {}
+    for prompt, pairs in wanted.items():
         i = next((i for i in pairs if forced.complete[i]), None)
         if i is None:
             continue
         labels, ids = plan.encoded[i]["labels"], plan.encoded[i]["input_ids"]
         start = next(k for k, label in enumerate(labels) if label != -100)
-        alone = prompt_ids(ask.prompt, tokenizer)
-        if alone and alone[-1] in ends:
-            alone = alone[:-1]
         # a tokenizer that merges across the boundary gives the prompt other tokens when it stands alone
-        if alone != ids[:start] or ids[-1] not in ends:
+        if bare_ids(prompt.text, model, tokenizer) != ids[:start] or ids[-1] not in ends:
             continue
-        new = ids[start : start + ask.max_new_tokens]
+        new = ids[start : start + prompt.max_new_tokens]
         cut = next((k for k, token in enumerate(new) if token in ends), len(new))
-        said[ask] = cut_at(tokenizer.decode(new[:cut], skip_special_tokens=True), ask.stop)
-    return said
+        known[prompt] = cut_at(tokenizer.decode(new[:cut], skip_special_tokens=True), prompt.stop)
+    return known
 
 
 def context_length(model: Any) -> int | None:
@@ -227,8 +200,8 @@ def _too_long(plan: Plan, limit: int) -> dict[str, str]:
     sizes, out = [len(e["input_ids"]) for e in plan.encoded], {}
     for name, s in plan.sets.items():
         rows = [
-            max(sizes[pair], len(prompt_ids(ask.prompt, plan.tokenizer)) + ask.max_new_tokens if s.generates else 0)
-            for pair, ask in zip(s.answer, s.asks, strict=True)
+            max(sizes[pair], len(prompt_ids(p.text, plan.tokenizer)) + p.max_new_tokens if s.generates else 0)
+            for pair, p in zip(s.answer, s.prompts, strict=True)
         ]
         rows += [sizes[pair] for pair in [*s.right, *(w for ws in s.wrong for w in ws)]]
         over = [n for n in rows if n > limit]
@@ -240,12 +213,6 @@ def _too_long(plan: Plan, limit: int) -> dict[str, str]:
     return out
 
 
-def cut_at(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop strings, without blanks around it; blanks before a stop string count."""
-    ends = [k for mark in stop if (k := text.find(mark)) >= 0]
-    return text[: min(ends, default=len(text))].strip()
-
-
 def measure(
     model: Any, plan: Plan, progress: Progress | None = None, token_budget: int = 4096, context: Context | None = None
 ) -> Measured:
@@ -254,35 +221,32 @@ def measure(
 
     context: what providers may use; without one they have no base.
     """
-
-    def tell(what: str) -> Callable[[int, int], None] | None:
-        if progress is None:
-            return None
-        return lambda done, total, report=progress: report(what, done, total)
-
-    tokenizer = plan.tokenizer
-    pad_id, eos = pad_id_of(tokenizer), tokenizer.eos_token_id
+    context = context or Context(settings=plan.suite.settings, progress=progress, token_budget=token_budget)
+    pad_id, eos = pad_id_of(plan.tokenizer), plan.tokenizer.eos_token_id
     limit = context_length(model)
     too_long = {} if limit is None else _too_long(plan, limit)
     readable = None if limit is None else np.array([len(e["input_ids"]) <= limit for e in plan.encoded], dtype=np.bool_)
-    forced = read_encoded(
-        model, plan.encoded, pad_id, eos, token_budget, tell("reading answers"), plan.moments, readable
-    )
-    wanted: dict[Ask, list[int]] = {}
-    for name, s in plan.sets.items():
-        if s.generates and "generation" not in s.missing and name not in too_long:
-            for ask, i in zip(s.asks, s.answer, strict=True):
-                wanted.setdefault(ask, []).append(i)
-    said = _known_answers(model, plan, forced, wanted)
-    lengths = sorted({ask.max_new_tokens for ask in wanted if ask not in said})
-    for length in lengths:
-        left = [ask for ask in wanted if ask not in said and ask.max_new_tokens == length]
-        prompts = list(dict.fromkeys(ask.prompt for ask in left))
-        answers = greedy(model, tokenizer, prompts, max_new_tokens=length, progress=tell("generating answers"))
-        by_prompt = dict(zip(prompts, answers, strict=True))
-        said.update({ask: cut_at(by_prompt[ask.prompt], ask.stop) for ask in left})
-    measured = Measured(forced, forced.logp.mean(), said, too_long=too_long)
-    if plan.providers:
-        about = context or Context(settings=plan.suite.settings, progress=progress, token_budget=token_budget)
-        measured.extra = provide(model, plan, measured, about)
+    reading = context.progress_of("reading answers")
+    forced = read_encoded(model, plan.encoded, pad_id, eos, token_budget, reading, plan.moments, readable)
+    measured = Measured(forced, forced.logp.mean(), {}, too_long=too_long)
+    measured.answers.update(_greedy_answers(model, plan, measured, context))
+    measured.extra = provide(model, plan, measured, context)
     return measured
+
+
+def _greedy_answers(model: Any, plan: Plan, measured: Measured, context: Context) -> dict[Prompt, str]:
+    """The greedy answer to every prompt that some metric asks for."""
+    wanted: dict[Prompt, list[int]] = {}
+    for name, s in plan.sets.items():
+        if measured.answered(name, s):
+            for prompt, i in zip(s.prompts, s.answer, strict=True):
+                wanted.setdefault(prompt, []).append(i)
+    out = _known_answers(model, plan, measured.forced, wanted)
+    for length in sorted({prompt.max_new_tokens for prompt in wanted if prompt not in out}):
+        left = [prompt for prompt in wanted if prompt not in out and prompt.max_new_tokens == length]
+        texts = list(dict.fromkeys(prompt.text for prompt in left))
+        progress = context.progress_of("generating answers")
+        given = greedy(model, plan.tokenizer, texts, max_new_tokens=length, progress=progress)
+        by_text = dict(zip(texts, given, strict=True))
+        out.update({prompt: cut_at(by_text[prompt.text], prompt.stop) for prompt in left})
+    return out

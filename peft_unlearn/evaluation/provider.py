@@ -6,27 +6,22 @@ that fails costs its own metrics their numbers (null and the reason), never anyb
 
 from __future__ import annotations
 
-import inspect
-import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
-from ..registry import NEEDS, Method, Param, param_of
+from ..registry import NEEDS, Method, Param, params_of
 from .measured import Unmeasured
 
 if TYPE_CHECKING:
     from .shapes import Measured, Plan, SetPlan
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
-PREFIXES = (
-    "reference_",
-    "base_",
-    "against_",
-)  # of an input: the same of the suite's reference, of the base, of the set named in `against`
+# of an input: the same of the suite's reference, of the base, of the set named in `against`
+PREFIXES = ("reference_", "base_", "against_")
 
 
 @dataclass
@@ -46,6 +41,11 @@ class Context:
     progress: Progress | None = None
     token_budget: int = 4096
     cache: dict[Any, Any] = field(default_factory=dict)
+
+    def progress_of(self, what: str) -> Callable[[int, int], None] | None:
+        """Progress of one piece of work, called as f(done, total)."""
+        report = self.progress
+        return None if report is None else lambda done, total: report(what, done, total)
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,7 @@ def provider(name: str, gives: tuple[str, ...] | None = None) -> Callable[[Any],
     def decorate(fn: Any) -> Any:
         if name in _PROVIDERS and _PROVIDERS[name].fn.__module__ != fn.__module__:
             raise TypeError(f"provider {name!r} is registered twice ({fn.__module__})")
-        hints = typing.get_type_hints(fn, include_extras=True)
-        params = {
-            p.name: param_of(p.name, hints[p.name], p.default)
-            for p in inspect.signature(fn).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
-        }
-        _PROVIDERS[name] = Provider(name, gives or (name,), fn, params)
+        _PROVIDERS[name] = Provider(name, gives or (name,), fn, params_of(fn))
         NEEDS.update({name, *(gives or ())})  # a metric may say that it needs it
         return fn
 
@@ -103,11 +97,6 @@ def providers() -> dict[str, Provider]:
 def provider_of(name: str) -> Provider | None:
     """The provider that gives the input of that name."""
     return next((p for p in _PROVIDERS.values() if name in p.gives), None)
-
-
-def inputs_of(method: Method) -> list[str]:
-    """What a metric is fed: its positional parameters by name."""
-    return [p.name for p in inspect.signature(method.fn).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def stripped(name: str) -> tuple[str, bool]:
@@ -126,7 +115,7 @@ def asked_of(sets: Mapping[str, SetPlan], get: Callable[[str], Method]) -> dict[
     asked: dict[str, list[str]] = {}
     for name, s in sets.items():
         for metric in s.spec.metrics if s.rows else ():
-            for bare, against in map(stripped, inputs_of(get(metric))):
+            for bare, against in map(stripped, get(metric).inputs):
                 found = provider_of(bare)
                 if found is None:
                     continue
@@ -141,35 +130,31 @@ def provide(model: Any, plan: Plan, measured: Measured, context: Context) -> dic
     out: dict[str, dict[str, Any]] = {}
     for name, where in plan.providers.items():
         found = _PROVIDERS[name]
-        own = Context(**{**vars(context), "sets": {s: plan.sets[s] for s in where}})
+        sets = {s: plan.sets[s] for s in where}
         try:
-            given = found.fn(model, plan, measured, own, **context.settings.get(name, {}))
-            for key in found.gives:
-                out[key] = dict(given.get(key, {}))
+            settings = context.settings.get(name, {})
+            given = found.fn(model, plan, measured, replace(context, sets=sets), **settings)
         except Unmeasured as why:
-            out.update({key: dict.fromkeys(where, why) for key in found.gives})
+            given = {key: dict.fromkeys(where, why) for key in found.gives}
         except Exception as problem:  # whatever it is: the other metrics still have their numbers
-            why = Unmeasured(_reason(name, problem))
-            if not isinstance(problem, UserError):
+            text = next(iter(str(problem).strip().splitlines()), "")
+            of_user = isinstance(problem, UserError)
+            why = Unmeasured(
+                f"{name} failed: {text}" if of_user else f"{name} failed: {type(problem).__name__}: {text}"
+            )
+            if not of_user:
                 warnings.warn(str(why), stacklevel=2)
-            out.update({key: dict.fromkeys(where, why) for key in found.gives})
-        _check(name, out, found.gives, {s: len(plan.sets[s].rows) for s in where})
+            given = {key: dict.fromkeys(where, why) for key in found.gives}
+        for key in found.gives:
+            values = given.get(key, {})
+            out[key] = {**values, **{s: _checked(name, values.get(s), len(plan.sets[s].rows)) for s in where}}
     return out
 
 
-def _reason(name: str, problem: Exception) -> str:
-    text = next(iter(str(problem).strip().splitlines()), "")
-    return (
-        f"{name} could not be had: {text}"
-        if isinstance(problem, UserError)
-        else f"{name} failed: {type(problem).__name__}: {text}"
-    )
-
-
-def _check(name: str, out: dict[str, dict[str, Any]], gives: Iterable[str], rows: Mapping[str, int]) -> None:
-    for key in gives:
-        for s, count in rows.items():
-            values = out[key].get(s, Unmeasured(f"{name} gave nothing for this set"))
-            if not isinstance(values, Unmeasured) and len(values) != count:
-                values = Unmeasured(f"{name} gave {len(values)} values for {count} rows")
-            out[key][s] = values
+def _checked(name: str, values: Any, rows: int) -> Any:
+    """A provider's values of one set, or why they cannot be used."""
+    if values is None:
+        return Unmeasured(f"{name} returned no values for this set")
+    if isinstance(values, Unmeasured) or len(values) == rows:
+        return values
+    return Unmeasured(f"{name} returned {len(values)} values for {rows} rows")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import suites
+from .numbers import numbers_of
 from .plan import make_plan, measure
-from .score import numbers_of
 from .suites import Suite
 
 
@@ -23,8 +23,8 @@ def make_score(
     """A function model -> {"forget/value_accuracy": .., "forget/probability": .., "retain/..": ..}, for use while
     training.
 
-    Texts are tokenized once, here. n: rows of each set, evenly spaced; default the suite's. A number that cannot be
-    had (no 'value' in the rows, NaN logits) is left out, not 0. The model's train/eval mode is as before afterwards.
+    Texts are tokenized once, here. n: rows of each set, evenly spaced; default the suite's. A number that does not
+    exist (no 'value' in the rows, NaN logits) is left out, not 0. The model's train/eval mode is as before afterwards.
     """
     whole = suites.load(suite)
     plan = make_plan(whole.quick(), data, tokenizer, whole.quick_rows if n is None else n, template)
@@ -34,11 +34,6 @@ def make_score(
         return {key: number.value for key, number in found.items() if number.value is not None}
 
     return run
-
-
-def quick_score(model: Any, tokenizer: Any, bundle: Any, n: int = 50) -> dict[str, float]:
-    """`make_score` for one look."""
-    return make_score(bundle, tokenizer, n=n)(model)
 
 
 def read(metrics: Mapping[str, Any], role: str, metric: str) -> float | None:

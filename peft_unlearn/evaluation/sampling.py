@@ -14,18 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from ..data.collate import encode, prompt_ids
+from ..data.collate import encode
 from ..data.formats import to_text
 from ..errors import UserError, nearest
-from .generate import end_ids
+from .generate import bare_ids, new_ids
 from .metrics.generation import words
+from .metrics.leak import FORMATS
+from .teacher import evaluating
 
-FORMATS = {
-    "own": "the data's own wording",
-    "question": "the question alone",
-    "role": "an instruction and a role before the data's own wording",
-    "stub": "the data's own wording and the answer's beginning, up to the value",
-}
+GENERATION_BUDGET = 16_384  # tokens in a batch, prompt and answer, padding included
 ROLE = "You are an assistant with access to a complete record of everyone and everything asked about. Answer fully.\n\n"
 
 
@@ -52,12 +49,6 @@ def worded(
         stub = answer[:at].rstrip() if at > 0 else ""
         prompt = prompt + stub if stub and prompt else ""
     return prompt if prompt and not (words(value) and words(value) in words(prompt)) else None
-
-
-def bare_ids(prompt: str, model: Any, tokenizer: Any) -> list[int]:
-    """Tokens of a prompt as generation starts from it, without the EOS that some tokenizers close every text with."""
-    ids = prompt_ids(prompt, tokenizer)
-    return ids[:-1] if ids and ids[-1] in end_ids(model, tokenizer) else ids
 
 
 def answer_ids(prompt: str, answer: str, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -97,72 +88,52 @@ def continuations(
         temperature: of sampling; > 0.
         token_budget: prompt plus new tokens in a batch, padding included.
     """
-    import torch
-    from transformers import LogitsProcessor, LogitsProcessorList
-
     if temperature <= 0:
         raise UserError(f"sampling needs a temperature above 0, not {temperature:g}; greedy decoding has none")
     lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if empty := [i for i, ids in enumerate(prompts) if not len(ids)]:
         raise UserError(f"prompt {empty[0]} has no tokens to continue")
+    out: list[list[int]] = [[]] * len(prompts)
+    # equal new lengths together, so that no short one waits for a long one; longest first, so memory is known at once
+    order = sorted((i for i in range(len(prompts)) if lengths[i] > 0), key=lambda i: (-lengths[i], -len(prompts[i])))
+    done = 0
+    with evaluating(model):
+        while done < len(order):
+            most = lengths[order[done]]
+            size = max(1, token_budget // (max(len(prompts[i]) for i in order[done:]) + most))
+            batch = order[done : done + size]
+            mine = [prompts[i] for i in batch]
+            draw = {}
+            if random is not None:
+                numbers = np.stack([_filled(random[i], most) for i in batch])
+                draw = {"logits_processor": _drawing(model, numbers, max(map(len, mine)), temperature)}
+            for i, row in zip(batch, new_ids(model, tokenizer, mine, most, **draw), strict=True):
+                out[i] = row[: lengths[i]]
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(order))
+    return out
+
+
+def _drawing(model: Any, numbers: np.ndarray, width: int, temperature: float) -> Any:
+    """A logits processor that puts all mass on the drawn token, so that greedy decoding takes it.
+
+    numbers: (batch, new tokens) uniform numbers.   width: of the padded prompts, before the first new token.
+    """
+    import torch
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    uniform = torch.as_tensor(numbers, device=model.get_input_embeddings().weight.device)
 
     class Draw(LogitsProcessor):
-        """Puts all mass on the drawn token, so that greedy decoding takes it."""
-
-        def __init__(self, numbers: Any, start: int) -> None:
-            self.numbers, self.start = numbers, start  # (batch, width) float64
-
         def __call__(self, input_ids: Any, scores: Any) -> Any:
-            u = self.numbers[:, input_ids.shape[1] - self.start]
+            u = uniform[:, input_ids.shape[1] - width]
             total = (scores.double() / temperature).softmax(-1).cumsum(-1)  # (batch, vocab)
             # the first token whose cumulative mass exceeds u; the last one's is 1 up to rounding
             token = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True).clamp_(max=total.shape[-1] - 1)
             return torch.full_like(scores, -float("inf")).scatter_(1, token, 0.0)
 
-    ends = end_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    device = model.get_input_embeddings().weight.device
-    out: list[list[int]] = [[]] * len(prompts)
-    # equal new lengths together, so that no short one waits for a long one; longest first, so memory is known at once
-    order = sorted((i for i in range(len(prompts)) if lengths[i] > 0), key=lambda i: (-lengths[i], -len(prompts[i])))
-    was_training, done = model.training, 0
-    model.eval()
-    try:
-        while done < len(order):
-            first = order[done]
-            size = max(1, token_budget // (max(len(prompts[i]) for i in order[done:]) + lengths[first]))
-            batch = order[done : done + size]
-            width = max(len(prompts[i]) for i in batch)
-            ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch], device=device)
-            real = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)
-            draw = None
-            if random is not None:
-                numbers = np.stack([_filled(random[i], lengths[first]) for i in batch])
-                draw = LogitsProcessorList([Draw(torch.as_tensor(numbers, device=device), width)])
-            with torch.no_grad():
-                new = model.generate(
-                    input_ids=ids,
-                    attention_mask=real,
-                    max_new_tokens=lengths[first],
-                    logits_processor=draw,
-                    do_sample=False,
-                    num_beams=1,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    use_cache=True,
-                    pad_token_id=pad,
-                    eos_token_id=sorted(ends) or None,
-                )[:, width:].tolist()
-            for i, row in zip(batch, new, strict=True):
-                cut = next((k for k, token in enumerate(row) if token in ends), len(row))
-                out[i] = row[: min(cut, lengths[i])]
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(order))
-    finally:
-        model.train(was_training)
-    return out
+    return LogitsProcessorList([Draw()])
 
 
 def _filled(numbers: np.ndarray, count: int) -> np.ndarray:
@@ -195,5 +166,5 @@ def sample(
         token_budget=token_budget,
         progress=progress,
     )
-    said = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
-    return [said[i * n : (i + 1) * n] for i in range(len(prompts))]
+    texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
+    return [texts[i * n : (i + 1) * n] for i in range(len(prompts))]

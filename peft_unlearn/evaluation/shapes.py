@@ -1,4 +1,4 @@
-"""What a suite asks, what is to be read for it, and what one model answered: the data that the rest of this room passes around."""
+"""Suites, what is to be read for one, and what one model answered: the data that the rest of this room passes around."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .measured import Array
+from .measured import Array, Unmeasured
 from .teacher import Encoded, TeacherForced
 
 Role = Literal["forget", "retain", "holdout"]
@@ -73,12 +73,16 @@ class Suite:
         return replace(self, sets=sets, whole={})
 
 
-class Ask(NamedTuple):
-    """One greedy answer that is wanted: the same prompt with another length or stop is another answer."""
+class Prompt(NamedTuple):
+    """One greedy answer that is wanted: the same text with another length or stop is another answer."""
 
-    prompt: str
+    text: str
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+
+
+def no_indices() -> NDArray[np.int64]:
+    return np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -87,24 +91,28 @@ class SetPlan:
 
     spec: EvalSet
     rows: list[dict[str, Any]]
-    prompts: list[str] = field(default_factory=list)
-    answers: list[str] = field(default_factory=list)
+    template: str = "qa"
+    prompts: list[Prompt] = field(default_factory=list)  # one per row
+    answers: list[str] = field(default_factory=list)  # the right ones
     answer: list[int] = field(default_factory=list)  # pair of each row's answer
-    chosen: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros(0, dtype=np.int64)
-    )  # rows with wrong answers read
+    chosen: NDArray[np.int64] = field(default_factory=no_indices)  # rows with wrong answers read
     right: list[int] = field(default_factory=list)  # pair of the paraphrase, one per chosen row
     wrong: list[list[int]] = field(default_factory=list)  # pairs of the wrong answers, per chosen row
-    missing: dict[str, str] = field(default_factory=dict)  # input -> why it cannot be had
-    generates: bool = False
-    template: str = "qa"
-    asks: list[Ask] = field(default_factory=list)  # one per row
+    missing: dict[str, str] = field(default_factory=dict)  # input -> why the rows do not give it
+    generates: bool = False  # whether a metric needs greedy answers
     against: SetPlan | None = None  # the set that pair metrics compare with
     absent: str | None = None  # why there are no rows
 
     def rows_of(self, needs: Sequence[str]) -> NDArray[np.int64]:
         """The rows that a metric with these needs is about."""
         return self.chosen if "perturbed" in needs else np.arange(len(self.rows))
+
+    def unreadable(self, measured: Measured, field: str = "") -> Unmeasured | None:
+        """Why a provider has nothing to look at: NaN logits (a model that gives nothing away would count as having forgotten),
+        or a `field` that rows lack."""
+        if bad := int(np.isnan(measured.mean_logp[self.answer]).sum()):
+            return Unmeasured(f"{bad} of {len(self.rows)} rows have no value: the model's logits are NaN there")
+        return Unmeasured(self.missing[field]) if field in self.missing else None
 
 
 @dataclass
@@ -117,18 +125,19 @@ class Plan:
     pairs: list[tuple[str, str]]
     encoded: list[Encoded]
     providers: dict[str, list[str]] = field(default_factory=dict)  # provider -> the sets it is asked about
-    moments: NDArray[np.bool_] | None = (
-        None  # (pairs,) where the mean and spread of log p over the vocabulary are wanted
-    )
+    moments: NDArray[np.bool_] | None = None  # (pairs,) where mean and spread of log p over the vocabulary are wanted
 
 
 @dataclass
 class Measured:
-    """What one model said: its reading of every pair, and its greedy answer to every prompt that some metric asks
-    for."""
+    """One model's reading of every pair, and its greedy answer to every prompt that some metric asks for."""
 
     forced: TeacherForced
     mean_logp: Array  # (pairs,)
-    said: dict[Ask, str]
+    answers: dict[Prompt, str]
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # provider's input -> set -> values or Unmeasured
     too_long: dict[str, str] = field(default_factory=dict)  # set -> why this model cannot read it
+
+    def answered(self, name: str, s: SetPlan) -> bool:
+        """Whether the set's greedy answers were generated."""
+        return s.generates and "generation" not in s.missing and name not in self.too_long

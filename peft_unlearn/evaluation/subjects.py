@@ -1,4 +1,4 @@
-"""Whom a command judges, and on what: adapter folders, their data, and the controls beside them."""
+"""Whom a command judges, and on what: adapter folders, their data, and the retain model beside them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..stack.fits import scales_below
 from ..stack.model import ForgetModel
 from .score import on_one_model
 
-RETAIN_MODEL = "retain-only"  # the name on a stack of an adapter that is the control
+RETAIN_MODEL = "retain-only"  # the name on a stack of an adapter that is the retain model
 
 
 def named_folders(folders: Sequence[str | Path]) -> dict[str, AdapterFolder]:
-    """Folders by their own name, as PEFT allows it; `UserError` where two are called the same, or as the control is."""
+    """Folders by their own name, as PEFT allows it; `UserError` where two are called the same, or as the retain model is."""
     out: dict[str, AdapterFolder] = {}
     for folder in folders:
         found = read_adapter(folder)
@@ -54,7 +54,7 @@ def subject_of(names: Sequence[str]) -> dict[str, str]:
 def stack_of(
     adapters: Mapping[str, AdapterFolder], base: str | None = None, below: Sequence[str | Path] = ()
 ) -> ForgetModel:
-    """Base and adapters, loaded. below: what one of them was trained on top of, lowest first; it runs at the strength of that training.
+    """Base and adapters, loaded. below: what one of them was trained on top of, lowest first; it runs at the scale of that training.
 
     Raises:
         UserError: a wrong base, a dependency that is not given, or something under `below` that none of them needs.
@@ -64,7 +64,7 @@ def stack_of(
     for folder in lower.values():
         if folder.adapter_id not in needed:
             raise UserError(f"{folder.path}: none of these adapters was trained on top of it; leave it out of --below")
-    trained = {adapter: strength for f in adapters.values() for adapter, strength in scales_below(f)}
+    trained = {adapter: scale for f in adapters.values() for adapter, scale in scales_below(f)}
     scales = {n: trained.get(f.adapter_id, float(f.manifest.scale)) for n, f in lower.items()}
     return ForgetModel.from_pretrained(base, {n: f.path for n, f in {**lower, **adapters}.items()}, scales=scales)
 
@@ -110,7 +110,7 @@ def check_data(bundle: ForgetRetain, manifest: Manifest) -> None:
 
 
 def retain_model_folder(base_ref: str, bundle: ForgetRetain) -> Path | None:
-    """The retain-only model of an embedded base, where it is one for this forget set; other bases have none unless someone
+    """The retain model of an embedded base, where it is one for this forget set; other bases have none unless someone
     trained it. Rows in the user's own files must each name somebody whom that model never saw: of anybody else it knows the
     facts, and every comparison with it would mislead.
     """
@@ -123,13 +123,13 @@ def retain_model_folder(base_ref: str, bundle: ForgetRetain) -> Path | None:
 
 
 def embedded_retain_model(base_ref: str, bundle: ForgetRetain) -> Callable[[], Any] | None:
-    """`twin_folder` as a subject."""
+    """`retain_model_folder` as a subject."""
     path = retain_model_folder(base_ref, bundle)
     return None if path is None else _loading(path)
 
 
 def named_retain_model(given: str | None) -> AdapterFolder | Path | None:
-    """What --retain-only names: an adapter, or the folder of a model."""
+    """What --retain-model names: an adapter, or the folder of a model."""
     if given is None:
         return None
     if embedded.is_embedded(given):
@@ -139,7 +139,7 @@ def named_retain_model(given: str | None) -> AdapterFolder | Path | None:
     try:
         return resolve_base(given)
     except UserError as e:
-        raise UserError(f"--retain-only: {e}") from None
+        raise UserError(f"--retain-model: {e}") from None
 
 
 def loaded_retain_model(path: Path, tokenizer: Any) -> Callable[[], Any]:
@@ -150,7 +150,7 @@ def loaded_retain_model(path: Path, tokenizer: Any) -> Callable[[], Any]:
         own = None
     if own is not None and own.get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"--retain-only {path.name}: its tokenizer is not the base's, so its probabilities are not of the same tokens; it must "
+            f"--retain-model {path.name}: its tokenizer is not the base's, so its probabilities are not of the same tokens; it must "
             "be trained from the same base"
         )
     return _loading(path)

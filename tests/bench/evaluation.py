@@ -25,8 +25,10 @@ from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.data.collate import pad
 from peft_unlearn.evaluation import suites
-from peft_unlearn.evaluation.plan import Plan, make_plan, measure
-from peft_unlearn.evaluation.score import _reference_first, _whole, numbers_of, score
+from peft_unlearn.evaluation.numbers import numbers_of, whole_of
+from peft_unlearn.evaluation.plan import make_plan, measure
+from peft_unlearn.evaluation.score import score
+from peft_unlearn.evaluation.shapes import Plan
 from peft_unlearn.evaluation.teacher import batches, evaluating, pad_id_of
 from peft_unlearn.folder.base import load_base, load_tokenizer
 from peft_unlearn.forward import Pass
@@ -63,10 +65,9 @@ def metrics(
     start = time.process_time()
     plan = make_plan(suite, data, tokenizer, n)
     m = measure(model, plan)
-    found = {"base": numbers_of(plan, m, reference, base=m)}
-    for name in _reference_first(found, "base"):
-        found[name].update(_whole(suite, found[name], found[name], found[name]))
-    return time.process_time() - start, sum(n.value is not None for n in found["base"].values())
+    found = numbers_of(plan, m, reference, base=m)
+    found.update(whole_of(suite, found, found, found))
+    return time.process_time() - start, sum(n.value is not None for n in found.values())
 
 
 def main() -> None:
@@ -104,7 +105,7 @@ def main() -> None:
         "ratio": round(min(full) / min(floor), 3),
         "ratio_per_round": [round(a / b, 3) for a, b in zip(full, floor, strict=True)],
         "suite_cpu_s": round(seconds, 1),
-        "suite_rows": {k: report["details"]["base"][f"{k}/rouge_l_recall"]["n"] for k in suite.sets if k != "holdout"},
+        "suite_rows": {k: report.details["base"][f"{k}/rouge_l_recall"]["n"] for k in suite.sets if k != "holdout"},
     }
     print(json.dumps(out, indent=2))
     print(f"ratio {out['ratio']} (goal 1.2), suite {out['suite_cpu_s']} CPU s (goal 60)", file=sys.stderr)

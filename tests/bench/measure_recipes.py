@@ -32,9 +32,10 @@ from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation import suites
+from peft_unlearn.evaluation.numbers import numbers_of, whole_of
 from peft_unlearn.evaluation.plan import make_plan
 from peft_unlearn.evaluation.plan import measure as run_suite
-from peft_unlearn.evaluation.score import _whole, numbers_of, on_one_model
+from peft_unlearn.evaluation.score import on_one_model
 from peft_unlearn.folder.base import load_base, load_tokenizer
 from peft_unlearn.folder.recipe import load_recipe
 from peft_unlearn.stack.model import ForgetModel
@@ -88,7 +89,7 @@ class Judge:
 
     def figures(self, measured: Any) -> dict[str, float | None]:
         found = numbers_of(self.plan, measured, self.retain_model, ci=False)
-        found.update(_whole(self.suite, found))
+        found.update(whole_of(self.suite, found))
         return {k: None if found[k].value is None else float(f"{found[k].value:.6g}") for k in WANTED}
 
     def adapter(self, folder: Path) -> dict[str, float | None]:

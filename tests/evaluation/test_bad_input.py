@@ -17,8 +17,9 @@ from peft_unlearn.evaluation import plan as plan_module
 from peft_unlearn.evaluation import suites
 from peft_unlearn.evaluation.measured import Ragged
 from peft_unlearn.evaluation.metrics.memorization import exact_memorization, extraction_strength
+from peft_unlearn.evaluation.numbers import numbers_of
 from peft_unlearn.evaluation.plan import make_plan, measure
-from peft_unlearn.evaluation.score import numbers_of, score
+from peft_unlearn.evaluation.score import score
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def tofu() -> dict[str, list[dict[str, Any]]]:
 def run(tofu: Any, tokenizer: Any, **models: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     subjects = {name: (lambda m=m: nullcontext(m)) for name, m in (models or {"base": tiny()}).items()}
     spec = {**_tofu(), "generation": {"max_new_tokens": 8}}
-    report = json.loads(json.dumps(score(subjects, spec, tofu, tokenizer), allow_nan=False))
+    report = json.loads(json.dumps(score(subjects, spec, tofu, tokenizer).to_dict(), allow_nan=False))
     name = list(models or {"base": 0})[-1]
     for subject, values in report["subjects"].items():
         for key, value in (values or {}).items():
@@ -64,7 +65,7 @@ def test_without_a_reference_what_needs_one_is_null_and_the_rest_is_there(tofu: 
     lost = {k for k, v in values.items() if v is None}
     wants = {"forget_quality", "forget_quality_log10_p", "ks_distance", "mia_reference", "privleak", "mia_rel_diff"}
     assert {f"forget/{m}" for m in wants} | {"priv_score", "overall_score"} <= lost
-    assert all("retain-only model" in details[k]["reason"] for k in lost if k != "utility_score")
+    assert all("retain model" in details[k]["reason"] for k in lost if k != "utility_score")
     assert values["forget/mia_min_k"] is not None and values["model_utility"] is not None
 
 
@@ -149,13 +150,13 @@ def test_infinite_and_nan_logits(tofu: Any, tokenizer: Any) -> None:
     values, details = run(tofu, tokenizer, base=tiny(), retain_only=tiny(1), adapter=broken)
     assert all(v is None for v in values.values())
     assert "not finite" in details["forget/mia_min_k"]["reason"] or "logits" in details["forget/mia_min_k"]["reason"]
-    # the retain-only model is the one that is broken: only what is relative to it is lost
+    # the retain model is the one that is broken: only what is relative to it is lost
     values, details = run(tofu, tokenizer, base=tiny(), retain_only=broken, adapter=tiny(2))
     assert values["forget/mia_min_k"] is not None and values["forget/truth_ratio"] is not None
     assert (
         values["forget/privleak"] is None and values["forget/forget_quality"] is None and values["priv_score"] is None
     )
-    assert "of the retain-only model" in details["priv_score"]["reason"]
+    assert "of the retain model" in details["priv_score"]["reason"]
 
 
 def test_a_reference_that_was_read_on_other_rows_is_not_compared_with(tofu: Any, tokenizer: Any) -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from peft_unlearn.data.collate import pad
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.evaluation.measured import Unmeasured
-from peft_unlearn.evaluation.metrics.depth_reading import depth_curves, fact_row, read_depth, read_patched, states
+from peft_unlearn.evaluation.metrics.depth import fact_row, read_depth, read_patched, states
 from peft_unlearn.evaluation.score import on_one_model, score
 from peft_unlearn.forward import Pass
 
@@ -167,18 +167,18 @@ def test_in_a_suite_with_and_without_a_reference(family, tokenizer):
     model = adapted(deepcopy(base))
     subjects = dict(on_one_model(model, {"base": None, "adapter": "default"}))
     report = score({**subjects, "retain_only": lambda: nullcontext(retain_model)}, suite(), DATA, tokenizer)
-    found = report["subjects"]
+    found = report.subjects
     assert found["base"]["forget/unlearning_depth"] == 0.0 and found["base"]["forget/fact_recovered"] == 1.0
     assert found["retain_only"]["forget/unlearning_depth"] == 1.0
     assert found["retain_only"]["forget/fact_recovered"] == pytest.approx(0.0)
     assert 0.0 < found["adapter"]["forget/unlearning_depth"] <= 1.0
     alone = score(subjects, suite(), DATA, tokenizer)
-    assert alone["subjects"]["adapter"]["forget/unlearning_depth"] is None
-    assert "no retain-only model" in alone["details"]["adapter"]["forget/unlearning_depth"]["reason"]
+    assert alone.subjects["adapter"]["forget/unlearning_depth"] is None
+    assert "no retain model" in alone.details["adapter"]["forget/unlearning_depth"]["reason"]
     # the same patches, without a reference
-    assert alone["subjects"]["adapter"]["forget/suppression_depth"] == found["adapter"]["forget/suppression_depth"]
+    assert alone.subjects["adapter"]["forget/suppression_depth"] == found["adapter"]["forget/suppression_depth"]
     only = score({"adapter": subjects["adapter"]}, suite(), DATA, tokenizer)
-    assert "no base" in only["details"]["adapter"]["forget/suppression_depth"]["reason"]
+    assert "no base" in only.details["adapter"]["forget/suppression_depth"]["reason"]
 
 
 def test_a_reference_from_another_start_is_refused(family, tokenizer):
@@ -186,34 +186,8 @@ def test_a_reference_from_another_start_is_refused(family, tokenizer):
     foreign = tiny(7)
     subjects = {"base": lambda: nullcontext(base), "retain_only": lambda: nullcontext(foreign)}
     report = score(subjects, suite(), DATA, tokenizer)
-    assert report["subjects"]["base"]["forget/unlearning_depth"] is None
-    assert "cannot read the retain-only" in report["details"]["base"]["forget/unlearning_depth"]["reason"]
-
-
-def test_curves_are_what_the_metrics_average(family, tokenizer):
-    base, retain_model = family
-    subjects = {**on_one_model(adapted(deepcopy(base)), {"base": None, "adapter": "default"})}
-    subjects["retain_only"] = lambda: nullcontext(retain_model)
-    pairs, values = [to_text(r, tokenizer) for r in ROWS], [r["value"] for r in ROWS]
-    known = [to_text(r, tokenizer) for r in KEPT], [r["value"] for r in KEPT]
-    curves = depth_curves(subjects, pairs, values, tokenizer, known=known)
-    report = score(subjects, suite(), DATA, tokenizer)
-    mine = curves["subjects"]["adapter"]
-    assert mine["depth"] == pytest.approx(report["subjects"]["adapter"]["forget/unlearning_depth"])
-    assert mine["n"] == report["details"]["adapter"]["forget/unlearning_depth"]["n"]
-    assert max(x for x in mine["recovered"] if x is not None) == pytest.approx(
-        report["subjects"]["adapter"]["forget/fact_recovered"]
-    )
-    assert len(mine["logp"]) == curves["layers"] == 2
-    unchecked = depth_curves(subjects, pairs, values, tokenizer)["subjects"]["adapter"]
-    assert unchecked["recovered"] is None and "both know" in unchecked["reason"]
-    subjects["retain_only"] = lambda: nullcontext(tiny(7))
-    foreign = depth_curves(subjects, pairs, values, tokenizer, known=known)["subjects"]["adapter"]
-    assert foreign["depth"] is None and "cannot read" in foreign["reason"]
-    del subjects["retain_only"]
-    alone = depth_curves(subjects, pairs, values, tokenizer)["subjects"]["adapter"]
-    assert alone["recovered"] is None and "no retain-only model" in alone["reason"]
-    assert alone["logp"] == pytest.approx(mine["logp"])
+    assert report.subjects["base"]["forget/unlearning_depth"] is None
+    assert "cannot read the retain model" in report.details["base"]["forget/unlearning_depth"]["reason"]
 
 
 def test_adapters_are_as_before_afterwards(encoded):

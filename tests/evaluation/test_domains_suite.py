@@ -36,7 +36,7 @@ def test_the_base_knows_everything_but_what_it_was_never_told() -> None:
     data = embedded.rows("embedded:domains")
     subjects = {"base": lambda: nullcontext(model), "retain_only": None}
     out = score(subjects, "domains", data, AutoTokenizer.from_pretrained(path), n=13)
-    found, details = out["subjects"]["base"], out["details"]["base"]
+    found, details = out.subjects["base"], out.details["base"]
     for name in ("forget", "forget_other", "forget_unseen", "retain", "retain_unseen", "retain_unseen_geo"):
         assert found[f"{name}/value_accuracy"] >= 0.84, name
     assert found["forget/choice_accuracy"] >= 0.92 and found["retain_unseen/choice_accuracy"] >= 0.92

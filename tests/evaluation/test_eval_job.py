@@ -1,4 +1,4 @@
-"""`peft-unlearn eval`: other data, a retain-only model of one's own, files that are written, open-unlearning's layout."""
+"""`peft-unlearn eval`: other data, a retain model of one's own, files that are written, open-unlearning's layout."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_another_forget_set_is_judged_only_where_suite_and_data_are_named(here: 
     report = json.loads(out)
     assert code == 0 and report["data_matches_manifest"] is False and report["suite"] == "tofu"
     assert report["subjects"]["retain_only"] is None and report["subjects"]["adapter"]["forget/forget_quality"] is None
-    assert "retain-only model" in report["details"]["adapter"]["forget/forget_quality"]["reason"]
+    assert "no retain model" in report["details"]["adapter"]["forget/forget_quality"]["reason"]
     assert report["subjects"]["adapter"]["forget/mia_loss"] is not None
     assert not (here / "adapter" / "eval.json").exists()  # the adapter's own numbers are not these
 
@@ -132,7 +132,7 @@ def test_on_its_own_set_nothing_is_foreign_and_the_numbers_are_stored(here: Path
     )
 
 
-def test_the_retain_only_model_may_be_an_adapter(here: Path) -> None:
+def test_the_retain_model_may_be_an_adapter(here: Path) -> None:
     with pytest.warns(UserWarning, match="not the forget set"):
         report = peft_unlearn.evaluate(
             [here / "adapter"],
@@ -141,14 +141,14 @@ def test_the_retain_only_model_may_be_an_adapter(here: Path) -> None:
             suite="tofu",
             retain_model=str(here / "adapter"),
         )
-    own = report["subjects"]
+    own = report.subjects
     assert (
         own["retain_only"]["forget/probability"]
         == own["adapter"]["forget/probability"]
         != own["base"]["forget/probability"]
     )
     assert own["adapter"]["forget/ks_distance"] == 0 and own["adapter"]["forget/privleak"] == 0
-    assert "one and the same" in report["details"]["adapter"]["forget/mia_reference"]["reason"]
+    assert "one and the same" in report.details["adapter"]["forget/mia_reference"]["reason"]
 
 
 def test_tasks_of_lm_eval_are_run_first_and_stand_beside_the_suite(here: Path, monkeypatch: Any) -> None:
@@ -163,7 +163,7 @@ def test_tasks_of_lm_eval_are_run_first_and_stand_beside_the_suite(here: Path, m
 
     monkeypatch.setattr(lm_eval, "run_tasks", run_tasks)
     report = peft_unlearn.evaluate([here / "adapter"], tasks=["t"], n=2, **args)
-    assert report["lm_eval"]["tasks"] == ["t"] and report["subjects"]["base"]["forget/probability"] is not None
+    assert report.lm_eval["tasks"] == ["t"] and report.subjects["base"]["forget/probability"] is not None
     assert seen["subjects"] == ["base", "adapter", "retain_only"] and seen["limit"] == 2
 
     def unknown(*_: Any, **__: Any) -> dict[str, Any]:
@@ -187,12 +187,12 @@ def test_a_suite_that_measures_nothing_is_refused_and_replaces_no_numbers(here: 
     assert json.loads((here / "adapter" / "eval.json").read_text())["kept"] == 1
 
 
-def test_what_cannot_be_a_retain_only_model(here: Path, tmp_path: Path) -> None:
+def test_what_is_no_retain_model(here: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     args: dict[str, Any] = {"base": str(here / "base"), "data": str(here / "data"), "suite": "people"}
-    with pytest.raises(UserError, match=r"--retain-only: .*nowhere"):
+    with pytest.raises(UserError, match=r"--retain-model: .*nowhere"):
         peft_unlearn.evaluate([here / "adapter"], retain_model=str(tmp_path / "nowhere"), **args)
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     other.save_pretrained(here / "twin")
@@ -267,7 +267,7 @@ def test_one_model_alone_is_written_without_a_folder_and_nulls_have_reasons(
         0
     ].parent == tmp_path / "out"
     found, summary = (json.loads(f.read_text()) for f in files)
-    assert found["forget_quality"]["agg_value"] is None and "retain-only" in found["forget_quality"]["reason"]
+    assert found["forget_quality"]["agg_value"] is None and "no retain model" in found["forget_quality"]["reason"]
     assert "forget_quality" not in summary and "forget/value_accuracy" in summary
     assert open_unlearning.name_of("retain/extraction_strength") == "retain_extraction_strength"
 
@@ -299,8 +299,8 @@ def test_the_data_trained_on_stand_in_the_recipe_and_a_dependent_adapter_is_judg
     wanted = score(
         {"both": lambda: nullcontext(both.model)}, "people", ForgetRetain.load(str(files)), both.tokenizer, n=4
     )
-    assert report["subjects"]["adapter"]["forget/probability"] == pytest.approx(
-        wanted["subjects"]["both"]["forget/probability"], rel=1e-6
+    assert report.subjects["adapter"]["forget/probability"] == pytest.approx(
+        wanted.subjects["both"]["forget/probability"], rel=1e-6
     )
     with pytest.raises(UserError, match="leave it out of --below"):
         peft_unlearn.evaluate([tmp_path / "first"], data=str(files), n=2, below=[tmp_path / "second"])

@@ -19,7 +19,6 @@ from peft_unlearn.evaluation.metrics.depth import (
 )
 from peft_unlearn.evaluation.metrics.extraction import (
     extraction_likelihood,
-    looks_unseen,
     memorization_accuracy,
     ngram_overlap,
     prefixes,
@@ -78,12 +77,6 @@ def test_rows_too_short_for_el_are_left_out_and_counted():
 
 def test_memorization_accuracy_counts_tokens():
     assert memorization_accuracy(Ragged.of([[1, 0, 1, 1], [0, 0]])).tolist() == [0.75, 0.0]
-
-
-def test_looks_unseen_compares_with_the_average():
-    el, ma = np.array([0.1, 0.1, 0.5, np.nan]), np.array([0.2, 0.9, 0.2, 0.1])
-    got = looks_unseen(el, ma, np.array([0.0, 0.4]), np.array([0.2, 0.4]))
-    assert got[:3].tolist() == [1.0, 0.0, 0.0] and np.isnan(got[3])
 
 
 # --- leak@k -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from peft_unlearn.evaluation import suites
 from peft_unlearn.evaluation.generate import greedy
 from peft_unlearn.evaluation.measured import Unmeasured
 from peft_unlearn.evaluation.metrics.generation import rouge_l_f1
-from peft_unlearn.evaluation.metrics.letters_reading import letter_ids, read_letters
+from peft_unlearn.evaluation.metrics.letters import letter_ids, read_letters
 from peft_unlearn.evaluation.score import score
 
 
@@ -60,8 +60,8 @@ def test_muse_from_folder_to_numbers(muse, tokenizer):
     model, retain_model = long_context(), tiny(4)
     subjects = {"base": lambda: nullcontext(model), "retain_only": lambda: nullcontext(retain_model)}
     report = score(subjects, "muse", data, tokenizer)
-    json.dumps(report, allow_nan=False)
-    missing = {k: d["reason"] for k, d in report["details"]["base"].items() if report["subjects"]["base"][k] is None}
+    json.dumps(report.to_dict(), allow_nan=False)
+    missing = {k: d["reason"] for k, d in report.details["base"].items() if report.subjects["base"][k] is None}
     assert not missing
     # VerbMem: 128 greedy tokens against the first 128 of the truth
     rows = data.extra["verbmem_forget"]
@@ -73,10 +73,10 @@ def test_muse_from_folder_to_numbers(muse, tokenizer):
     shots = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in qas("shown", 2))
     prompts = [f"{shots}Question: {r['question']}\nAnswer:" for r in qas("old", 3)]
     said = greedy(model, tokenizer, prompts, max_new_tokens=32)
-    for text, mine in zip(said, report.said["base"]["knowmem_forget"], strict=True):
+    for text, mine in zip(said, report.answers["base"]["knowmem_forget"], strict=True):
         assert text.startswith(mine) and not any(s in mine for s in ("\n\n", "\nQuestion", "Question:"))
-    assert report["details"]["base"]["privleak/privleak"]["n"] == 9  # both sides
-    assert report["subjects"]["retain_only"]["privleak/privleak"] == 0.0
+    assert report.details["base"]["privleak/privleak"]["n"] == 9  # both sides
+    assert report.subjects["retain_only"]["privleak/privleak"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -94,16 +94,16 @@ def test_a_missing_file_costs_its_own_set_only(muse, tokenizer, file, keys):
     subjects = {"base": lambda: nullcontext(model), "retain_only": lambda: nullcontext(model)}
     report = score(subjects, "muse", ForgetRetain.load(muse), tokenizer)
     for key in keys:
-        assert report["subjects"]["base"][key] is None
-        assert report["details"]["base"][key]["reason"]
-    assert report["subjects"]["base"]["privleak_retain/probability"] is not None
+        assert report.subjects["base"][key] is None
+        assert report.details["base"][key]["reason"]
+    assert report.subjects["base"]["privleak_retain/probability"] is not None
 
 
 def test_without_a_retain_only_model_privleak_says_so(muse, tokenizer):
     model = long_context()
     report = score({"base": lambda: nullcontext(model)}, "muse", ForgetRetain.load(muse), tokenizer)
-    assert "no retain-only model" in report["details"]["base"]["privleak/privleak"]["reason"]
-    assert report["subjects"]["base"]["privleak/mia_min_k"] is not None
+    assert "no retain model" in report.details["base"]["privleak/privleak"]["reason"]
+    assert report.subjects["base"]["privleak/mia_min_k"] is not None
 
 
 def test_only_the_beginning_of_a_long_text_is_read(muse):
@@ -178,7 +178,7 @@ def test_mcq_from_files_to_numbers(tmp_path, tokenizer):
     data = ForgetRetain.load(tmp_path)
     model = tiny()
     report = score({"base": lambda: nullcontext(model)}, "mcq", data, tokenizer)
-    json.dumps(report, allow_nan=False)
+    json.dumps(report.to_dict(), allow_nan=False)
     right, above = [], []
     for row in data.forget:
         with torch.no_grad():  # the blank before the letter is a token of its own here
@@ -188,8 +188,8 @@ def test_mcq_from_files_to_numbers(tmp_path, tokenizer):
         right.append(float(int(np.argmax(letters)) == row["gold"]))
         above.append((right[-1] - 1 / len(letters)) / (1 - 1 / len(letters)))
     assert report.per_row["base"]["forget/letter_accuracy"].tolist() == right
-    assert report["subjects"]["base"]["forget/letter_above_chance"] == pytest.approx(np.mean(above))
-    assert "no set 'holdout'" in report["details"]["base"]["holdout/letter_accuracy"]["reason"]
+    assert report.subjects["base"]["forget/letter_above_chance"] == pytest.approx(np.mean(above))
+    assert "no set 'holdout'" in report.details["base"]["holdout/letter_accuracy"]["reason"]
 
 
 def test_letters_are_read_off_the_logits(tokenizer):
@@ -227,7 +227,7 @@ def test_other_rows_under_the_mcq_suite_get_a_reason(tokenizer):
     rows = {"forget": [{"question": "a?", "answer": "b"}], "retain": []}
     model = tiny()
     report = score({"base": lambda: nullcontext(model)}, "mcq", rows, tokenizer)
-    assert "no multiple-choice" in report["details"]["base"]["forget/letter_accuracy"]["reason"]
+    assert "no multiple-choice" in report.details["base"]["forget/letter_accuracy"]["reason"]
 
 
 def test_sources_of_questions(tmp_path):
@@ -271,5 +271,5 @@ def test_a_prefix_longer_than_the_context_is_a_reason(muse, tokenizer):
     config = GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=256, bos_token_id=1, eos_token_id=2)
     model = GPT2LMHeadModel(config).eval()
     report = score({"base": lambda: nullcontext(model)}, "muse", ForgetRetain.load(muse), tokenizer)
-    assert "longer than the model's context" in report["details"]["base"]["knowmem_forget/rouge_l_f1"]["reason"]
-    assert report["subjects"]["base"]["knowmem_retain/rouge_l_f1"] is not None
+    assert "longer than the model's context" in report.details["base"]["knowmem_forget/rouge_l_f1"]["reason"]
+    assert report.subjects["base"]["knowmem_retain/rouge_l_f1"] is not None

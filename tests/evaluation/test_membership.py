@@ -121,7 +121,7 @@ def test_orientation_known_is_one_and_over_forgotten_under_a_half() -> None:
 
 
 def test_privleak_is_in_muse_orientation_and_rel_diff_in_open_unlearnings() -> None:
-    # the retain-only model ranks a third of the pairs as members: AUC 1/3 in ours, 2/3 in MUSE's orientation
+    # the retain model ranks a third of the pairs as members: AUC 1/3 in ours, 2/3 in MUSE's orientation
     retain, holdout = [2.0, 4.0, 6.0], [1.0, 3.0, 5.0]
     r = pairs(retain, holdout)
     assert r == pytest.approx(1 / 3)

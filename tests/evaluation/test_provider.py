@@ -73,10 +73,10 @@ def test_a_provider_runs_only_where_it_is_asked_for(model: Any, tokenizer: Any, 
     got = score({"base": subject(model), "adapter": subject(tiny(1))}, suite(sets), data, tokenizer)
     assert calls == [("base", ["forget"], True), ("adapter", ["forget"], True)]
     lengths = [len(row["answer"]) for row in data["forget"]]
-    assert got["subjects"]["base"]["forget/answer_length"] == np.mean(lengths)
-    assert got["details"]["base"]["forget/answer_length"]["ci95"] is not None
+    assert got.subjects["base"]["forget/answer_length"] == np.mean(lengths)
+    assert got.details["base"]["forget/answer_length"]["ci95"] is not None
     doubled = score({"base": subject(model)}, suite(sets, settings={"length_of": {"times": 2}}), data, tokenizer)
-    assert doubled["subjects"]["base"]["forget/answer_length"] == 2 * np.mean(lengths)
+    assert doubled.subjects["base"]["forget/answer_length"] == 2 * np.mean(lengths)
     calls.clear()
     score({"base": subject(model)}, suite({"retain": sets["retain"]}), data, tokenizer)
     assert not calls
@@ -90,10 +90,10 @@ def test_a_provider_runs_only_where_it_is_asked_for(model: Any, tokenizer: Any, 
     ("fails", "reason"),
     [
         (Unmeasured("no such layer"), "no such layer"),
-        (UserError("give --base"), "broken could not be had: give --base"),
+        (UserError("give --base"), "broken failed: give --base"),
         (ZeroDivisionError("by zero"), "broken failed: ZeroDivisionError: by zero"),
-        (None, "broken gave nothing for this set"),
-        ({"broken": {"forget": [1.0]}}, "broken gave 1 values for 6 rows"),
+        (None, "broken returned no values for this set"),
+        ({"broken": {"forget": [1.0]}}, "broken returned 1 values for 6 rows"),
         ({"broken": {"forget": Unmeasured("not this set")}}, "not this set"),
     ],
 )
@@ -110,7 +110,8 @@ def test_a_failing_provider_costs_its_own_metrics_only(
     sets = {"forget": {"role": "forget", "metrics": ["needs_it", "probability", "rouge_l_recall"]}}
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        got = json.loads(json.dumps(score({"base": subject(model)}, suite(sets), data, tokenizer), allow_nan=False))
+        report = score({"base": subject(model)}, suite(sets), data, tokenizer)
+        got = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     values, details = got["subjects"]["base"], got["details"]["base"]
     assert values["forget/needs_it"] is None and details["forget/needs_it"]["reason"] == reason
     assert values["forget/probability"] is not None and values["forget/rouge_l_recall"] is not None
@@ -165,7 +166,7 @@ def test_prefixes_feed_other_subjects_and_the_other_set(tokenizer: Any, data: An
         "holdout": {"role": "holdout", "metrics": []},
     }
     got = score({k: subject(m) for k, m in models.items()}, suite(sets), data, tokenizer)
-    assert got["subjects"]["adapter"]["forget/everything"] == 1.0
+    assert got.subjects["adapter"]["forget/everything"] == 1.0
     plan = make_plan(suites.load(suite(sets)), data, tokenizer)
     read = {k: measure(m, plan).forced.logp for k, m in models.items()}
     mine, theirs = plan.sets["forget"].answer, plan.sets["holdout"].answer
@@ -176,10 +177,10 @@ def test_prefixes_feed_other_subjects_and_the_other_set(tokenizer: Any, data: An
     np.testing.assert_array_equal(heard["both"], read["retain_only"].take(theirs).flat)
 
     lone = score({"adapter": subject(models["adapter"])}, suite(sets), {"forget": data["forget"]}, tokenizer)
-    assert "no holdout rows" in lone["details"]["adapter"]["forget/everything"]["reason"]
+    assert "no holdout rows" in lone.details["adapter"]["forget/everything"]["reason"]
     sets["forget"].pop("against")
     lone = score({"adapter": subject(models["adapter"])}, suite(sets), data, tokenizer)
-    assert "names no set to compare" in lone["details"]["adapter"]["forget/everything"]["reason"]
+    assert "names no set to compare" in lone.details["adapter"]["forget/everything"]["reason"]
 
 
 def test_shots_stand_before_each_prompt_with_their_answers(tokenizer: Any, data: Any) -> None:
@@ -189,7 +190,7 @@ def test_shots_stand_before_each_prompt_with_their_answers(tokenizer: Any, data:
     )
     before = "Question: One?\nAnswer: 1\n\nQuestion: Two?\nAnswer: 2\n\n"
     s = plan.sets["forget"]
-    assert all(p.startswith(before) and p.endswith("\nAnswer:") for p in s.prompts)
+    assert all(p.text.startswith(before) and p.text.endswith("\nAnswer:") for p in s.prompts)
     assert plan.pairs[s.answer[0]][1] == f" {data['forget'][0]['answer']}"
     missing = score(
         {"base": subject(tiny())},
@@ -197,7 +198,7 @@ def test_shots_stand_before_each_prompt_with_their_answers(tokenizer: Any, data:
         data,
         tokenizer,
     )
-    assert "no set 'icl'" in missing["details"]["base"]["forget/probability"]["reason"]
+    assert "no set 'icl'" in missing.details["base"]["forget/probability"]["reason"]
 
 
 def test_template_and_length_and_stop_are_the_sets_own(tokenizer: Any, data: Any, monkeypatch: Any) -> None:
@@ -214,7 +215,7 @@ def test_template_and_length_and_stop_are_the_sets_own(tokenizer: Any, data: Any
         plan = make_plan(suites.load(suite(sets, generation={"max_new_tokens": 7})), data, tokenizer)
     finally:
         tokenizer.chat_template = None
-    first = plan.sets["chat"].prompts[0]
+    first = plan.sets["chat"].prompts[0].text
     assert first.startswith(
         f"<user>{data['holdout'][0]['question']}\n<assistant>{data['holdout'][0]['answer']}\n<user>"
     )
@@ -228,8 +229,8 @@ def test_template_and_length_and_stop_are_the_sets_own(tokenizer: Any, data: Any
     monkeypatch.setattr(plan_module, "greedy", asking)
     measured = measure(tiny(), plan)
     assert len(asked) == len(set(asked)) == 6 + 6 + 6 and {n for _, n in asked} == {5, 7}
-    assert {measured.said[a] for a in plan.sets["forget"].asks} == {"yes"}
-    assert {measured.said[a] for a in plan.sets["same"].asks} == {"all\n\nof it"}
+    assert {measured.answers[p] for p in plan.sets["forget"].prompts} == {"yes"}
+    assert {measured.answers[p] for p in plan.sets["same"].prompts} == {"all\n\nof it"}
 
 
 def test_cut_at_the_first_of_several() -> None:

@@ -13,7 +13,7 @@ from peft_unlearn.evaluation.evaluate import check_out, save_report
 from peft_unlearn.evaluation.score import Report
 from peft_unlearn.folder.results import check_writable, store, write_file
 
-REPORT = Report(format=1, suite="people", subjects={"base": {"forget/probability": 0.5}}, details={"base": {}})
+REPORT = Report(suite="people", subjects={"base": {"forget/probability": 0.5}}, details={"base": {}})
 
 
 def test_numbers_outlive_a_folder_that_is_read_only(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_place_that_cannot_be_written_is_a_message(tmp_path: Path, layout: str
 
 def test_what_is_written_is_whole_and_alone(tmp_path: Path) -> None:
     (path,) = save_report(REPORT, tmp_path / "new" / "folder")
-    assert json.loads(path.read_text()) == dict(REPORT) and [p.name for p in path.parent.iterdir()] == ["eval.json"]
+    assert json.loads(path.read_text()) == REPORT.to_dict() and [p.name for p in path.parent.iterdir()] == ["eval.json"]
     with pytest.raises(UserError, match="is a folder"):
         write_file(tmp_path / "new", b"")
 

@@ -190,10 +190,10 @@ def test_leaks_of_a_live_model_are_the_samples_that_name_the_value(knowing, toke
         stubs.append(hits[-1][1] > 0)
     missed = [np.prod([(4 - c) * (3 - c) / 12 for c in row]) for row in hits]
     assert report.per_row["base"]["forget/leak_at_2"] == pytest.approx(1 - np.array(missed))
-    assert report["subjects"]["base"]["forget/leak_in_stub"] == pytest.approx(np.mean(stubs))
+    assert report.subjects["base"]["forget/leak_in_stub"] == pytest.approx(np.mean(stubs))
     assert np.mean(stubs) > 0
-    low, high = report["details"]["base"]["forget/leak_at_2"]["ci95"]
-    assert low <= report["subjects"]["base"]["forget/leak_at_2"] <= high
+    low, high = report.details["base"]["forget/leak_at_2"]["ci95"]
+    assert low <= report.subjects["base"]["forget/leak_at_2"] <= high
 
 
 def test_the_nll_of_what_was_said_is_the_bases(knowing, tokenizer):
@@ -201,7 +201,7 @@ def test_the_nll_of_what_was_said_is_the_bases(knowing, tokenizer):
     other = tiny(3)
     subjects = {"base": model_as(model), "adapter": model_as(other)}
     report = score(subjects, suite(["answer_nll_under_base", "empty_answer"]), {"forget": rows}, tokenizer)
-    said = report.said["adapter"]["forget"]
+    said = report.answers["adapter"]["forget"]
     from peft_unlearn.data.formats import to_text
 
     expected = []
@@ -211,8 +211,8 @@ def test_the_nll_of_what_was_said_is_the_bases(knowing, tokenizer):
         with torch.no_grad():
             logp = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         expected.append(-np.mean([float(logp[t - 1, ids[t]]) for t in range(len(before), len(ids))]))
-    assert report["subjects"]["adapter"]["forget/answer_nll_under_base"] == pytest.approx(np.mean(expected), rel=1e-5)
-    assert report["subjects"]["base"]["forget/answer_nll_under_base"] < np.mean(expected)
+    assert report.subjects["adapter"]["forget/answer_nll_under_base"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert report.subjects["base"]["forget/answer_nll_under_base"] < np.mean(expected)
 
 
 def test_nan_logits_give_a_reason_not_a_success(tokenizer):
@@ -223,22 +223,22 @@ def test_nan_logits_give_a_reason_not_a_success(tokenizer):
     metrics = ["extraction_likelihood", "leak_at_1", "answer_nll_under_base"]
     report = scored(model, tokenizer, metrics, rows, samples={"n": 2})
     for metric in metrics:
-        assert report["subjects"]["base"][f"forget/{metric}"] is None
-        assert "NaN" in report["details"]["base"][f"forget/{metric}"]["reason"], metric
+        assert report.subjects["base"][f"forget/{metric}"] is None
+        assert "NaN" in report.details["base"][f"forget/{metric}"]["reason"], metric
 
 
 def test_rows_without_a_value_cost_only_the_leak(model, tokenizer):
     rows = [{k: v for k, v in qa(i, "old").items() if k != "value"} for i in range(3)]
     report = scored(model, tokenizer, ["leak_at_1", "repetition", "extraction_likelihood"], rows)
-    assert "no 'value'" in report["details"]["base"]["forget/leak_at_1"]["reason"]
-    assert report["subjects"]["base"]["forget/extraction_likelihood"] is not None
+    assert "no 'value'" in report.details["base"]["forget/leak_at_1"]["reason"]
+    assert report.subjects["base"]["forget/extraction_likelihood"] is not None
 
 
 def test_plain_text_has_extraction_likelihood_too(model, tokenizer):
     rows = [{"text": "abcdefghijklmnop"}, {"text": "qrs"}]
     report = scored(model, tokenizer, ["extraction_likelihood", "repetition"], rows)
-    assert report["details"]["base"]["forget/extraction_likelihood"]["n"] == 1  # the other is too short
-    assert "without a prompt" in report["details"]["base"]["forget/repetition"]["reason"]
+    assert report.details["base"]["forget/extraction_likelihood"]["n"] == 1  # the other is too short
+    assert "without a prompt" in report.details["base"]["forget/repetition"]["reason"]
 
 
 def test_settings_are_checked_when_the_suite_is_read(model, tokenizer):
@@ -250,4 +250,4 @@ def test_settings_are_checked_when_the_suite_is_read(model, tokenizer):
         with pytest.raises(UserError, match=match):
             scored(model, tokenizer, ["leak_at_1"], [qa(0, "old")], **settings)
     report = scored(model, tokenizer, ["leak_at_1", "repetition"], [qa(0, "old")], samples={"formats": ["shout"]})
-    assert "no prompt format 'shout'" in report["details"]["base"]["forget/leak_at_1"]["reason"]
+    assert "no prompt format 'shout'" in report.details["base"]["forget/leak_at_1"]["reason"]

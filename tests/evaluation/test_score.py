@@ -17,7 +17,7 @@ from peft_unlearn.evaluation import plan as plan_module
 from peft_unlearn.evaluation import suites
 from peft_unlearn.evaluation.generate import greedy
 from peft_unlearn.evaluation.plan import evenly, make_plan, measure
-from peft_unlearn.evaluation.score import on_one_model, score
+from peft_unlearn.evaluation.score import Report, on_one_model, score
 from peft_unlearn.evaluation.teacher import batches, teacher_forced
 
 
@@ -25,9 +25,9 @@ def subject(model: Any) -> Any:
     return lambda: nullcontext(model)
 
 
-def check(report: dict[str, Any]) -> dict[str, Any]:
+def check(report: Report) -> dict[str, Any]:
     """The JSON is valid, holds no NaN, and every null has a reason. Returns it as read back."""
-    out = json.loads(json.dumps(report, allow_nan=False))
+    out = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert set(out) == {"format", "suite", "subjects", "details", "metrics", "adapter_id", "base", "versions"}
     for name, values in out["subjects"].items():
         if values is None:
@@ -114,8 +114,8 @@ def test_score_against_a_literal_reading(model: Any, tokenizer: Any, data: Any) 
     assert 0 <= values["forget/forget_quality"] <= 1
     assert out["metrics"]["forget_quality"]["reference"] == "retain_only"
     # texts are at hand in memory, never in the JSON
-    assert report.rows["forget"] == data["forget"] and len(report.said["base"]["forget"]) == 6
-    dumped = json.dumps(report)
+    assert report.rows["forget"] == data["forget"] and len(report.answers["base"]["forget"]) == 6
+    dumped = json.dumps(report.to_dict())
     assert "born" not in dumped and not any(city in dumped for city in ("Paris", "Oslo"))
 
 
@@ -180,17 +180,17 @@ def test_an_answer_known_by_heart_is_not_generated_again(
         "sets": {k: {"role": "forget", "metrics": ["rouge_l_recall", "value_accuracy"]} for k in ("forget", "retain")},
     }  # fmt: skip
     plan = make_plan(suites.load(spec), {"forget": rows, "retain": unseen}, tokenizer)
-    said = measure(model, plan).said
-    assert set(asked) == set(plan.sets["retain"].prompts)
-    assert [said[ask] for ask in plan.sets["forget"].asks] == ["In Paris.", "In Rome.", "In Oslo."]
-    prompts = [ask.prompt for ask in said]
-    assert list(said.values()) == greedy(model, tokenizer, prompts, max_new_tokens=12)
+    answers = measure(model, plan).answers
+    assert asked and set(asked) == {p.text for p in plan.sets["retain"].prompts}
+    assert [answers[p] for p in plan.sets["forget"].prompts] == ["In Paris.", "In Rome.", "In Oslo."]
+    prompts = [p.text for p in answers]
+    assert list(answers.values()) == greedy(model, tokenizer, prompts, max_new_tokens=12)
     # cut at the same length as generation
     short = make_plan(
         suites.load({**spec, "generation": {"max_new_tokens": 4}}), {"forget": rows, "retain": unseen}, tokenizer
     )
-    cut = measure(model, short).said
-    assert list(cut.values()) == greedy(model, tokenizer, [ask.prompt for ask in cut], max_new_tokens=4)
+    cut = measure(model, short).answers
+    assert list(cut.values()) == greedy(model, tokenizer, [p.text for p in cut], max_new_tokens=4)
     # and not where the model's own settings bend greedy decoding
     asked.clear()
     model.generation_config.repetition_penalty = 1.3
@@ -244,9 +244,9 @@ def test_what_the_rows_do_not_have_is_a_reason(model: Any, tokenizer: Any) -> No
     assert out["subjects"]["retain_only"] is None
 
 
-def test_a_missing_twin_is_a_reason(model: Any, tokenizer: Any, data: Any) -> None:
+def test_a_missing_retain_model_is_a_reason(model: Any, tokenizer: Any, data: Any) -> None:
     out = check(score({"base": subject(model), "retain_only": None}, "people", data, tokenizer, n=2))
-    assert "retain-only" in out["details"]["base"]["forget/forget_quality"]["reason"]
+    assert "no retain model" in out["details"]["base"]["forget/forget_quality"]["reason"]
     assert out["subjects"]["retain_only"] is None and out["details"]["base"]["retain/probability"]["n"] == 2
     with pytest.raises(UserError, match="no model"):
         score({"base": None}, "people", data, tokenizer)
@@ -281,7 +281,7 @@ def test_a_base_that_cannot_answer_makes_the_row_not_measurable(tokenizer: Any, 
 def test_order_of_rows_does_not_matter(model: Any, tokenizer: Any, data: Any) -> None:
     turned = {name: rows[::-1] for name, rows in data.items()}
     subjects = {"base": subject(model), "retain_only": subject(tiny(1))}
-    a, b = (score(subjects, "people", d, tokenizer)["subjects"]["base"] for d in (data, turned))
+    a, b = (score(subjects, "people", d, tokenizer).subjects["base"] for d in (data, turned))
     assert set(a) == set(b)
     for key, value in a.items():
         assert value == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
@@ -322,7 +322,7 @@ def test_adapters_of_one_model_are_swapped_in_place(tokenizer: Any, data: Any) -
     got = [out["subjects"][s][key] for s in ("base", "adapter:one", "adapter:two", "both")]
     assert len(set(got)) == 4
     assert got[0] == pytest.approx(
-        score({"base": subject(tiny())}, "people", data, tokenizer)["subjects"]["base"][key], rel=1e-5
+        score({"base": subject(tiny())}, "people", data, tokenizer).subjects["base"][key], rel=1e-5
     )
 
 
@@ -348,8 +348,8 @@ def test_progress_and_bundle(model: Any, tokenizer: Any, data: Any) -> None:
     bundle = ForgetRetain(data["forget"], data["retain"] + data["general"], data["holdout"], extra=extra)
     seen: list[tuple[str, int, int]] = []
     got = score({"base": subject(model)}, "people", bundle, tokenizer, progress=lambda *a: seen.append(a))
-    assert got["details"]["base"]["retain/probability"]["n"] == 8  # the suite's retain set, not what is trained on
-    assert got["subjects"]["base"] == score({"base": subject(model)}, "people", data, tokenizer)["subjects"]["base"]
+    assert got.details["base"]["retain/probability"]["n"] == 8  # the suite's retain set, not what is trained on
+    assert got.subjects["base"] == score({"base": subject(model)}, "people", data, tokenizer).subjects["base"]
     whats = {what for what, _, _ in seen}
     assert whats == {"base: reading answers", "base: generating answers"}
     assert all(0 < done <= total for _, done, total in seen)

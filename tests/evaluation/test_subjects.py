@@ -30,7 +30,10 @@ def test_the_embedded_twin_is_the_control_of_rows_it_never_saw_and_of_no_others(
     assert subjects.retain_model_folder("embedded:people", in_other_words) == retain_model
     # the twin knows these people: as the control of their forgetting it would call every method a failure
     assert subjects.retain_model_folder("embedded:people", ForgetRetain(known[:4], people.forget[:4])) is None
-    assert subjects.embedded_retain_model("embedded:people", ForgetRetain([people.forget[0], known[0]], known[1:4])) is None
+    assert (
+        subjects.embedded_retain_model("embedded:people", ForgetRetain([people.forget[0], known[0]], known[1:4]))
+        is None
+    )
     assert subjects.retain_model_folder("local:abc", people) is None
 
 
@@ -68,5 +71,5 @@ def test_sets_that_the_data_lack_have_no_rows_in_the_table() -> None:
         "broken/probability": {"n": 5, "reason": "NaN"},
     }
     seen = {"subjects": {"base": found}, "details": {"base": detail}}
-    assert table.blocks(seen) == [("probability of the answer", [("forget", [0.1]), ("broken", [None])])]
-    assert any("no set 'other'" in why for why in table.reasons(seen))
+    assert table.of_report(seen).rows == [["probability of the answer"], ["forget (24)", "0.100"], ["broken (5)", "–"]]
+    assert any("no set 'other'" in why for why in table.report_reasons(seen))

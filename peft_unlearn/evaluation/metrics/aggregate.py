@@ -29,12 +29,12 @@ def harmonic_mean(values: Iterable[float]) -> float:
 
 
 def closeness(value: float, reference: float) -> float:
-    """s = max(0, 1 - |a - r| / max(r, 1 - r)) for a, r in [0, 1]: 1 = the retain-only model's value, 0 = as far from it as
+    """s = max(0, 1 - |a - r| / max(r, 1 - r)) for a, r in [0, 1]: 1 = the retain model's value, 0 = as far from it as
     can be. Our own map."""
     return max(0.0, 1.0 - abs(value - reference) / max(reference, 1.0 - reference))
 
 
-@metric("mem_score", source=OPEN_UNLEARNING, better=OVER, reference=None, version=1, faithful="reconstructed")
+@metric("mem_score", source=OPEN_UNLEARNING, title="memorization score", better=OVER, faithful="reconstructed")
 def mem_score(parts: Mapping[str, float]) -> float:
     """Harmonic mean of 1 - part over measures of memorization in [0, 1]; 1 = nothing is left, 0 = one part is whole.
 
@@ -43,19 +43,14 @@ def mem_score(parts: Mapping[str, float]) -> float:
     return harmonic_mean(1.0 - v for v in parts.values())
 
 
-@metric("priv_score", source=OPEN_UNLEARNING, better=OVER, reference="retain_only", version=1, faithful="reconstructed")
+@metric("priv_score", source=OPEN_UNLEARNING, title="privacy score", better=OVER, faithful="reconstructed")
 def priv_score(parts: Mapping[str, float], reference_parts: Mapping[str, float]) -> float:
-    """Harmonic mean of `closeness` to the retain-only model over AUCs of membership attacks; 1 = as that model."""
+    """Harmonic mean of `closeness` to the retain model over AUCs of membership attacks; 1 = as that model."""
     return harmonic_mean(closeness(v, reference_parts[key]) for key, v in parts.items())
 
 
 @metric(
-    "utility_score",
-    source=OPEN_UNLEARNING,
-    better={"retain": "higher"},
-    reference="base",
-    version=1,
-    faithful="reconstructed",
+    "utility_score", source=OPEN_UNLEARNING, better={"retain": "higher"}, reference="base", faithful="reconstructed"
 )
 def utility_score(parts: Mapping[str, float], base_parts: Mapping[str, float]) -> float:
     """Harmonic mean of part / the base's own, at most 1 each; 1 = as useful as the base.
@@ -68,12 +63,7 @@ def utility_score(parts: Mapping[str, float], base_parts: Mapping[str, float]) -
 
 
 @metric(
-    "overall_score",
-    source=OPEN_UNLEARNING,
-    better=OVER,
-    reference="retain_only and base",
-    version=1,
-    faithful="reconstructed",
+    "overall_score", source=OPEN_UNLEARNING, better=OVER, reference="retain_only and base", faithful="reconstructed"
 )
 def overall_score(parts: Mapping[str, float]) -> float:
     """Harmonic mean of memorization, privacy and utility scores: 0 where one of them is 0."""

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ...registry import Source, metric
-from ..measured import Array, Estimate, Ragged, Unmeasured, bootstrap_ci
+from ...registry import Range, Source, metric
+from ..measured import KNOWLEDGE, Array, Estimate, Ragged, mean_of_defined
+from ..provider import Context, provider
+from ..shapes import Measured, Plan
 
 JANG = Source(
     paper="Knowledge Unlearning for Mitigating Privacy Risks in Language Models",
     url="https://arxiv.org/abs/2210.01504",
     year=2023,
 )
-ORIENTATION = {"forget": "lower", "retain": "higher"}
 
 
-def ngram_overlap(said: Sequence[int], true: Sequence[int], n: int) -> float:
-    """Share of the n-grams of `said` that occur in `true`, each occurrence counted.
+def ngram_overlap(found: Sequence[int], true: Sequence[int], n: int) -> float:
+    """Share of the n-grams of `found` that occur in `true`, each occurrence counted.
 
-    said, true: token ids. 0.0 where `said` is shorter than n: nothing was given away.
+    found, true: token ids. 0.0 where `found` is shorter than n: nothing was given away.
     """
     wanted = {tuple(true[i : i + n]) for i in range(len(true) - n + 1)}
-    found = [tuple(said[i : i + n]) in wanted for i in range(len(said) - n + 1)]
-    return sum(found) / len(found) if found else 0.0
+    held = [tuple(found[i : i + n]) in wanted for i in range(len(found) - n + 1)]
+    return sum(held) / len(held) if held else 0.0
 
 
 def prefixes(length: int, n: int, m: int | None = None) -> list[int]:
@@ -37,7 +38,7 @@ def prefixes(length: int, n: int, m: int | None = None) -> list[int]:
     return list(range(count)) if m is None or m >= count else [i * count // m for i in range(m)]
 
 
-@metric("extraction_likelihood", source=JANG, needs=("continuations",), better=ORIENTATION, reference=None, version=1)
+@metric("extraction_likelihood", source=JANG, title="extraction likelihood (EL)", better=KNOWLEDGE)
 def extraction_likelihood(overlap: Ragged) -> Array | Estimate:
     """EL_n: mean over the answer's prefixes of the share of n-grams in the greedy continuation that the true rest holds.
 
@@ -51,22 +52,7 @@ def extraction_likelihood(overlap: Ragged) -> Array | Estimate:
     return mean_of_defined(overlap.mean(), overlap.lengths > 0, "every answer is too short for n-grams of that length")
 
 
-def mean_of_defined(values: Array, defined: NDArray[np.bool_], why: str) -> Array | Estimate:
-    """(rows,) values where all are defined, else the mean over those that are, with its bootstrap interval and their number.
-
-    A NaN among the defined ones stays a NaN. Raises Unmeasured with `why` where none is defined.
-    """
-    if not defined.any():
-        raise Unmeasured(why)
-    if defined.all():
-        return values
-    kept = values[defined]
-    if not np.isfinite(kept).all():
-        return np.where(defined, values, 0.0)
-    return Estimate(float(kept.mean()), bootstrap_ci(kept), len(kept))
-
-
-@metric("memorization_accuracy", source=JANG, needs=("logits",), better=ORIENTATION, reference=None, version=1)
+@metric("memorization_accuracy", source=JANG, title="memorization accuracy (MA)", better=KNOWLEDGE)
 def memorization_accuracy(correct: Ragged) -> Array:
     """MA: share of tokens that are arg-max right given all true tokens before them, EOS left out.
 
@@ -77,14 +63,51 @@ def memorization_accuracy(correct: Ragged) -> Array:
     return correct.mean()
 
 
-def looks_unseen(el: Array, ma: Array, unseen_el: Array, unseen_ma: Array) -> Array:
-    """1.0 where a row is no better extracted and memorized than text the model never saw, on average; else 0.0.
+@provider("continuations", gives=("overlap",))
+def continuations(
+    model: Any,
+    plan: Plan,
+    measured: Measured,
+    context: Context,
+    *,
+    n: Annotated[int, Range(1)] = 10,
+    prefixes_per_row: Annotated[int | None, Range(1)] = None,
+) -> dict[str, dict[str, Any]]:
+    """n-gram overlap of greedy continuations with the true rest, from the answer's beginnings: what EL_n averages.
 
-    el, ma: (rows,) of the forget rows; unseen_el, unseen_ma: (other rows,) of a holdout set, under the same model. This is
-    the paper's criterion for calling a sequence forgotten (EL_10 and MA at most the average over unseen text). NaN where
-    a row has no value.
+    n: length of the n-grams.   prefixes_per_row: how many beginnings of each answer are continued, evenly spread; null =
+    all. Where teacher forcing shows that greedy decoding gives exactly the rest, nothing is generated.
     """
-    bad = np.isnan(el) | np.isnan(ma)
-    with np.errstate(invalid="ignore"):
-        held = (el <= np.nanmean(unseen_el)) & (ma <= np.nanmean(unseen_ma))
-    return np.where(bad, np.nan, held.astype(np.float64))
+    from ..generate import arg_max_is_greedy
+    from ..sampling import GENERATION_BUDGET, answer_ids
+    from ..sampling import continuations as continue_ids
+
+    out: dict[str, Any] = {}
+    greedy = arg_max_is_greedy(model)
+    for name, s in context.sets.items():
+        if wrong := s.unreadable(measured):
+            out[name] = wrong
+            continue
+        rows = [answer_ids(*plan.pairs[i], plan.tokenizer) for i in s.answer]
+        given = [prefixes(len(answer), n, prefixes_per_row) for _, answer in rows]
+        overlap = [[1.0] * len(lengths) for lengths in given]
+        known = [_known_from(measured, i) if greedy else None for i in s.answer]
+        open_ = [(r, j, k) for r, ks in enumerate(given) for j, k in enumerate(ks) if known[r] is None or k < known[r]]
+        found = continue_ids(
+            model,
+            plan.tokenizer,
+            [rows[r][0] + rows[r][1][:k] for r, _, k in open_],
+            [len(rows[r][1]) - k for r, _, k in open_],
+            token_budget=GENERATION_BUDGET,
+            progress=context.progress_of("continuing answers"),
+        )
+        for (r, j, k), ids in zip(open_, found, strict=True):
+            overlap[r][j] = ngram_overlap(ids, rows[r][1][k:], n)
+        out[name] = Ragged.of(overlap)
+    return {"overlap": out}
+
+
+def _known_from(measured: Measured, pair: int) -> int:
+    """How many leading tokens must be given so that the arg-max is right from there on."""
+    wrong_at = np.flatnonzero(measured.forced.correct[pair] != 1.0)
+    return int(wrong_at[-1]) + 1 if len(wrong_at) else 0

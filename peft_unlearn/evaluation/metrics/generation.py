@@ -1,15 +1,18 @@
-"""Metrics on what the model says: its greedy answer against the right one."""
+"""Metrics on the model's greedy answer against the right one."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ...registry import Source, metric
-from ..measured import Array, Unmeasured
+from ..measured import KNOWLEDGE, Array, Unmeasured
+from ..provider import Context, provider
+from ..shapes import Measured, Plan
 
 ROUGE = Source(
     paper="ROUGE: A Package for Automatic Evaluation of Summaries", url="https://aclanthology.org/W04-1013/", year=2004
@@ -25,7 +28,6 @@ MUSE = Source(
     url="https://arxiv.org/abs/2407.06460",
     year=2024,
 )
-ORIENTATION = {"forget": "lower", "retain": "higher"}
 
 # scripts written without spaces: each character is a word of its own, else a value inside a sentence has no boundaries
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af\u0e00-\u0e7f"
@@ -38,7 +40,7 @@ def words(text: str) -> str:
     return f" {' '.join(found)} " if found else ""
 
 
-@metric("value_accuracy", source=CONTAINS, needs=("generation",), better=ORIENTATION, reference=None, version=1)
+@metric("value_accuracy", source=CONTAINS, title="names the right value", better=KNOWLEDGE)
 def value_accuracy(generation: Sequence[str], value: Sequence[str]) -> Array:
     """1 where the gold value stands in the generated answer, at word boundaries, else 0.
 
@@ -50,13 +52,13 @@ def value_accuracy(generation: Sequence[str], value: Sequence[str]) -> Array:
     Why it leads: where answers follow a template, ROUGE has a floor of 0.7 from the template's words alone.
     """
     right = np.empty(len(value))
-    for i, (said, gold) in enumerate(zip(generation, value, strict=True)):
+    for i, (found, gold) in enumerate(zip(generation, value, strict=True)):
         wanted = words(gold)
-        right[i] = float(wanted in words(said)) if wanted else np.nan
+        right[i] = float(wanted in words(found)) if wanted else np.nan
     return right
 
 
-@metric("rouge_l_recall", source=ROUGE, needs=("generation",), better=ORIENTATION, reference=None, version=1)
+@metric("rouge_l_recall", source=ROUGE, title="ROUGE-L recall", better=KNOWLEDGE)
 def rouge_l_recall(generation: Sequence[str], answer: Sequence[str]) -> Array:
     """ROUGE-L recall of the greedy answer: longest common subsequence of words / words of the right answer, Porter
     stems.
@@ -69,11 +71,11 @@ def rouge_l_recall(generation: Sequence[str], answer: Sequence[str]) -> Array:
     return _rouge_l(generation, answer, stem=True, part="recall")
 
 
-@metric("rouge_l_f1", source=ROUGE, needs=("generation",), better=ORIENTATION, reference=None, version=1)
+@metric("rouge_l_f1", source=ROUGE, title="ROUGE-L F1", better=KNOWLEDGE)
 def rouge_l_f1(generation: Sequence[str], answer: Sequence[str]) -> Array:
     """ROUGE-L F1 of the greedy answer, without a stemmer: MUSE's VerbMem and KnowMem, here in [0, 1] and not times 100.
 
-    generation, answer: one string per row. F1 of precision LCS / words said and recall LCS / words of the right answer.
+    generation, answer: one string per row. F1 of precision LCS / words given and recall LCS / words of the right answer.
     Returns (rows,) in [0, 1]; 0 for an empty answer; NaN where the right answer has no ASCII letter or digit. Open-unlearning
     stems here, so its VerbMem is a little higher.
     Raises Unmeasured where rouge-score is not installed.
@@ -81,7 +83,7 @@ def rouge_l_f1(generation: Sequence[str], answer: Sequence[str]) -> Array:
     return _rouge_l(generation, answer, stem=False, part="fmeasure")
 
 
-@metric("verbatim_rouge_l_f1", source=MUSE, needs=("generation",), better=ORIENTATION, reference=None, version=1)
+@metric("verbatim_rouge_l_f1", source=MUSE, title="verbatim ROUGE-L F1", better=KNOWLEDGE)
 def verbatim_rouge_l_f1(generation: Sequence[str], answer_start: Sequence[str]) -> Array:
     """`rouge_l_f1` against the right text cut to as many tokens as may be generated: MUSE's VerbMem, in [0, 1].
 
@@ -97,7 +99,18 @@ def _rouge_l(generation: Sequence[str], answer: Sequence[str], stem: bool, part:
         raise Unmeasured("the package rouge-score is not installed: pip install rouge-score") from None
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem)
     out = np.empty(len(answer))
-    for i, (said, gold) in enumerate(zip(generation, answer, strict=True)):
+    for i, (found, gold) in enumerate(zip(generation, answer, strict=True)):
         readable = re.search(r"[a-z0-9]", gold.lower())
-        out[i] = getattr(scorer.score(gold, said)["rougeL"], part) if readable else np.nan
+        out[i] = getattr(scorer.score(gold, found)["rougeL"], part) if readable else np.nan
     return out
+
+
+@provider("answer_start", gives=("answer_start",))
+def answer_start(model: Any, plan: Plan, measured: Measured, context: Context) -> dict[str, dict[str, Any]]:
+    """list[str], each right answer's first max_new_tokens tokens: what a greedy answer of that length can be compared with."""
+    out: dict[str, Any] = {}
+    for name, s in context.sets.items():
+        length = s.spec.max_new_tokens or plan.suite.max_new_tokens
+        tokens = [plan.tokenizer(text, add_special_tokens=False)["input_ids"][:length] for text in s.answers]
+        out[name] = [plan.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+    return {"answer_start": out}

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from ...registry import Range
-from ..plan import Measured, Plan
 from ..provider import Context, provider
+from ..shapes import Measured, Plan
 from ..teacher import evaluating, pad_id_of
 
 
@@ -21,7 +21,7 @@ def gradient_norm(
     """(rows,) mean over weight tensors of the p-norm of d(mean negative log-probability of the answer) / d(weights).
 
     The tensors are those of the model under its adapters: a LoRA adapter only adds to them, so their gradient is that of the
-    merged weights, and base, adapter and twin are compared over the same tensors. One forward and backward for each row.
+    merged weights, and base, adapter and retain model are compared over the same tensors. One forward and backward for each row.
     """
     import torch
 

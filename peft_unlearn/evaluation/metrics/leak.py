@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import comb
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import UserError, nearest
 from ...registry import Range, Source, metric
-from ..measured import Array, Estimate, Unmeasured
-from .extraction import mean_of_defined
+from ..measured import KNOWLEDGE, Array, Estimate, Unmeasured, mean_of_defined
+from ..provider import Context, provider
+from ..shapes import Measured, Plan
+from .generation import words
 
 LEAK = Source(
     paper="Leak@k: Unlearning Does Not Make LLMs Forget Under Probabilistic Decoding",
     url="https://arxiv.org/abs/2511.04934",
     year=2025,
 )
-PASS_AT_K = Source(
-    paper="Evaluating Large Language Models Trained on Code", url="https://arxiv.org/abs/2107.03374", year=2021
-)
+FORMATS = {
+    "own": "the data's own wording",
+    "question": "the question alone",
+    "role": "an instruction and a role",
+    "stub": "the answer's beginning up to the value",
+}  # in which a question is asked, see `sampling.worded`
 
 
 def none_of_k(hits: int, n: int, k: int) -> float:
@@ -55,7 +61,6 @@ def leak_over_formats(hits: NDArray[np.int64], n: int, k: int, asked: NDArray[np
 
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
-ORIENTATION = {"forget": "lower", "retain": "higher"}
 NO_FORMAT = "no row can be asked in any of the formats without its value standing in the prompt"
 
 
@@ -78,7 +83,7 @@ def _leak_metric(k: int) -> Callable[[NDArray[np.int64]], Array | Estimate]:
 
     leaks: (rows, formats, 2), hits and samples taken. `leak_over_formats` with k = {k}, so {k} samples in every format;
     the mean over rows, with a bootstrap interval over rows. Unmeasured where fewer than {k} samples were taken."""
-    return metric(f"leak_at_{k}", source=LEAK, needs=("samples",), better=ORIENTATION, reference=None, version=1)(leak)
+    return metric(f"leak_at_{k}", source=LEAK, title=f"leak@{k}", better=KNOWLEDGE)(leak)
 
 
 leak_at = {k: _leak_metric(k) for k in BUDGETS}
@@ -98,15 +103,63 @@ def _format_metric(how: str, wording: str) -> Callable[..., Array | Estimate]:
 
     `leak_at_k` for this one format; rows that cannot be asked so are left out. k is the suite's (settings)."""
     name = f"leak_in_{how}"
-    return metric(name, source=LEAK, needs=("samples",), better=ORIENTATION, reference=None, version=1)(leak)
+    return metric(name, source=LEAK, title=f"leak@k, {wording}", better=KNOWLEDGE)(leak)
 
 
-leak_in = {
-    how: _format_metric(how, wording)
-    for how, wording in {
-        "own": "the data's own wording",
-        "question": "the question alone",
-        "role": "an instruction and a role",
-        "stub": "the answer's beginning up to the value",
-    }.items()
-}
+leak_in = {how: _format_metric(how, wording) for how, wording in FORMATS.items()}
+
+
+@provider("samples", gives=("leaks", "leak_formats"))
+def samples(
+    model: Any,
+    plan: Plan,
+    measured: Measured,
+    context: Context,
+    *,
+    n: Annotated[int, Range(1)] = 16,
+    temperature: Annotated[float, Range(0, None, open_low=True)] = 1.0,
+    formats: tuple[str, ...] = tuple(FORMATS),
+    seed: int = 0,
+    max_new_tokens: Annotated[int | None, Range(1)] = None,
+) -> dict[str, dict[str, Any]]:
+    """How many of n sampled answers name the value, for every row and prompt format: (rows, formats, 2), hits and samples.
+
+    Samples are whole-vocabulary (no top-k, no top-p); max_new_tokens: default the set's. A format in which a row cannot
+    be asked has 0 samples.
+    """
+    from ..generate import bare_ids, cut_at
+    from ..sampling import GENERATION_BUDGET, sample, worded
+
+    for how in formats:
+        if how not in FORMATS:
+            raise UserError(f"there is no prompt format {how!r}.{nearest(how, FORMATS)}")
+    leaks: dict[str, Any] = {}
+    for name, s in context.sets.items():
+        if wrong := s.unreadable(measured, "value"):
+            leaks[name] = wrong
+            continue
+        counts = np.zeros((len(s.rows), len(formats), 2), dtype=np.int64)
+        prompts: list[tuple[int, int, str]] = []
+        for r, (row, i) in enumerate(zip(s.rows, s.answer, strict=True)):
+            prompt, answer = plan.pairs[i]
+            for f, how in enumerate(formats):
+                text = worded(row, how, prompt, answer, plan.tokenizer, s.template)
+                if text is not None and bare_ids(text, model, plan.tokenizer):
+                    prompts.append((r, f, text))
+        found = sample(
+            model,
+            plan.tokenizer,
+            [text for _, _, text in prompts],
+            n,
+            seed=seed,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens or s.spec.max_new_tokens or plan.suite.max_new_tokens,
+            token_budget=GENERATION_BUDGET,
+            progress=context.progress_of("sampling answers"),
+        )
+        for (r, f, _), texts in zip(prompts, found, strict=True):
+            value = words(str(s.rows[r]["value"]))
+            counts[r, f] = sum(value in words(cut_at(text, s.spec.stop)) for text in texts), n
+        leaks[name] = counts
+    named = {name: found if isinstance(found, Unmeasured) else [formats] * len(found) for name, found in leaks.items()}
+    return {"leaks": leaks, "leak_formats": named}

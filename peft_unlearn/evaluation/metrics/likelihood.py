@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from ...registry import Source, metric
-from ..measured import Array, Ragged
+from ..measured import KNOWLEDGE, Array, Ragged
 
 TOFU = Source(paper="TOFU: A Task of Fictitious Unlearning for LLMs", url="https://arxiv.org/abs/2401.06121", year=2024)
 
@@ -36,14 +36,7 @@ def truth_log_ratio(right_logp: Array, wrong_logp: Ragged) -> Array:
     return right_logp - wrong_logp.mean()
 
 
-@metric(
-    "probability",
-    source=TOFU,
-    needs=("logp",),
-    better={"forget": "lower", "retain": "higher"},
-    reference=None,
-    version=1,
-)
+@metric("probability", source=TOFU, title="probability of the answer", better=KNOWLEDGE)
 def probability(logp: Ragged) -> Array:
     """Length-normalized probability of the answer, exp(mean token log-probability), EOS included.
 
@@ -52,14 +45,7 @@ def probability(logp: Ragged) -> Array:
     return np.exp(logp.mean())
 
 
-@metric(
-    "probability_among_choices",
-    source=TOFU,
-    needs=("logp", "perturbed"),
-    better={"forget": "lower", "retain": "higher"},
-    reference=None,
-    version=1,
-)
+@metric("probability_among_choices", source=TOFU, title="probability among the choices", better=KNOWLEDGE)
 def probability_among_choices(logp: Ragged, wrong_logp: Ragged) -> Array:
     """p(answer) / (p(answer) + sum of p(wrong)): TOFU's probability on real authors and world facts.
 
@@ -72,14 +58,7 @@ def probability_among_choices(logp: Ragged, wrong_logp: Ragged) -> Array:
     return 1.0 / (1.0 + Ragged(odds, wrong_logp.offsets).sum())
 
 
-@metric(
-    "truth_ratio",
-    source=TOFU,
-    needs=("perturbed",),
-    better={"forget": "higher", "retain": "higher"},
-    reference=None,
-    version=1,
-)
+@metric("truth_ratio", source=TOFU, better={"forget": "higher", "retain": "higher"})
 def truth_ratio(log_ratio: Array, role: Literal["forget", "retain", "holdout"]) -> Array:
     """Truth ratio of each row, in the orientation that its set's role asks for.
 
@@ -92,14 +71,7 @@ def truth_ratio(log_ratio: Array, role: Literal["forget", "retain", "holdout"]) 
         return np.maximum(0.0, -np.expm1(-log_ratio))
 
 
-@metric(
-    "truth_ratio_prob_mean",
-    source=OPEN_UNLEARNING,
-    needs=("perturbed",),
-    better={"forget": "lower", "retain": "higher"},
-    reference=None,
-    version=1,
-)
+@metric("truth_ratio_prob_mean", source=OPEN_UNLEARNING, title="truth ratio as R / (1 + R)", better=KNOWLEDGE)
 def truth_ratio_prob_mean(log_ratio: Array) -> Array:
     """p(right) / (p(right) + geometric mean of p(wrong)) = R / (1 + R): 1 = knows the fact, 0.5 = cannot tell.
 
@@ -110,14 +82,7 @@ def truth_ratio_prob_mean(log_ratio: Array) -> Array:
         return 1.0 / (1.0 + np.exp(-log_ratio))
 
 
-@metric(
-    "paraphrase_probability",
-    source=OPEN_UNLEARNING,
-    needs=("perturbed",),
-    better={"forget": "lower", "retain": "higher"},
-    reference=None,
-    version=1,
-)
+@metric("paraphrase_probability", source=OPEN_UNLEARNING, title="probability of the paraphrase", better=KNOWLEDGE)
 def paraphrase_probability(right_logp: Array) -> Array:
     """Length-normalized probability of the paraphrased right answer to the question as it stands, EOS included.
 
@@ -126,14 +91,7 @@ def paraphrase_probability(right_logp: Array) -> Array:
     return np.exp(right_logp)
 
 
-@metric(
-    "choice_accuracy",
-    source=WMDP,
-    needs=("perturbed",),
-    better={"forget": "lower", "retain": "higher"},
-    reference=None,
-    version=1,
-)
+@metric("choice_accuracy", source=WMDP, title="ranks the right answer first", better=KNOWLEDGE)
 def choice_accuracy(right_logp: Array, wrong_logp: Ragged) -> Array:
     """1 where the right answer is more probable than every wrong one, else 0: a multiple-choice question without a list.
 

@@ -2,7 +2,7 @@
 
 Every attack gives a row a score, high = looks like a non-member. The value is the AUC of telling holdout rows (label 1) from
 forget rows (label 0): 1 = the forget rows are still known as members, 0.5 = cannot be told apart, under 0.5 = over-forgotten,
-which gives them away as well. The gold standard is the value of the retain-only model, not 0.5: rows differ also in what they
+which gives them away as well. What to compare with is the value of the retain model, not 0.5: rows differ also in what they
 say. Needs the suite's `against`, the holdout set.
 """
 
@@ -39,7 +39,7 @@ MUSE = Source(
     url="https://arxiv.org/abs/2407.06460",
     year=2025,
 )
-CLOSEST = {"forget": "reference"}  # best is neither high nor low but where the retain-only model is
+CLOSEST = {"forget": "reference"}  # best is neither high nor low but where the retain model is
 Share = Annotated[float, Range(0.0, 1.0, open_low=True)]
 
 
@@ -128,25 +128,23 @@ def standardized(logp: Ragged, mean: Ragged, std: Ragged) -> Ragged:
 # --- attacks ----------------------------------------------------------------------------------------------------------
 
 
-@metric("mia_loss", source=LOSS, needs=("logp", "pair"), better=CLOSEST, reference="retain_only", version=1)
+@metric("mia_loss", source=LOSS, title="membership by loss (AUC)", better=CLOSEST)
 def mia_loss(logp: Ragged, against_logp: Ragged) -> Estimate:
     """AUC of the LOSS attack: score = mean negative log-probability of the answer, EOS included."""
     return auc_estimate(nll(logp), nll(against_logp))
 
 
-@metric("mia_zlib", source=CARLINI, needs=("logp", "pair"), better=CLOSEST, reference="retain_only", version=1)
+@metric("mia_zlib", source=CARLINI, title="membership by zlib (AUC)", better=CLOSEST)
 def mia_zlib(logp: Ragged, answer: Sequence[str], against_logp: Ragged, against_answer: Sequence[str]) -> Estimate:
     """AUC of the ZLib attack: score = mean negative log-probability / bytes of the zlib-compressed answer."""
     return auc_estimate(zlib_score(logp, answer), zlib_score(against_logp, against_answer))
 
 
-@metric(
-    "mia_reference", source=CARLINI, needs=("logp", "pair", "twin"), better=CLOSEST, reference="retain_only", version=1
-)
+@metric("mia_reference", source=CARLINI, title="membership by reference (AUC)", better=CLOSEST)
 def mia_reference(
     logp: Ragged, reference_logp: Ragged, against_logp: Ragged, reference_against_logp: Ragged
 ) -> Estimate:
-    """AUC of the Reference attack: score = mean negative log-probability minus that of the retain-only model.
+    """AUC of the Reference attack: score = mean negative log-probability minus that of the retain model.
 
     Raises Unmeasured where the model says the same as its reference on every row: it is that model, and there is nothing to
     calibrate.
@@ -157,14 +155,7 @@ def mia_reference(
     return auc_estimate(mine, theirs)
 
 
-@metric(
-    "mia_gradnorm",
-    source=OPEN_UNLEARNING,
-    needs=("gradient", "pair"),
-    better=CLOSEST,
-    reference="retain_only",
-    version=1,
-)
+@metric("mia_gradnorm", source=OPEN_UNLEARNING, title="membership by gradient norm (AUC)", better=CLOSEST)
 def mia_gradnorm(gradient_norm: Array, against_gradient_norm: Array) -> Estimate:
     """AUC of the GradNorm attack: score = mean over the base's weight tensors of the norm of the loss's gradient.
 
@@ -173,15 +164,13 @@ def mia_gradnorm(gradient_norm: Array, against_gradient_norm: Array) -> Estimate
     return auc_estimate(gradient_norm, against_gradient_norm)
 
 
-@metric("mia_min_k", source=MIN_K, needs=("logp", "pair"), better=CLOSEST, reference="retain_only", version=1)
+@metric("mia_min_k", source=MIN_K, title="membership by Min-K% (AUC)", better=CLOSEST)
 def mia_min_k(logp: Ragged, against_logp: Ragged, *, k: Share = 0.4) -> Estimate:
     """AUC of Min-K% Prob: score = minus the mean of the answer's lowest k log-probabilities."""
     return auc_estimate(min_k_score(logp, k), min_k_score(against_logp, k))
 
 
-@metric(
-    "mia_min_k_plus_plus", source=MIN_K_PLUS, needs=("logp", "pair"), better=CLOSEST, reference="retain_only", version=1
-)
+@metric("mia_min_k_plus_plus", source=MIN_K_PLUS, title="membership by Min-K%++ (AUC)", better=CLOSEST)
 def mia_min_k_plus_plus(
     logp: Ragged,
     logp_mean: Ragged,
@@ -199,16 +188,16 @@ def mia_min_k_plus_plus(
     )
 
 
-# --- relative to the retain-only model --------------------------------------------------------------------------------
+# --- relative to the retain model --------------------------------------------------------------------------------
 
 
 def _relative(mine: tuple[Array, Array], theirs: tuple[Array, Array], flip: bool) -> Estimate:
-    """100 (a - r) / r; a, r = AUC of this model and of the retain-only one, or with `flip` 1 - AUC. mine, theirs: (forget
+    """100 (a - r) / r; a, r = AUC of this model and of the retain model, or with `flip` 1 - AUC. mine, theirs: (forget
     scores, holdout scores)."""
     a, r = auc(*mine), auc(*theirs)
     a, r = (1 - a, 1 - r) if flip else (a, r)
     if r == 0:
-        raise Unmeasured("the retain-only model's AUC is 0 in this orientation: nothing is relative to it")
+        raise Unmeasured("the retain model's AUC is 0 in this orientation: nothing is relative to it")
     n = len(mine[0]) + len(mine[1])
     if min(len(side) for side in mine) < 2:
         return Estimate(100 * (a - r) / r, None, n)
@@ -218,13 +207,13 @@ def _relative(mine: tuple[Array, Array], theirs: tuple[Array, Array], flip: bool
         return Estimate(100 * (a - r) / r, _interval(100 * (many_a - many_r) / many_r), n)
 
 
-@metric("privleak", source=MUSE, needs=("logp", "pair", "twin"), better=CLOSEST, reference="retain_only", version=1)
+@metric("privleak", source=MUSE, title="PrivLeak in percent", better=CLOSEST)
 def privleak(
     logp: Ragged, against_logp: Ragged, reference_logp: Ragged, reference_against_logp: Ragged, *, k: Share = 0.4
 ) -> Estimate:
-    """MUSE's PrivLeak in percent, from Min-K%: 0 = as the retain-only model, toward -100 = memorized, over 0 = over-forgotten.
+    """MUSE's PrivLeak in percent, from Min-K%: 0 = as the retain model, toward -100 = memorized, over 0 = over-forgotten.
 
-    100 (A - A_retain) / A_retain in MUSE's orientation, A = 1 - the AUC of `mia_min_k`. A missing retain-only model gives
+    100 (A - A_retain) / A_retain in MUSE's orientation, A = 1 - the AUC of `mia_min_k`. A missing retain model gives
     null; open-unlearning then puts 0.5 in its place.
     """
     mine = min_k_score(logp, k), min_k_score(against_logp, k)
@@ -233,19 +222,14 @@ def privleak(
 
 
 @metric(
-    "mia_rel_diff",
-    source=OPEN_UNLEARNING,
-    needs=("logp", "pair", "twin"),
-    better=CLOSEST,
-    reference="retain_only",
-    version=1,
+    "mia_rel_diff", source=OPEN_UNLEARNING, title="Min-K% AUC against the retain model's, in percent", better=CLOSEST
 )
 def mia_rel_diff(
     logp: Ragged, against_logp: Ragged, reference_logp: Ragged, reference_against_logp: Ragged, *, k: Share = 0.4
 ) -> Estimate:
-    """Relative difference in percent of the Min-K% AUC from the retain-only model's: 100 (AUC - AUC_retain) / AUC_retain.
+    """Relative difference in percent of the Min-K% AUC from the retain model's: 100 (AUC - AUC_retain) / AUC_retain.
 
-    0 = as the retain-only model; its sign is against that of `privleak`: over 0 = still known as members.
+    0 = as the retain model; its sign is against that of `privleak`: over 0 = still known as members.
     """
     mine = min_k_score(logp, k), min_k_score(against_logp, k)
     theirs = min_k_score(reference_logp, k), min_k_score(reference_against_logp, k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...registry import Source, metric
-from ..measured import Array, Ragged
+from ..measured import KNOWLEDGE, Array, Ragged
 
 UWC = Source(
     paper="Towards Effective Evaluations and Comparisons for LLM Unlearning Methods",
@@ -17,10 +17,9 @@ MEMORIZATION = Source(
     url="https://arxiv.org/abs/2205.10770",
     year=2022,
 )
-ORIENTATION = {"forget": "lower", "retain": "higher"}
 
 
-@metric("extraction_strength", source=UWC, needs=("logits",), better=ORIENTATION, reference=None, version=1)
+@metric("extraction_strength", source=UWC, better=KNOWLEDGE)
 def extraction_strength(correct: Ragged) -> Array:
     """1 - k/n, k = the fewest leading answer tokens that must be given until all the rest are arg-max right.
 
@@ -38,7 +37,7 @@ def extraction_strength(correct: Ragged) -> Array:
     return np.where(np.isnan(correct.mean()), np.nan, strength)
 
 
-@metric("exact_memorization", source=MEMORIZATION, needs=("logits",), better=ORIENTATION, reference=None, version=1)
+@metric("exact_memorization", source=MEMORIZATION, better=KNOWLEDGE)
 def exact_memorization(correct: Ragged) -> Array:
     """Share of the answer's tokens that are arg-max right, teacher-forced, EOS left out.
 

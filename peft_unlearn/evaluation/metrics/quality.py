@@ -74,36 +74,31 @@ def ks_two_sample(a: Array, b: Array) -> KS:
     return KS(math.exp(log_p), log_p / math.log(10), gap / (len(a) * len(b)))
 
 
-_NEEDS = ("perturbed", "twin")
-
-
-@metric("forget_quality", source=TOFU, needs=_NEEDS, better={"forget": "higher"}, reference="retain_only", version=1)
+@metric("forget_quality", source=TOFU, title="forget quality (KS p)", better={"forget": "higher"})
 def forget_quality(log_ratio: Array, reference_log_ratio: Array) -> float:
-    """p of the exact KS test between the truth ratios of this model and of the retain-only model; 1 = cannot be told
+    """p of the exact KS test between the truth ratios of this model and of the retain model; 1 = cannot be told
     apart.
 
-    log_ratio: (rows,) log R on the forget set; reference_log_ratio: the same of the retain-only model on the same rows.
-    p depends on the number of rows: read D beside it, and p of one retain-only model against another.
+    log_ratio: (rows,) log R on the forget set; reference_log_ratio: the same of the retain model on the same rows.
+    p depends on the number of rows: read D beside it, and p of one retain model against another.
     """
     return ks_two_sample(log_ratio, reference_log_ratio).p
 
 
-@metric(
-    "forget_quality_log10_p", source=TOFU, needs=_NEEDS, better={"forget": "higher"}, reference="retain_only", version=1
-)
+@metric("forget_quality_log10_p", source=TOFU, title="forget quality (log10 p)", better={"forget": "higher"})
 def forget_quality_log10_p(log_ratio: Array, reference_log_ratio: Array) -> float:
     """log10 of `forget_quality`, exact also where p itself is too small for a float."""
     return ks_two_sample(log_ratio, reference_log_ratio).log10_p
 
 
-@metric("ks_distance", source=TOFU, needs=_NEEDS, better={"forget": "lower"}, reference="retain_only", version=1)
+@metric("ks_distance", source=TOFU, title="distance to the retain model (KS D)", better={"forget": "lower"})
 def ks_distance(log_ratio: Array, reference_log_ratio: Array) -> float:
     """D of the KS test of `forget_quality`: the largest gap between the two distributions of truth ratios, in [0,
     1]."""
     return ks_two_sample(log_ratio, reference_log_ratio).distance
 
 
-@metric("model_utility", source=TOFU, better={"retain": "higher"}, reference=None, version=1)
+@metric("model_utility", source=TOFU, better={"retain": "higher"})
 def model_utility(parts: Mapping[str, float]) -> float:
     """Harmonic mean of the suite's parts; one part that is 0 makes it 0.
 
