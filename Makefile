@@ -4,14 +4,18 @@
 # on Linux the default wheel may bring CUDA.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
+OLDEST ?= .venv-oldest
 BIN     = $(VENV)/bin
 OUT    ?= out/demo
-PIP     = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+JOBS   ?= 2
+INSTALL = -m pip install -q --disable-pip-version-check
+PIP     = $(BIN)/python $(INSTALL) -c constraints.txt
+PYTEST  = -m pytest -n $(JOBS) --dist worksteal
 # Two OpenMP threads on two contended cores are many times slower than one.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test slow lint types bench docs bases clean
+.PHONY: demo test test-oldest coverage slow lint types bench docs bases clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -24,11 +28,27 @@ $(VENV)/.dev: $(VENV)/.run
 	$(PIP) -e '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP) -e '.[docs]'
+	touch $@
+
+$(OLDEST)/.dev: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(if $(TORCH_INDEX),$(OLDEST)/bin/python $(INSTALL) -c constraints-oldest.txt torch --index-url $(TORCH_INDEX))
+	$(OLDEST)/bin/python $(INSTALL) -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
 demo: $(VENV)/.run
 	HF_HUB_OFFLINE=1 $(BIN)/peft-unlearn demo --out $(OUT)
 
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST)
+
+test-oldest: $(OLDEST)/.dev
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python $(PYTEST)
+
+coverage: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) --cov --cov-report=term --cov-report=html:out/coverage
 
 slow: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
@@ -47,12 +67,13 @@ bench: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/merge.py --gb 1
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/attacks.py adapters/published/simnpo
 
-docs: $(VENV)/.dev
-	$(BIN)/python docs/generate.py
+docs: $(VENV)/.docs
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/mkdocs build --strict --quiet
 
 bases: $(VENV)/.dev
 	$(BIN)/python adapters/bases/build people
 	$(BIN)/python adapters/bases/build domains
 
 clean:
-	rm -rf $(VENV) out dist build
+	rm -rf $(VENV) $(OLDEST) out dist build
