@@ -12,15 +12,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import math
-import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from .errors import UserError, nearest
+from ..errors import UserError, nearest
+from .params import Param as Param
+from .params import Range as Range
+from .params import params_of as params_of
 
 KINDS = ("objective", "rule", "smoothing", "averaging", "step_size", "selection", "metric", "attack")
 NEEDS = {"logp", "ref_logp", "logits", "ref_logits", "hidden", "ref_hidden", "router", "ref_router", "alternate"}
@@ -49,73 +49,6 @@ class Source:
 
     def to_dict(self) -> dict[str, Any]:
         return {"paper": self.paper, "url": self.url, "year": self.year}
-
-
-@dataclass(frozen=True)
-class Range:
-    """Closed range of a hyper-parameter; None = unbounded. `open_low` excludes the lower end itself."""
-
-    min: float | None = None
-    max: float | None = None
-    open_low: bool = False
-
-    def holds(self, x: float) -> bool:
-        low = self.min is None or (x > self.min if self.open_low else x >= self.min)
-        return low and (self.max is None or x <= self.max)
-
-    def __str__(self) -> str:
-        low = "(-inf" if self.min is None else f"{'(' if self.open_low else '['}{self.min:g}"
-        return f"{low}, {'inf)' if self.max is None else f'{self.max:g}]'}"
-
-
-@dataclass(frozen=True)
-class Param:
-    """One hyper-parameter as the signature declares it."""
-
-    name: str
-    type: str
-    default: Any
-    range: Range | None = None
-    choices: tuple[Any, ...] | None = None
-    nullable: bool = False
-    required: bool = False
-
-    def check(self, value: Any) -> str | None:
-        """The complaint about `value`, or None when it is fine."""
-        if value is None:
-            return None if self.nullable else f"{self.name} must be {self._wanted()}, not null"
-        if self.choices is not None:
-            return None if value in self.choices else f"{self.name}={value!r} is not one of {list(self.choices)}"
-        if self.type in ("float", "int"):
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                return f"{self.name} must be {self._wanted()}, not {value!r}"
-            if not math.isfinite(value):
-                return f"{self.name} must be finite, not {value!r}"
-            if self.type == "int" and value != int(value):
-                return f"{self.name} must be {self._wanted()}, not {value!r}"
-            if self.range is not None and not self.range.holds(value):
-                return f"{self.name}={value!r} is outside {self.range}"
-            return None
-        wanted = {"bool": bool, "str": str, "list": (list, tuple), "int or str": (int, str)}.get(self.type)
-        if wanted is not None and not isinstance(value, wanted):
-            return f"{self.name} must be {self._wanted()}, not {value!r}"
-        return None
-
-    def _wanted(self) -> str:
-        return {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text"}.get(
-            self.type, f"a {self.type}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        out: dict[str, Any] = {
-            "type": self.type,
-            "default": self.default,
-            "min": self.range.min if self.range else None,
-            "max": self.range.max if self.range else None,
-        }
-        if self.choices is not None:
-            out["choices"] = list(self.choices)
-        return out
 
 
 @dataclass(frozen=True)
@@ -183,40 +116,6 @@ class Method:
 
 _METHODS: dict[str, dict[str, Method]] = {kind: {} for kind in KINDS}
 _loaded = False
-
-
-def param_of(name: str, annotation: Any, default: Any) -> Param:
-    """Read one hyper-parameter from its annotation."""
-    rng, choices, nullable = None, None, False
-    if typing.get_origin(annotation) is Annotated:
-        rng = next((a for a in annotation.__metadata__ if isinstance(a, Range)), None)
-        annotation = annotation.__origin__
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        inner = [a for a in typing.get_args(annotation) if a is not type(None)]
-        nullable = len(inner) < len(typing.get_args(annotation))
-        if len(inner) != 1 and set(inner) != {int, str}:
-            raise TypeError(f"hyper-parameter {name}: a union of several types has no schema")
-        found = param_of(name, inner[0], default)
-        rng, choices, type_name = rng or found.range, found.choices, found.type
-        if len(inner) == 2:  # a layer: its number or its module's name
-            type_name = "int or str"
-    elif typing.get_origin(annotation) is Literal:
-        choices = typing.get_args(annotation)
-        type_name = type(choices[0]).__name__
-    else:
-        base = typing.get_origin(annotation) or annotation
-        type_name = {tuple: "list"}.get(base, base.__name__ if base in (float, int, bool, str, list, dict) else "")
-        if not type_name:
-            raise TypeError(f"hyper-parameter {name}: annotation {annotation!r} has no schema")
-    required = default is inspect.Parameter.empty
-    return Param(name, type_name, None if required else default, rng, choices, nullable, required)
-
-
-def params_of(fn: Callable[..., Any]) -> dict[str, Param]:
-    """The hyper-parameters of a function: its keyword-only arguments."""
-    hints = typing.get_type_hints(fn, include_extras=True)
-    found = inspect.signature(fn).parameters.values()
-    return {p.name: param_of(p.name, hints[p.name], p.default) for p in found if p.kind is p.KEYWORD_ONLY}
 
 
 def _register(kind: str, name: str, **about: Any) -> Callable[[_F], _F]:
