@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,15 +15,7 @@ from ..evaluation.metrics.generation import words
 from ..evaluation.teacher import evaluating, pad_id_of
 from ..registry import Range, Source, attack
 from .case import Case, Outcome, chosen, means
-from .prompt_slot import (
-    PromptSlot,
-    SlotTokens,
-    embeddings_at,
-    mean_nll,
-    placeholder,
-    spans,
-    training_slots,
-)
+from .prompt_slot import PromptSlot, SlotTokens, embeddings_at, mean_nll, placeholder, spans, training_slots
 
 Scope = Literal["universal", "per_row"]
 
@@ -67,9 +60,7 @@ def gcg(
     train, slots, scored = training_slots(case, train_rows, "search a suffix")
     with case.subject() as model:
         before = case.before(model)
-        found = search(
-            model, slots, case.tokenizer, settings, lambda done, total: case.progress("searching a suffix", done, total)
-        )
+        found = search(model, slots, case.tokenizer, settings, partial(case.progress, "searching a suffix"))
         after = case.score(model, [slot.with_text(found.text) for slot in scored])
         trained = case.score(model, [slot.with_text(found.text) for slot in slots])
         plain = case.score(model, train)

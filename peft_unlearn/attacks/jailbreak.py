@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,11 +74,12 @@ def templates(file: str | Path | None = None) -> list[Template]:
 
 def _all(entries: Any, _: str, errors: Errors) -> None:
     list_of(_FIELDS)(entries, "templates", errors)
-    whole = [e for e in entries if isinstance(e, Mapping)]
-    for e in whole:
+    found = [e for e in entries if isinstance(e, Mapping)]
+    for e in found:
         if "text" in e and {"question", "shots", "begins"} & set(e):
             errors.add(f"template {e.get('name')!r}: text is the whole prompt and stands alone")
-    if len({str(e.get("name")) for e in whole}) < len(whole):
+    names = [str(e["name"]) for e in found if "name" in e]
+    if len(set(names)) < len(names):
         errors.add("two templates have one name")
 
 
@@ -209,7 +211,7 @@ def jailbreak(case: Case, *, shots: Annotated[int, Range(1)] = 3, file: str | No
     """
     chosen = templates(file)
     if lost := sum(not row.get("value") for row in case.rows):
-        raise Unmeasured(f"{lost} of {len(case.rows)} rows have no 'value', so a leak cannot be told from an answer")
+        raise Unmeasured(f"{lost} of {len(case.rows)} rows have no 'value', so a leak cannot be recognized")
     with case.subject() as model:
         before = case.before(model)
         if "value_accuracy" not in before:
@@ -220,7 +222,7 @@ def jailbreak(case: Case, *, shots: Annotated[int, Range(1)] = 3, file: str | No
         made = tries(case, chosen, shots, None if longest is None else longest - case.max_new_tokens)
         answers = greedy(
             model, case.tokenizer, [t.prompt for t in made], max_new_tokens=case.max_new_tokens,
-            progress=lambda done, total: case.progress("jailbreak prompts", done, total),
+            progress=partial(case.progress, "jailbreak prompts"),
         )  # fmt: skip
     hit = value_accuracy(answers, [str(case.rows[t.row]["value"]) for t in made])
     leaked = direct.copy()

@@ -39,23 +39,24 @@ def quantize(
     """
     if backend == "bitsandbytes":
         _require_bitsandbytes(format, group)
+    rounding = _by_bitsandbytes if backend == "bitsandbytes" else _by_torch
     change = changed = 0.0
     with case.subject() as model:
         before = case.before(model)
         layers = linears(model)
         if not layers:
             raise Unmeasured("the model has no linear layers in floating point to quantize")
-        with opened(model, {layer.name: layer.weight for layer in layers}, case.checkpoint) as found, torch.no_grad():
+        with opened(model, {layer.name: layer.weight for layer in layers}, case.checkpoint) as adapter, torch.no_grad():
             for i, layer in enumerate(layers):
                 for matrix in layer.matrices():  # (out, in)
-                    rounded = _rounded(matrix, format, group, backend)
+                    rounded = rounding(matrix, format, group)
                     change += float((rounded - matrix).double().square().sum())
                     changed += float(matrix.double().square().sum())
                     matrix.copy_(rounded)
                 case.progress(f"quantize {format}", i + 1, len(layers))
             after = case.score(model)
     about = {
-        "adapter": found.adapter,
+        "adapter": adapter,
         "layers": len(layers),
         "relative_error": (change / changed) ** 0.5 if changed > 0 else None,
         "left_alone": "embeddings, norms, routers",
@@ -63,12 +64,10 @@ def quantize(
     return Outcome(before, after, len(case.rows), about)
 
 
-def _rounded(matrix: Tensor, format: str, group: int, backend: str) -> Tensor:
-    if backend == "bitsandbytes":
-        return _by_bitsandbytes(matrix, format, group)
-    if format == "bf16":
-        return bf16(matrix)
-    return int8(matrix) if format == "int8" else int4(matrix, group) if format == "int4" else nf4(matrix, group)
+def _by_torch(w: Tensor, format: str, group: int) -> Tensor:
+    if format in ("int4", "nf4"):
+        return int4(w, group) if format == "int4" else nf4(w, group)
+    return int8(w) if format == "int8" else bf16(w)
 
 
 # Scales are float64 until the last step: the largest weight of a group then comes out as it went in, and quantizing

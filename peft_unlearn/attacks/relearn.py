@@ -16,6 +16,7 @@ from ..data.collate import encode, pad, padding_id
 from ..data.formats import to_text
 from ..errors import UserError
 from ..evaluation.measured import Array, Unmeasured
+from ..evaluation.plan import rows_of
 from ..evaluation.teacher import evaluating
 from ..forward import Pass
 from ..head import causal_lm, held
@@ -24,14 +25,14 @@ from .case import MEASURES, Case, Outcome, Rows, chosen, mean, means
 from .weights import base_parameters, linears, opened
 
 SMOOTH = Source(
-    paper="Towards LLM Unlearning Resilient to Relearning Attacks: A Sharpness-Aware Minimization Perspective and Beyond",
-    url="https://arxiv.org/abs/2502.05374",
-    year=2025,
+    "Towards LLM Unlearning Resilient to Relearning Attacks: A Sharpness-Aware Minimization Perspective and Beyond",
+    "https://arxiv.org/abs/2502.05374",
+    2025,
 )
 BENIGN = Source(
-    paper="Unlearning or Obfuscating? Jogging the Memory of Unlearned LLMs via Benign Relearning",
-    url="https://arxiv.org/abs/2406.13356",
-    year=2025,
+    "Unlearning or Obfuscating? Jogging the Memory of Unlearned LLMs via Benign Relearning",
+    "https://arxiv.org/abs/2406.13356",
+    2025,
 )
 Weights = Literal["full", "lora"]
 
@@ -91,9 +92,7 @@ def benign(
 
 def _unrelated(case: Case, source: str) -> tuple[str, Rows]:
     for name in ("general", "retain") if source == "auto" else (source,):
-        # extra first: the bundle of the embedded people retains the general rows, too
-        extra: dict[str, Rows] = getattr(case.data, "extra", None) or {}
-        if found := extra.get(name) or getattr(case.data, name, None):
+        if found := rows_of(case.data, name):
             return name, found
     wanted = "neither general rows nor a retain set" if source == "auto" else f"no {source} set"
     raise Unmeasured(f"the data have {wanted}")
@@ -149,8 +148,9 @@ def _writable(case: Case, model: Any, tuning: Tuning) -> Iterator[tuple[list[Any
         with low_rank(model, tuning.r, tuning.lora_alpha, case.seed) as factors:
             yield factors, "live"
     else:
-        with opened(model, base_parameters(model), case.checkpoint) as found:
-            yield list(found.parameters.values()), found.adapter
+        parameters = base_parameters(model)
+        with opened(model, parameters, case.checkpoint) as adapter:
+            yield list(parameters.values()), adapter
 
 
 def finetune(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..evaluation.measured import Array, Unmeasured
+from ..evaluation.measured import Array, Unmeasured, resampled
 from ..evaluation.plan import Progress, evenly, rows_of
 from ..evaluation.score import Subject
 from ..folder.manifest import path_like
@@ -175,7 +175,7 @@ def recovery(outcome: Outcome, base: Outcome | None, why_no_base: str | None = N
     return out
 
 
-def _ratio(before: Array, after: Array, base: Array, resamples: int = 1000) -> tuple[float, list[float] | None]:
+def _ratio(before: Array, after: Array, base: Array) -> tuple[float, list[float] | None]:
     """(value, interval), all three (rows,) of the same rows."""
     if not len(before) == len(after) == len(base):
         raise Unmeasured(f"before, after and base have {len(before)}, {len(after)} and {len(base)} rows")
@@ -184,11 +184,8 @@ def _ratio(before: Array, after: Array, base: Array, resamples: int = 1000) -> t
     if bad := int((~np.isfinite(table)).any(1).sum()):
         raise Unmeasured(f"{bad} of {n} rows have no value: the model's logits are NaN there")
     gain, gap = table.mean(0)
-    rng = np.random.default_rng(0)
-    counts = rng.multinomial(n, np.full(n, 1.0 / n), size=resamples)  # (resamples, rows)
-    drawn = counts @ table / n  # (resamples, 2)
-    low = float(np.percentile(drawn[:, 1], 2.5))
-    if gap < SMALLEST_GAP or low <= 0:
+    drawn = resampled(n, 1000, 0) @ table / n  # (resamples, 2)
+    if gap < SMALLEST_GAP or np.percentile(drawn[:, 1], 2.5) <= 0:
         raise Unmeasured(
             f"the base has only {gap:+.3f} more than the un-attacked model here: too small a gap to be recovered from"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -58,7 +59,7 @@ def suffix(
         before = case.before(model)
         vectors, losses = fit(
             model, rows, run, pad_id_of(case.tokenizer), steps, learning_rate, optimizer,
-            progress=lambda done, total: case.progress("training the suffix", done, total),
+            progress=partial(case.progress, "training the suffix"),
         )  # fmt: skip
         with embeddings_at(model, run, vectors):
             after = case.score(model, [slot.with_text(filler) for slot in scored])

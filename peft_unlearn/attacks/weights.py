@@ -25,17 +25,10 @@ from ..folder.safetensors_io import checkpoint_tensors
 from ..head import causal_lm
 from ..tuners.expert_lora.blocks import DOWN, GATE_UP, innermost, is_transposed, moe_blocks
 
-Adapter = Literal["merged", "live", "off", "none"]
+Adapter = Literal[
+    "merged", "live", "off", "none"
+]  # how it takes part; off: there but switched off, none: there is none
 KEEP_BYTES = 1 << 30  # up to here a copy costs less than reading the files again
-
-
-@dataclass(frozen=True)
-class Opened:
-    """parameters: base name -> what may be changed.   adapter: how the adapter takes part ("off": there but switched
-    off, "none": there is none)."""
-
-    parameters: dict[str, Any]
-    adapter: Adapter
 
 
 @dataclass(frozen=True)
@@ -143,9 +136,9 @@ def _on_disk(parameters: Mapping[str, Parameter], checkpoint: str | Path) -> dic
 
 
 @contextmanager
-def opened(model: Any, wanted: Mapping[str, Parameter], checkpoint: str | Path | None = None) -> Iterator[Opened]:
+def opened(model: Any, wanted: Mapping[str, Parameter], checkpoint: str | Path | None = None) -> Iterator[Adapter]:
     """Inside, the active adapters stand in the base's weights where they can be merged, and `wanted` may be changed;
-    afterwards everything is as it was."""
+    afterwards everything is as it was. Yields how the adapter takes part."""
     layers = list(adapter_modules(model).values())
     under = {id(p) for layer in layers for p in layer.parameters()}
     mergeable = {n: p for n, p in base_parameters(model).items() if id(p) in under}
@@ -160,7 +153,7 @@ def opened(model: Any, wanted: Mapping[str, Parameter], checkpoint: str | Path |
                 put_back()
                 adapter = "live"
         try:
-            yield Opened(dict(wanted), adapter)
+            yield adapter
         finally:
             if adapter == "merged":
                 _unmark(layers)

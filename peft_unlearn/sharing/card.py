@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..folder.atomic import write_text
 from ..folder.card import ForgetCard, card_of, render
 from ..folder.read import CARD, read_adapter
 from ..folder.yaml_io import read_text
+from ..reporting.result import Result
 from .outgoing import leaks
 
-__all__ = ["ForgetCard", "card"]
+__all__ = ["CardText", "ForgetCard", "card"]
 
 
-def card(folder: str | Path, write: bool = False, description: str = "", license: str | None = None) -> str:
-    """README.md of a forget adapter as its files say it now; with `write` it replaces the one there.
+@dataclass(frozen=True)
+class CardText(Result):
+    """A card. written: whether it lies at `path` now."""
 
-    description: the author's words (plain text; a blank line ends a paragraph), in place of those there.   license: an id
-    as the Hub knows them; default the one there. What is written by hand outside the generated block stays.
+    path: str
+    text: str
+    written: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": 1, **asdict(self)}
+
+    def __str__(self) -> str:
+        return self.path if self.written else self.text.removesuffix("\n")
+
+
+def card(folder: str | Path, write: bool = False, description: str = "", license: str | None = None) -> CardText:
+    """README.md of a forget adapter as its files say it now; what is written by hand outside the generated block stays.
+
+    Args:
+        write: replace the one there.
+        description: the author's words (plain text; a blank line ends a paragraph), in place of those there.
+        license: an id as the Hub knows them; default the one there.
 
     Raises:
         UserError: no complete adapter, a front matter or marks that cannot be read, or a text that names a machine.
@@ -31,4 +51,4 @@ def card(folder: str | Path, write: bool = False, description: str = "", license
         raise UserError(f"{path}: {'; '.join(problems)}; nothing was written.")
     if write:
         write_text(path, text)
-    return text
+    return CardText(f"{folder}/{CARD}", text, write)

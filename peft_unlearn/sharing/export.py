@@ -1,8 +1,8 @@
 """An adapter as other programs want it: the same numbers, without what they would read wrongly.
 
 Servers read of a LoRA its tensors, ``r`` and ``lora_alpha``. They do not know forget.json, and some pass over `rank_pattern` and
-`alpha_pattern` without a word, which is another strength than the one that was measured. So the exported form says everything
-in the tensors: one rank, alpha = r, the strength (scale included) multiplied into B.
+`alpha_pattern` without a word, which is another scale than the one that was measured. So the exported form holds everything
+in the tensors: one rank, alpha = r, all scaling multiplied into B.
 
 Layouts: what vLLM's loader accepts (vllm/lora/peft_helper.py, lora_model.py of vllm-project/vllm) and what SGLang's reads
 (python/sglang/srt/lora of sgl-project/sglang); mergekit takes ``BASE+ADAPTER`` as a model (https://github.com/arcee-ai/mergekit).
@@ -20,15 +20,17 @@ from ..errors import Errors, UserError, nearest
 from ..folder.atomic import staged
 from ..folder.fetch import resolve_adapter
 from ..folder.read import CONFIG, WEIGHTS, AdapterFolder, read_adapter
+from ..folder.yaml_io import dump_yaml
+from ..reporting.result import Result
 
 TARGETS = ("vllm", "sglang", "mergekit")
 NAMES = re.compile(r"base_model\.model\.[\w.]+\.(lora_[AB]\.weight|lora_embedding_[AB])")
 """What a tensor of a served adapter may be called: vLLM's parse_fine_tuned_lora_name takes no other ending."""
 
 
-@dataclass
-class Exported:
-    """What was written. rank: of every module. scale: the strength that B now holds. use: how to put it to work."""
+@dataclass(frozen=True)
+class Exported(Result):
+    """What was written. rank: of every module. scale: what B is multiplied with. use: how to put it to work."""
 
     out: str
     target: str
@@ -41,16 +43,18 @@ class Exported:
         return asdict(self)
 
     def __str__(self) -> str:
-        head = f"{self.out}: {self.tensors} tensors of rank {self.rank}, strength {self.scale:g} multiplied in, for {self.target}"
+        head = f"{self.out}: {self.tensors} tensors of rank {self.rank}, scale {self.scale:g} multiplied in, for {self.target}"
         return "\n".join([head, *(f"  {line}" for line in self.use)])
 
 
 def export(
     folder: str | Path, out: str | Path, target: str, scale: float | None = None, base: str | None = None
 ) -> Exported:
-    """Write `folder` to `out` in the form that `target` (one of `TARGETS`) reads; plain PEFT reads it too and says the same.
+    """Write `folder` to `out` in the form that `target` (one of `TARGETS`) reads; plain PEFT reads it too, to the same effect.
 
-    scale: strength to multiply in, default the manifest's. base: what mergekit is told to put it on; default the manifest's Hub id.
+    Args:
+        scale: to multiply in, default the manifest's.
+        base: what mergekit puts it on, default the manifest's Hub id.
 
     Raises:
         UserError: an adapter that is not a plain sum, or has parts that the target would pass over or take for something else.
@@ -63,8 +67,8 @@ def export(
             f"{found.path}: was trained on top of other adapters ({', '.join(d[:19] for d in found.manifest.depends_on)}), and "
             f"{target} would run it without them; make one of all with peft-unlearn compose, and export that"
         )
-    strength = float(found.manifest.scale if scale is None else scale)
-    tensors, rank, leaves, parameters = _tensors(found, strength, target)
+    scale = float(found.manifest.scale if scale is None else scale)
+    tensors, rank, leaves, parameters = _tensors(found, scale, target)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -91,10 +95,10 @@ def export(
         (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if target == "mergekit":
             (stage / "mergekit.yaml").write_text(_mergekit(found, Path(out), base), encoding="utf-8")
-    return Exported(str(out), target, rank, strength, len(tensors), _use(target, str(out), rank, parameters))
+    return Exported(str(out), target, rank, scale, len(tensors), _use(target, str(out), rank, parameters))
 
 
-def _tensors(found: AdapterFolder, strength: float, target: str) -> tuple[dict[str, Any], int, list[str], list[str]]:
+def _tensors(found: AdapterFolder, scale: float, target: str) -> tuple[dict[str, Any], int, list[str], list[str]]:
     """Factors by the names they have on disk, all of one rank, B times s; leaf names of modules; paths of fused parameters."""
     import torch
 
@@ -110,26 +114,19 @@ def _tensors(found: AdapterFolder, strength: float, target: str) -> tuple[dict[s
         if row.experts > 1 and target == "mergekit":
             errors.add(f"{weight} is a stack of experts, which mergekit's models hold one by one")
         if row.experts > 1 and row.rank != rank:
-            errors.add(
-                f"{weight} has rank {row.rank}, other weights have {rank}; stacks of experts cannot be filled up"
-            )
+            errors.add(f"{weight} has rank {row.rank}, others {rank}; stacks of experts cannot be filled up")
         a, b, s = deltas.factors(weight)
         if row.experts == 1:
             a = torch.cat([a, a.new_zeros(rank - row.rank, *a.shape[1:])])  # (rank, in)
             b = torch.cat([b, b.new_zeros(b.shape[0], rank - row.rank, *b.shape[2:])], 1)  # (out, rank)
-        tensors[row.a.name], tensors[row.b.name] = a.contiguous(), (b * (s * strength)).contiguous()
+        tensors[row.a.name], tensors[row.b.name] = a.contiguous(), (b * (s * scale)).contiguous()
     for module in sorted(fused):
         # there the innermost pair means gate_up_proj and the outermost down_proj: one alone would be taken for the other
         if sum(row.module == module for row in deltas.adapted.values()) != 2:
-            errors.add(
-                f"{module}: only one of its two stacks is adapted, and servers tell them apart by there being two"
-            )
-    odd = [n for n in tensors if not NAMES.fullmatch(n)]
-    if odd:
+            errors.add(f"{module}: only one of its two stacks is adapted, and servers need both to know which is which")
+    if odd := [n for n in tensors if not NAMES.fullmatch(n)]:
         errors.add(f"{len(odd)} tensors have names that servers do not know, first {odd[0]!r}")
-    errors.raise_if_any(
-        f"{found.path} cannot be served by {target} as an adapter; merge it instead (peft-unlearn merge)"
-    )
+    errors.raise_if_any(f"{found.path} cannot be served by {target} as an adapter; merge it (peft-unlearn merge)")
     leaves = sorted({row.module.rpartition(".")[2] for row in deltas.adapted.values() if row.kind != "parameter"})
     parameters = [w for w, row in deltas.adapted.items() if row.kind == "parameter"]
     return tensors, rank, leaves, parameters
@@ -137,23 +134,19 @@ def _tensors(found: AdapterFolder, strength: float, target: str) -> tuple[dict[s
 
 def _mergekit(found: AdapterFolder, out: Path, base: str | None) -> str:
     """A configuration that adds the adapter's task vector to its base, `normalize: false`, so that weights mean what they say."""
-    import yaml
-
     ref = found.manifest.base
     known = None if ref.ref.startswith(("embedded:", "local:")) else f"{ref.ref}@{ref.revision}"
     on = base or known
     if on is None:
-        raise UserError(f"{found.path}: mergekit has to be told where the base is; say so with --base.")
-    return yaml.safe_dump(
-        {
-            "merge_method": "task_arithmetic",
-            "base_model": on,
-            "models": [{"model": f"{on}+{out}", "parameters": {"weight": 1.0}}],
-            "parameters": {"normalize": False},
-            "dtype": "float32",
-        },
-        sort_keys=False,
-    )
+        raise UserError(f"{found.path}: mergekit needs the place of the base, which is on no Hub; name it with --base.")
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": on,
+        "models": [{"model": f"{on}+{out}", "parameters": {"weight": 1.0}}],
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+    }
+    return dump_yaml(config, "mergekit.yaml")
 
 
 def _use(target: str, out: str, rank: int, parameters: list[str]) -> list[str]:

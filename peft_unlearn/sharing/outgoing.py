@@ -6,9 +6,8 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..data.bundle import ForgetRetain
 from ..data.embedded import is_embedded
@@ -16,8 +15,8 @@ from ..errors import Errors, UserError
 from ..folder.card import card_of, current, portable_front, split
 from ..folder.manifest import path_like
 from ..folder.read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder
-from ..folder.yaml_io import parse_yaml, read_text
 from ..folder.safetensors_io import plain_name
+from ..folder.yaml_io import parse_yaml, read_text
 
 SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".txt", ".jinja", ".model")
 _TEXTS = (CARD, EVAL, RECIPE, MANIFEST, CONFIG, "expert_lora/adapter_config.json", "tokenizer_config.json")
@@ -35,11 +34,9 @@ _ACTIVE = re.compile(
 )
 
 
-@dataclass
-class Parcel:
+class Parcel(NamedTuple):
     """files: (name, bytes) in order, all that goes along; left: what lies in the folder besides; notes: for the user."""
 
-    found: AdapterFolder
     files: list[tuple[str, int]]
     left: list[str]
     notes: list[str]
@@ -62,7 +59,7 @@ def pack(found: AdapterFolder, data: Any = None) -> Parcel:
             errors.add(f"{name}: is a link that leads out of the folder")
     for name in (CONFIG, WEIGHTS, RECIPE):
         if found.manifest.files.get(name) is None:
-            errors.add(f"{MANIFEST} gives no hash of {name}, so nobody could tell that it is the right one")
+            errors.add(f"{MANIFEST} gives no hash of {name}, so it cannot be checked")
     errors.raise_if_any(f"{found.path}")
     notes = _check_card(found, errors)
     texts = {n: read_text(root / n) for n in names if n in _TEXTS}
@@ -79,21 +76,15 @@ def pack(found: AdapterFolder, data: Any = None) -> Parcel:
     notes += _check_texts(found, texts, data, errors)
     errors.raise_if_any(f"{found.path}: not fit to be published")
     left = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() or p.is_symlink())
-    return Parcel(found, [(n, (root / n).stat().st_size) for n in names], [n for n in left if n not in names], notes)
+    return Parcel([(n, (root / n).stat().st_size) for n in names], [n for n in left if n not in names], notes)
 
 
 def leaks(text: str, folder: Path | None = None) -> list[str]:
-    """What in a text would tell about a machine or give away a key."""
+    """What in a text names a place on a machine or gives away a key."""
     out = []
     places = [Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *([folder] if folder else [])]
-    here = next(
-        (
-            str(p)
-            for p in places
-            if len(p.parts) > 1 and re.search(rf"(?<![\w./-]){re.escape(str(p))}(?![\w-]|\.\w)", text)
-        ),
-        None,
-    )
+    names = (str(p) for p in places if len(p.parts) > 1)
+    here = next((n for n in names if re.search(rf"(?<![\w./-]){re.escape(n)}(?![\w-]|\.\w)", text)), None)
     if hit := _PLACE.search(text):
         out.append(f"names a place on a machine ({hit[0]!r}); take it out")
     elif here:
@@ -143,7 +134,7 @@ def _check_texts(found: AdapterFolder, texts: dict[str, str], data: Any, errors:
 
 
 def _phrases(rows: Iterable[dict[str, Any]]) -> set[str]:
-    """Questions, answers and documents; not what is too short to be told from ordinary words."""
+    """Questions, answers and documents; not what is as short as ordinary words."""
     out = {_plain(v) for row in rows for v in row.values() if isinstance(v, str)}
     return {p for p in out if len(p) >= 16 and p.count(" ") >= 2}
 

@@ -24,16 +24,15 @@ from ..folder.manifest import Manifest
 from ..folder.read import CARD, EVAL, MANIFEST, WEIGHTS, AdapterFolder, file_sha256, read_adapter
 from ..folder.safetensors_io import plain_name
 from ..folder.write import why_not_replaceable
+from ..reporting.result import Result
 from .outgoing import pack
 
 _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}")
-_PASSIVE = re.compile(
-    r"\.git\w+|readme(\.md)?|licen[cs]e(\.\w+)?|notice(\.\w+)?", re.I
-)  # say nothing of what is in there
+_PASSIVE = re.compile(r"\.git\w+|readme(\.md)?|licen[cs]e(\.\w+)?|notice(\.\w+)?", re.I)  # in a repository of any kind
 
 
 @dataclass
-class Publication:
+class Publication(Result):
     """What a push sends, or would send. files: (name, bytes). commit and url: None for a dry run."""
 
     folder: str
@@ -55,9 +54,9 @@ class Publication:
 
     def __str__(self) -> str:
         where = f"{self.repo_id} ({'private' if self.private else 'PUBLIC'}{f', branch {self.revision}' if self.revision else ''})"
+        rows = [*self.files, ("total", sum(size for _, size in self.files))]
         width = max(len(n) for n, _ in self.files)
-        lines = [f"{n:<{width}}  {size:>12,} bytes" for n, size in self.files]
-        lines += [f"{'total':<{width}}  {sum(s for _, s in self.files):>12,} bytes"]
+        lines = [f"{n:<{width}}  {size:>12,} bytes" for n, size in rows]
         lines += [f"stays here: {n}" for n in self.left_behind] + [f"removed there: {n}" for n in self.deleted]
         lines += [f"note: {n}" for n in self.notes]
         if self.commit is None:
@@ -66,8 +65,8 @@ class Publication:
         return "\n".join([f"{state}: {where}", *lines, f"{self.url} at commit {self.commit}"])
 
 
-@dataclass
-class Pulled:
+@dataclass(frozen=True)
+class Pulled(Result):
     """An adapter as it was fetched: from which commit, to which folder."""
 
     folder: AdapterFolder
@@ -75,8 +74,11 @@ class Pulled:
     commit: str
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": 1, "path": str(self.folder.path), "repo_id": self.repo_id, "commit": self.commit,
-                "adapter_id": self.folder.adapter_id}  # fmt: skip
+        found = {"path": str(self.folder.path), "repo_id": self.repo_id, "commit": self.commit}
+        return {"format": 1, **found, "adapter_id": self.folder.adapter_id}
+
+    def __str__(self) -> str:
+        return f"{self.folder.path}  {self.repo_id}@{self.commit}"
 
 
 def push(
@@ -110,19 +112,15 @@ def push(
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UserError(f"revision {revision}: is a commit; a push goes to a branch.")
     found = read_adapter(folder)
-    parcel = pack(found, data)
-    out = Publication(
-        str(folder), repo_id, private, found.adapter_id, parcel.files, parcel.left, parcel.notes, revision
-    )
+    files, left, notes = pack(found, data)
+    out = Publication(str(folder), repo_id, private, found.adapter_id, files, left, notes, revision)
     if dry_run:
         return out
     from huggingface_hub import HfApi, get_token
 
     token = token or get_token()
     if token is None:
-        raise UserError(
-            "push: no access token. Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
-        )
+        raise UserError("push: no access token. Log in with `hf auth login`, or set HF_TOKEN to one that may write.")
     with _hub(repo_id):
         _commit(HfApi(token=token), found, out, message)
     return out
@@ -159,7 +157,7 @@ def _prepare(api: Any, out: Publication) -> Any:
         api.create_repo(out.repo_id, private=out.private, exist_ok=True)
         info = api.model_info(out.repo_id)
     if out.private and not info.private:
-        raise UserError(f"{out.repo_id}: is there already and is public; --public says that you mean it.")
+        raise UserError(f"{out.repo_id}: is there already and is public; name --public to publish in it.")
     if not out.private and info.private:
         out.private = True
         out.notes.append("the repository is private and stays so; its settings page makes it public")
@@ -271,13 +269,14 @@ def _hub(repo_id: str) -> Iterator[None]:
     except HFValidationError as e:
         raise UserError(f"{repo_id}: {e}") from None
     except Exception as e:
-        told = _told(repo_id, e)
-        if told is None:
+        message = _as_message(repo_id, e)
+        if message is None:
             raise
-        raise told from e
+        raise message from e
 
 
-def _told(repo_id: str, e: BaseException | None) -> Exception | None:
+def _as_message(repo_id: str, e: BaseException) -> Exception | None:
+    """What to raise in place of an error of the Hub or the network, or of what caused it; None for any other."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -286,38 +285,37 @@ def _told(repo_id: str, e: BaseException | None) -> Exception | None:
         RevisionNotFoundError,
     )
 
-    if isinstance(e, OfflineModeIsEnabled):
-        return UserError(f"{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked; unset it.")
-    if isinstance(e, GatedRepoError):
-        return UserError(f"{repo_id}: is gated; ask for access on its page, and use a token that has it.")
-    if isinstance(e, RevisionNotFoundError):
-        return UserError(f"{repo_id}: has no such revision.")
-    if isinstance(e, RepositoryNotFoundError):
-        return UserError(f"{repo_id}: there is no such repository, or it is private and this token may not see it.")
+    known = {  # kinds of HfHubHTTPError, the special ones first
+        OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so the Hub is not reached; unset it.",
+        GatedRepoError: "is gated; request access on its page, and use a token that has it.",
+        RevisionNotFoundError: "has no such revision.",
+        RepositoryNotFoundError: "there is no such repository, or it is private and this token may not see it.",
+    }
+    for kind, text in known.items():
+        if isinstance(e, kind):
+            return UserError(f"{repo_id}: {text}")
+    again = "run the same command again, it goes on where it stopped"
     if isinstance(e, HfHubHTTPError):
-        status = e.response.status_code if e.response is not None else 0
-        said = e.server_message or str(e).splitlines()[0]
-        if status == 401:
-            return UserError(
-                f"{repo_id}: the Hub does not accept the token (401). Log in with `hf auth login`, or set HF_TOKEN."
-            )
-        if status == 403:
-            return UserError(
-                f"{repo_id}: the token may not write there (403: {said}). Use a token with write access to it."
-            )
-        if status == 412:
-            return Interrupted(f"{repo_id} was changed by somebody else meanwhile; nothing was published, push again")
-        if status == 429 or status >= 500:
-            return Interrupted(
-                f"the Hub answered {status} for {repo_id}; run the same command again, it goes on where it stopped"
-            )
-        return UserError(f"{repo_id}: the Hub refuses ({status}: {said}).")
+        return _refused(repo_id, e, again)
     # huggingface_hub 1 speaks through httpx, 2 through httpx2
     of_the_wire = any(c.__name__ == "TransportError" and c.__module__.startswith("httpx") for c in type(e).__mro__)
     if of_the_wire or isinstance(e, ConnectionError | TimeoutError):
-        return Interrupted(
-            f"the connection to the Hub was lost ({type(e).__name__}); run the same command again, it goes on where it stopped"
-        )
+        return Interrupted(f"the connection to the Hub was lost ({type(e).__name__}); {again}")
     if isinstance(e, ValueError) and "README.md" in str(e):
         return UserError(f"{repo_id}: the Hub refuses the card. {e}")
-    return _told(repo_id, e.__cause__) if e is not None and e.__cause__ is not None else None
+    return _as_message(repo_id, e.__cause__) if e.__cause__ is not None else None
+
+
+def _refused(repo_id: str, e: Any, again: str) -> Exception:
+    """By the HTTP status of the Hub's answer."""
+    status = e.response.status_code if e.response is not None else 0
+    why = e.server_message or str(e).splitlines()[0]
+    if status == 412:
+        return Interrupted(f"{repo_id} was changed by somebody else meanwhile; nothing was published, push again")
+    if status == 429 or status >= 500:
+        return Interrupted(f"the Hub answered {status} for {repo_id}; {again}")
+    texts = {
+        401: "the Hub does not accept the token (401). Log in with `hf auth login`, or set HF_TOKEN.",
+        403: f"the token may not write there (403: {why}). Use a token with write access to it.",
+    }
+    return UserError(f"{repo_id}: {texts.get(status, f'the Hub refuses ({status}: {why}).')}")

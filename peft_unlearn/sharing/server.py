@@ -1,9 +1,9 @@
 """Does a server that claims to serve an adapter serve it? Servers are known to accept an adapter and to answer with the base.
 
-Two kinds of evidence, both from prompts about nothing in particular, never from the forget set. With the base at hand: prompts
-are sought (neutral sentences, then seeded random words of the vocabulary) on which base and adapter part company in greedy
-decoding by a margin that other kernels and half precision do not bridge, and the server is asked to continue them. Without it,
-and where the server gives log-probabilities: its most probable first tokens against the logits that the manifest stored.
+Two kinds of evidence, both from prompts about nothing in particular, never from the forget set. With the base: prompts are
+sought (neutral sentences, then seeded random words of the vocabulary) on which base and adapter part company in greedy
+decoding by a margin that other kernels and half precision do not bridge, and the server continues them. Without it, where
+the server gives log-probabilities: its most probable first tokens against the logits that the manifest stored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,8 +24,9 @@ from typing import Any, Literal
 
 from ..errors import UserError, nearest
 from ..folder.manifest import NEUTRAL_PROMPTS, Probes
+from ..reporting.result import Result
 
-Answer = Literal["applied", "base is being served", "cannot tell"]
+Served = Literal["applied", "base is being served", "cannot tell"]
 MARGIN = 0.25
 """Smallest gap, in logits, between the best and the second best token for a prompt to count: bfloat16 was seen to move logits by .08."""
 TOKENS, WANTED, TRIED, ROUND = 16, 6, 96, 8
@@ -33,7 +34,7 @@ TOKENS, WANTED, TRIED, ROUND = 16, 6, 96, 8
 
 @dataclass(frozen=True)
 class Canary:
-    """A prompt on which the two models say different things. margin: the least gap of best over second best token on the way there."""
+    """A prompt with the two models' different answers. margin: the least gap of best over second best token on the way there."""
 
     prompt: str
     base: str
@@ -42,28 +43,40 @@ class Canary:
     margin: float
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """One prompt. answer: the server's; like: whose it resembles; facts: what it was compared with."""
+
+    prompt: str
+    answer: str
+    like: Literal["adapter", "base", "neither"]
+    facts: dict[str, str | int | float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, **self.facts, "said": self.answer, "like": self.like}
+
+
 @dataclass
-class ServerReport:
-    """verdict, and the evidence: per prompt what either model would say, what the server said and whom that resembles."""
+class ServerReport(Result):
+    """Whether the adapter is served, and the evidence. offered: the names that the server lists."""
 
     url: str
     served_as: str
-    verdict: Answer
+    verdict: Served
     reason: str
     offered: list[str] | None = None
-    evidence: list[dict[str, Any]] = field(default_factory=list)
+    evidence: list[Evidence] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
         return 0 if self.verdict == "applied" else 1
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**vars(self), "evidence": [e.to_dict() for e in self.evidence]}
 
     def __str__(self) -> str:
         lines = [f"{self.served_as} at {self.url}: {self.verdict} ({self.reason})"]
-        lines += [f"  {e['like']:<8} {e['prompt']!r} -> {e['said']!r}" for e in self.evidence]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  {e.like:<8} {e.prompt!r} -> {e.answer!r}" for e in self.evidence])
 
 
 class Endpoint:
@@ -88,9 +101,9 @@ class Endpoint:
             with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as e:
-            said = e.read(300).decode("utf-8", "replace").strip()
+            why = e.read(300).decode("utf-8", "replace").strip() or e.reason
             raise UserError(
-                f"{self.url}{path}: the server answered {e.code} for the model {self.model!r}: {said or e.reason}"
+                f"{self.url}{path}: the server answered {e.code} for the model {self.model!r}: {why}"
             ) from None
         except (urllib.error.URLError, OSError) as e:
             raise UserError(f"{self.url}: the server cannot be reached ({getattr(e, 'reason', e)})") from None
@@ -100,8 +113,7 @@ class Endpoint:
     def offered(self) -> list[str] | None:
         """Names that the server lists, None where it does not say."""
         try:
-            found = self._call("/v1/models")
-            return [str(row["id"]) for row in found["data"]]
+            return [str(row["id"]) for row in self._call("/v1/models")["data"]]
         except (UserError, KeyError, TypeError):
             return None
 
@@ -116,9 +128,7 @@ class Endpoint:
             top = ((choice.get("logprobs") or {}).get("top_logprobs") or [None])[0]
             return str(choice["text"]), {str(k): float(v) for k, v in top.items()} if isinstance(top, dict) else None
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise UserError(
-                f"{self.url}: a completion without choices came back; is this an OpenAI-compatible server?"
-            ) from None
+            raise UserError(f"{self.url}: a completion without choices; is this an OpenAI-compatible server?") from None
 
 
 def verify_server(
@@ -129,11 +139,15 @@ def verify_server(
     scale: float | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ServerReport:
-    """Ask the server at `url` for the model `served_as` and say whether the adapter in `folder` is on it.
+    """Whether the model `served_as` of the server at `url` is the base with the adapter in `folder`.
 
-    base: folder, Hub id or ``embedded:NAME``, default the manifest's; where it cannot be had the manifest's probes have to do.
-    scale: at which the adapter should be served, default the manifest's (plain PEFT serves at 1).
-    Raises `UserError` for a folder that is no adapter, a wrong base, a server that cannot be reached or refuses.
+    Args:
+        base: folder, Hub id or ``embedded:NAME``, default the manifest's; where it is not available the manifest's
+            probes are compared instead.
+        scale: at which the adapter should be served, default the manifest's (plain PEFT serves at 1).
+
+    Raises:
+        UserError: a folder that is no adapter, a wrong base, a server that cannot be reached or refuses.
     """
     from ..folder.base import load_tokenizer, resolve_base
     from ..folder.fetch import resolve_adapter
@@ -149,12 +163,12 @@ def verify_server(
         if base is not None:
             raise
         if found.manifest.probes is None:
-            raise UserError(f"{folder}: neither its base nor probes are at hand; name the base with --base") from None
-        return ask_probes(endpoint, found.manifest.probes, load_tokenizer(folder))
-    endpoint.complete(NEUTRAL_PROMPTS[0], 1)  # a server that is not there is told before a model is loaded
+            raise UserError(f"{folder}: neither its base nor probes are available; name the base with --base") from None
+        return check_probes(endpoint, found.manifest.probes, load_tokenizer(folder))
+    endpoint.complete(NEUTRAL_PROMPTS[0], 1)  # a server that is not there is reported before a model is loaded
     stack = ForgetModel.from_pretrained(base, folder, scales=None if scale is None else [scale])
     canaries = find_canaries(stack.disabled, lambda: nullcontext(stack.model), stack.tokenizer, progress=progress)
-    return ask(endpoint, canaries)
+    return check_canaries(endpoint, canaries)
 
 
 def candidates(tokenizer: Any, count: int, seed: int = 0) -> list[str]:
@@ -202,9 +216,10 @@ def find_canaries(
             without = [continuation(model, tokenizer, p) for p in batch]
         with adapter() as model:
             on = [continuation(model, tokenizer, p) for p in batch]
-        found += [c for c in map(_canary, batch, without, on, [tokenizer] * len(batch)) if c is not None]
+        made = (_canary(*row, tokenizer) for row in zip(batch, without, on, strict=True))
+        found += [c for c in made if c is not None]
         if progress is not None:
-            progress("looking for prompts that tell them apart", min(start + ROUND, len(prompts)), len(prompts))
+            progress("looking for prompts on which they differ", min(start + ROUND, len(prompts)), len(prompts))
         if len(found) >= wanted:
             break
     return sorted(found, key=lambda c: -c.margin)[:wanted]
@@ -218,48 +233,60 @@ def _canary(
     if at is None:
         return None
     margin = min(gap_a[: at + 1] + gap_b[: at + 1])
-    says = [tokenizer.decode(ids[: at + 1], skip_special_tokens=True).strip() for ids in (a, b)]
-    # an answer that ends where the other goes on is a prefix of it: a server's text could not be told apart
-    if margin < MARGIN or says[0].startswith(says[1]) or says[1].startswith(says[0]):
+    without, on = (tokenizer.decode(ids[: at + 1], skip_special_tokens=True).strip() for ids in (a, b))
+    # an answer that ends where the other goes on is a prefix of it: a server's text could be either
+    if margin < MARGIN or without.startswith(on) or on.startswith(without):
         return None
-    return Canary(prompt, says[0], says[1], at + 1, margin)
+    return Canary(prompt, without, on, at + 1, margin)
 
 
-def ask(endpoint: Endpoint, canaries: Sequence[Canary]) -> ServerReport:
-    """Put the canaries to the server and weigh what it says."""
+def check_canaries(endpoint: Endpoint, canaries: Sequence[Canary]) -> ServerReport:
+    """Let the server continue the canaries, and weigh whose answers it gives."""
     report = _start(endpoint)
     for c in canaries:
-        said = endpoint.complete(c.prompt, c.tokens + 4)[0].strip()  # a server may split a word otherwise than we do
-        like = "adapter" if said.startswith(c.adapter) else "base" if said.startswith(c.base) else "neither"
-        report.evidence.append({**asdict(c), "said": said, "like": like})
+        answer = endpoint.complete(c.prompt, c.tokens + 4)[0].strip()  # a server may split a word otherwise than we do
+        like = "adapter" if answer.startswith(c.adapter) else "base" if answer.startswith(c.base) else "neither"
+        facts = {k: v for k, v in asdict(c).items() if k != "prompt"}
+        report.evidence.append(Evidence(c.prompt, answer, like, facts))
     return _weigh(report, "prompts on which base and adapter differ")
 
 
-def ask_probes(endpoint: Endpoint, probes: Probes, tokenizer: Any) -> ServerReport:
+def check_probes(endpoint: Endpoint, probes: Probes, tokenizer: Any) -> ServerReport:
     """The same from the manifest's probes alone: needs a server that gives log-probabilities, and no base here."""
     report = _start(endpoint)
     for prompt, base, adapter in zip(probes.prompts, probes.base, probes.adapter, strict=True):
-        said, top = endpoint.complete(prompt, 1, logprobs=5)
+        answer, top = endpoint.complete(prompt, 1, logprobs=5)
         if top is None:
             report.reason = (
                 "the server gives no log-probabilities to compare with the manifest's; name the base with --base"
             )
             return report
-        texts = {i: tokenizer.decode([i]) for row in (base, adapter) for i in row["ids"]}
-        alone = {text for text, count in Counter(texts.values()).items() if text and count == 1}  # bytes share one text
-        rows = [{texts[i]: z for i, z in zip(row["ids"], row["logits"], strict=True)} for row in (base, adapter)]
-        shared = [t for t in top if t in alone and all(t in row for row in rows)]
-        if len(shared) < 2:
-            continue
-        far = [_distance([top[t] for t in shared], [row[t] for t in shared]) for row in rows]
-        apart = _distance([rows[0][t] for t in shared], [rows[1][t] for t in shared])
-        if apart < MARGIN:
-            continue
-        like = "base" if far[0] < apart / 4 else "adapter" if far[1] < apart / 4 else "neither"
-        report.evidence.append(
-            {"prompt": prompt, "said": said, "like": like, "apart": apart, "from_base": far[0], "from_adapter": far[1]}
-        )
+        if facts := _distances(top, *_by_text((base, adapter), tokenizer)):
+            near = facts["apart"] / 4
+            like = "base" if facts["from_base"] < near else "adapter" if facts["from_adapter"] < near else "neither"
+            report.evidence.append(Evidence(prompt, answer, like, {**facts}))
     return _weigh(report, "probe prompts whose logits differ")
+
+
+def _by_text(rows: Sequence[Mapping[str, list[Any]]], tokenizer: Any) -> list[dict[str, float]]:
+    """Token text -> logit of each row, without texts that several tokens share, as parts of a character do."""
+    texts = {i: tokenizer.decode([i]) for row in rows for i in row["ids"]}
+    alone = {text for text, count in Counter(texts.values()).items() if text and count == 1}
+    pairs = ([(texts[i], z) for i, z in zip(row["ids"], row["logits"], strict=True)] for row in rows)
+    return [{text: z for text, z in found if text in alone} for found in pairs]
+
+
+def _distances(
+    top: Mapping[str, float], base: Mapping[str, float], adapter: Mapping[str, float]
+) -> dict[str, float] | None:
+    """How far the server's first tokens are from either model's, and these from each other; None where they are too alike."""
+    shared = [t for t in top if t in base and t in adapter]
+    if len(shared) < 2:
+        return None
+    server, without, on = ([row[t] for t in shared] for row in (top, base, adapter))
+    apart = _distance(without, on)
+    found = {"apart": apart, "from_base": _distance(server, without), "from_adapter": _distance(server, on)}
+    return None if apart < MARGIN else found
 
 
 def _distance(a: Sequence[float], b: Sequence[float]) -> float:
@@ -269,17 +296,15 @@ def _distance(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _start(endpoint: Endpoint) -> ServerReport:
-    offered = endpoint.offered()
+    offered, why = endpoint.offered(), ""
     if offered is not None and endpoint.model not in offered:
         hint = nearest(endpoint.model, offered)
         why = f"the server does not list {endpoint.model!r}.{hint}" if offered else "the server lists no models"
-    else:
-        why = ""
     return ServerReport(endpoint.url, endpoint.model, "cannot tell", why, offered)
 
 
 def _weigh(report: ServerReport, what: str) -> ServerReport:
-    votes = [e["like"] for e in report.evidence]
+    votes = [e.like for e in report.evidence]
     n, on, off = len(votes), votes.count("adapter"), votes.count("base")
     unlisted = f"; {report.reason}" if report.reason else ""
     enough = max(1, math.ceil(0.75 * n))  # one of four may have met another kernel's rounding, but none the other model

@@ -1,4 +1,4 @@
-"""Is this folder what it says it is, and does it do on this base what its author saw? Nothing is trusted that can be recomputed."""
+"""Whether a folder is what its manifest says, and does on this base what its author saw. All that can be recomputed is."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
-from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
+from ..folder.digest import digest_checkpoint, targeted_names
 from ..folder.fetch import resolve_adapter
 from ..folder.manifest import probe_difference
 from ..folder.read import AdapterFolder, read_adapter
+from ..reporting.result import Result
 from ..stack.below import Below
 from ..stack.fits import check_base, check_dependencies, scales_below
 from ..stack.removal import PROBE_TOLERANCE
@@ -30,7 +31,7 @@ class Check:
 
 
 @dataclass
-class Verification:
+class Verification(Result):
     """All checks of one adapter, in the order in which they were made."""
 
     source: str
@@ -62,11 +63,16 @@ class Verification:
 def verify(folder: str | Path, base: str | Path | None = None, below: Sequence[str | Path] = ()) -> Verification:
     """Check files, hashes, manifest, weights, base digest, targets and probes of an adapter folder.
 
-    folder: on this disk, or a Hub id (``id@commit``). base: folder, Hub id or ``embedded:NAME``; default the manifest's. Where the base
-    cannot be had, what needs it is "cannot tell". below: the adapters that it was trained on top of, lowest first; they run at the strength
-    they had then. The two probe checks run four short prompts with the adapter off and on and compare
-    the 16 largest logits of each with the manifest's. Raises `UserError` only where there is no such folder and no such repository, and
-    for adapters below that are damaged or not those that it needs.
+    The two probe checks run four short prompts with the adapter off and on and compare the 16 largest logits of each
+    with the manifest's. Where the base is not available, what needs it is "cannot tell".
+
+    Args:
+        folder: on this disk, or a Hub id (``id@commit``).
+        base: folder, Hub id or ``embedded:NAME``; default the manifest's.
+        below: the adapters that it was trained on top of, lowest first; they run at the scale they had then.
+
+    Raises:
+        UserError: no such folder and no such repository, or adapters below that are damaged or not those that it needs.
     """
     result = Verification(str(folder))
     path = resolve_adapter(folder)
@@ -84,7 +90,7 @@ def verify(folder: str | Path, base: str | Path | None = None, below: Sequence[s
 
 
 def _below(found: AdapterFolder, given: Sequence[str | Path]) -> Below | None:
-    """What lies under the adapter, with itself on top, at the strengths of its training; None where that is not at hand."""
+    """What lies under the adapter, with itself on top, at the scales of its training; None where those are not named."""
     if not given:
         return None if found.manifest.depends_on else Below({TOP: found}, {})
     lower = {f"below_{i}": read_adapter(resolve_adapter(ref)) for i, ref in enumerate(given)}
@@ -121,11 +127,8 @@ def _against_base(found: AdapterFolder, base: str | Path | None, result: Verific
     )
     if stack is None:
         ids = ", ".join(d[:19] for d in found.manifest.depends_on)
-        result.add(
-            "probes",
-            "cannot tell",
-            f"was trained on top of other adapters ({ids}); name them, lowest first, with --below",
-        )
+        why = f"was trained on top of other adapters ({ids}); name them, lowest first, with --below"
+        result.add("probes", "cannot tell", why)
         return
     try:
         model = stack.put_on(load_base(base_dir))
@@ -143,7 +146,7 @@ def _targets(found: AdapterFolder, model: Any, base_dir: Path, result: Verificat
     modules = targeted_names(model, TOP)
     wanted = found.manifest.base.digest_targeted
     try:
-        digest = digest_targeted(base_dir, modules)
+        digest = digest_checkpoint(base_dir, modules)
     except UserError as e:  # fused experts go by other names on disk
         result.add("targets", "cannot tell" if wanted else "ok", f"{len(modules)} adapted weights ({e})")
         return
@@ -161,16 +164,15 @@ def _probes(found: AdapterFolder, model: Any, tokenizer: Any, result: Verificati
         if gap is None:
             result.add(name, "failed", "the vocabulary no longer holds the tokens that the manifest names")
         else:
-            ok = gap <= PROBE_TOLERANCE
             detail = f"largest logit difference {gap:.2g}, allowed {PROBE_TOLERANCE:g}"
-            result.add(name, "ok" if ok else "failed", detail)
+            result.add(name, "ok" if gap <= PROBE_TOLERANCE else "failed", detail)
 
     compare("probes, adapter on", probes.adapter)
     moved = probe_difference(model, tokenizer, probes.prompts, probes.base)
     with model.disable_adapter():
         compare("probes, adapter off", probes.base)
     if moved is not None and moved <= PROBE_TOLERANCE:
-        why = f"on the neutral prompts it moves no logit by more than {PROBE_TOLERANCE:g}: good manners, or no effect at all; see eval"
+        why = f"it moves no logit of the neutral prompts by more than {PROBE_TOLERANCE:g}: no side effect, or no effect; see eval"
         result.add("effect", "cannot tell", why)
     elif moved is not None:
         result.add("effect", "ok", f"the adapter moves logits of neutral prompts by up to {moved:.2g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from test_attack_weights import bits, lora, moe, same, say
 from peft_unlearn.attacks import relearn as module
 from peft_unlearn.attacks.case import chosen, facts, split
 from peft_unlearn.attacks.relearn import Tuning, finetune
-from peft_unlearn.attacks.weights import Opened, base_parameters
+from peft_unlearn.attacks.weights import base_parameters
 from peft_unlearn.data import embedded
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.data.collate import encode
@@ -147,19 +148,13 @@ def test_merged_and_live_are_the_same_attack(case_of, monkeypatch):
     for kind in ("merged", "live"):
         model = lora(llama())
         case = case_of(model)
-        if kind == "live":
-            parameters = base_parameters(model)
+        parameters = base_parameters(model)
+        with module.opened(model, parameters) if kind == "merged" else nullcontext("live") as adapter:
+            assert adapter == kind
             start = {n: p.detach().clone() for n, p in parameters.items()}
             for _ in finetune(case, model, list(parameters.values()), case.shown, _tuning(), 1e-3):
                 pass
             moved[kind] = {n: p.detach() - start[n] for n, p in parameters.items()}
-        else:
-            with module.opened(model, base_parameters(model)) as found:
-                assert isinstance(found, Opened) and found.adapter == "merged"
-                start = {n: p.detach().clone() for n, p in found.parameters.items()}
-                for _ in finetune(case, model, list(found.parameters.values()), case.shown, _tuning(), 1e-3):
-                    pass
-                moved[kind] = {n: p.detach() - start[n] for n, p in found.parameters.items()}
     for name, delta in moved["merged"].items():
         other = moved["live"][name]
         assert float((delta * other).sum() / delta.norm() / other.norm()) > 0.999, name

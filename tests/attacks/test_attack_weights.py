@@ -73,12 +73,12 @@ def test_the_same_model_inside_and_the_same_bits_after(kind):
     model = {**MERGED, **LIVE}[kind]()
     before, spoken = bits(model), say(model)
     flags = [p.requires_grad for p in model.parameters()]
-    with opened(model, base_parameters(model)) as found:
-        assert found.adapter == ("merged" if kind in MERGED else "live")
+    with opened(model, base_parameters(model)) as adapter:
+        assert adapter == ("merged" if kind in MERGED else "live")
         assert torch.allclose(say(model), spoken, atol=1e-4)
         assert same(bits(model), before) is (kind in LIVE)
         with torch.no_grad():
-            for p in found.parameters.values():
+            for p in base_parameters(model).values():
                 p.add_(1.0)
                 p.requires_grad_(True)
     assert same(bits(model), before) and torch.equal(say(model), spoken)
@@ -95,26 +95,26 @@ def test_a_tied_and_adapted_weight_stays_live():
     )  # fmt: skip
     model = lora(LlamaForCausalLM(config).eval(), target_modules=["embed_tokens", "q_proj"])
     spoken = say(model)
-    with opened(model, base_parameters(model)) as found:
-        assert found.adapter == "live" and torch.allclose(say(model), spoken, atol=1e-5)
+    with opened(model, base_parameters(model)) as adapter:
+        assert adapter == "live" and torch.allclose(say(model), spoken, atol=1e-5)
 
 
 def test_off_stays_off_and_a_plain_model_has_none():
     model = lora(llama())
     with model.disable_adapter():
         spoken = say(model)
-        with opened(model, base_parameters(model)) as found:
-            assert found.adapter == "off" and torch.equal(say(model), spoken)
+        with opened(model, base_parameters(model)) as adapter:
+            assert adapter == "off" and torch.equal(say(model), spoken)
     plain = llama()
-    with opened(plain, base_parameters(plain)) as found:
-        assert found.adapter == "none"
+    with opened(plain, base_parameters(plain)) as adapter:
+        assert adapter == "none"
 
 
 def test_bits_come_back_after_an_error():
     model = lora(llama())
     before = bits(model)
-    with pytest.raises(KeyboardInterrupt), opened(model, base_parameters(model)) as found:
-        next(iter(found.parameters.values())).data.fill_(7.0)
+    with pytest.raises(KeyboardInterrupt), opened(model, base_parameters(model)):
+        next(iter(base_parameters(model).values())).data.fill_(7.0)
         raise KeyboardInterrupt
     assert same(bits(model), before)
     assert not any(getattr(m, "merged_adapters", None) for m in model.modules())
@@ -125,8 +125,8 @@ def test_a_merge_that_fails_half_way_leaves_nothing(monkeypatch):
     last = [m for m in model.modules() if hasattr(m, "lora_A")][-1]
     monkeypatch.setattr(type(last), "merge", _failing(type(last).merge, last))
     before, spoken = bits(model), say(model)
-    with opened(model, base_parameters(model)) as found:
-        assert found.adapter == "live" and same(bits(model), before) and torch.equal(say(model), spoken)
+    with opened(model, base_parameters(model)) as adapter:
+        assert adapter == "live" and same(bits(model), before) and torch.equal(say(model), spoken)
 
 
 def _failing(merge: Any, at: Any) -> Any:
@@ -158,8 +158,8 @@ def test_a_large_base_comes_back_from_its_files(tmp_path, monkeypatch):
             p.data.fill_(3.0)
     assert same(bits(model), before)
     base_parameters(model)[odd].data[0, 0] -= 1.0
-    with opened(model, base_parameters(model), tmp_path) as found:
-        for p in found.parameters.values():
+    with opened(model, base_parameters(model), tmp_path):
+        for p in base_parameters(model).values():
             p.data.mul_(2.0)
         assert digest_live(model, tmp_path).verdict == "changed"
     assert digest_live(model, tmp_path).verdict == "same"

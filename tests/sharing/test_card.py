@@ -162,7 +162,7 @@ def test_the_table_of_numbers() -> None:
     assert rows["merged, bfloat16"][0] == "not measured: peft-unlearn attack FOLDER --quantize bf16"
     assert rows["merged, int8"][0].endswith("--quantize int8")
     assert rows["relearned"][0] == "not measured: out of memory"
-    assert rows["retain-only model"][0].startswith("not measured")
+    assert rows["retain model"][0].startswith("not measured")
     assert "the logits were NaN" in page.seen and "80 rows that the attacker did not see" in page.seen
     assert "scale chose 0.75" in page.seen
     none = Page(render(ForgetCard(manifest())))
@@ -207,22 +207,19 @@ def test_own_words_are_kept(folder: Path) -> None:
     before, after = "\n## Why\n\nBecause <b>I</b> was asked.\n\n", "\n## Thanks\n\nTo all.\n"
     own = "---\n" + yaml.safe_dump(front) + "---\n" + body.replace(BEGIN, before + BEGIN) + after
     path.write_text(own.replace("| scale | 1 |", "| scale | 7 |"))
-    new = card(folder, write=True)
+    new = card(folder, write=True).text
     assert before in new and new.endswith(after) and "| scale | 1 |" in new and "scale | 7" not in new
     kept = split(new)[0]
     assert kept["language"] == ["en"] and kept["license"] == "mit" and "names" in kept["tags"]
-    assert card(folder) == new == path.read_text()
+    assert card(folder).text == new == path.read_text()
     # the author's description, given anew, takes the old one's place; the rest stays
-    said = card(folder, write=True, description="First.\n\nSecond <i>one</i>.", license="apache-2.0")
-    assert (
-        "First.\n\nSecond &lt;i&gt;one&lt;/i&gt;." in said
-        and before in said
-        and "Forgets what was made up." not in said
-    )
-    assert split(said)[0]["license"] == "apache-2.0" and card(folder) == said
+    text = card(folder, write=True, description="First.\n\nSecond <i>one</i>.", license="apache-2.0").text
+    assert "First.\n\nSecond &lt;i&gt;one&lt;/i&gt;." in text and before in text
+    assert "Forgets what was made up." not in text
+    assert split(text)[0]["license"] == "apache-2.0" and card(folder).text == text
     # a card without any of it keeps all of its text
     path.write_text("# Mine\n\nAll of it.\n")
-    assert card(folder).split("---\n", 2)[2].startswith(f"# Mine\n\nAll of it.\n\n{BEGIN}")
+    assert card(folder).text.split("---\n", 2)[2].startswith(f"# Mine\n\nAll of it.\n\n{BEGIN}")
 
 
 def test_words_given_for_a_card_without_a_place_for_them(folder: Path) -> None:
@@ -232,7 +229,7 @@ def test_words_given_for_a_card_without_a_place_for_them(folder: Path) -> None:
         card(folder, write=True, description="Forgets *this*.")
         text = path.read_text()
         assert text.index("# Mine") < text.index(WORDS) < text.index("Forgets \\*this\\*.") < text.index(BEGIN)
-        again = card(folder, write=True, description="Forgets that.")
+        again = card(folder, write=True, description="Forgets that.").text
         assert again.count(WORDS) == 1 and "*this" not in again and "# Mine" in again
 
 
@@ -353,9 +350,9 @@ def test_peft_saves_again_and_what_is_left(base_dir: Path, folder: Path, tmp_pat
 
 def test_new_adapters_are_born_with_it(folder: Path, base_dir: Path, tmp_path: Path) -> None:
     """One writer: what `write_adapter` wrote is what `card` would write; a local base is not named."""
-    assert card(folder) == (folder / "README.md").read_text()
+    assert card(folder).text == (folder / "README.md").read_text()
     local = tinyfolder.write(tmp_path / "local", base_dir)
-    assert card(local.path) == (local.path / "README.md").read_text()
+    assert card(local.path).text == (local.path / "README.md").read_text()
     unsorted = {"terms": {"retain": {"nll": {"weight": 2.0, "batch": "retain"}}, "forget": {"npo": {"beta": 0.1}}}}
     there = generated(ForgetCard(manifest(method=unsorted)))
     assert there == generated(ForgetCard(manifest(method=json.loads(json.dumps(unsorted, sort_keys=True)))))

@@ -212,7 +212,9 @@ def test_what_may_not_leave(folder: Path, tmp_path: Path) -> None:
     assert "does not say what the folder says" in why(
         lambda d: (d / "README.md").write_text((d / "README.md").read_text().replace("| scale | 1 |", "| scale | 2 |"))
     )
-    assert "front matter: line 3, column 1: not valid YAML" in why(lambda d: (d / "README.md").write_text("---\na: [\n---\n"))
+    assert "front matter: line 3, column 1: not valid YAML" in why(
+        lambda d: (d / "README.md").write_text("---\na: [\n---\n")
+    )
     evil = {"format": 1, "subjects": {"adapter": {}}, "note": "C:\\Users\\ann\\x"}
     assert "eval.json names a place" in why(lambda d: (d / "eval.json").write_text(json.dumps(evil)))
     refusal = why(lambda d: (d / "adapter_config.json").write_text("{}"))

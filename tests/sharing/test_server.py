@@ -21,7 +21,15 @@ from safetensors.torch import load_file, save_file
 
 from peft_unlearn.cli import app
 from peft_unlearn.errors import UserError
-from peft_unlearn.sharing.server import MARGIN, Canary, Endpoint, ask, candidates, find_canaries, verify_server
+from peft_unlearn.sharing.server import (
+    MARGIN,
+    Canary,
+    Endpoint,
+    candidates,
+    check_canaries,
+    find_canaries,
+    verify_server,
+)
 from peft_unlearn.stack.model import ForgetModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "folder"))
@@ -154,7 +162,7 @@ def test_without_base_and_log_probabilities_it_cannot_tell(stack, folder):
 
 def test_a_third_model_is_neither(canaries):
     with serving(lambda body: (200, {"choices": [{"text": "something else"}]}), ["mine"]) as served:
-        report = ask(Endpoint(served.url, "mine"), canaries)
+        report = check_canaries(Endpoint(served.url, "mine"), canaries)
     assert report.verdict == "cannot tell" and "neither" in report.reason
 
 
@@ -168,12 +176,12 @@ def test_one_answer_in_four_may_be_lost_to_rounding_but_none_to_the_other_model(
     ):
         answers = iter(said)
         with serving(lambda body, answers=answers: (200, {"choices": [{"text": next(answers)}]}), ["m"]) as served:
-            assert ask(Endpoint(served.url, "m"), canaries).verdict == verdict
+            assert check_canaries(Endpoint(served.url, "m"), canaries).verdict == verdict
 
 
 def test_a_name_the_server_does_not_list_is_said(stack, canaries):
     with serving(model_reply(stack, False), ["my-adapter"]) as served:
-        report = ask(Endpoint(served.url, "my-adaptr"), canaries)
+        report = check_canaries(Endpoint(served.url, "my-adaptr"), canaries)
     assert report.verdict == "base is being served" and "does not list 'my-adaptr'" in report.reason
 
 
