@@ -283,7 +283,9 @@ def bare_page(m: Any, shared: Mapping[str, str]) -> str:
     named = f"terms:\n  forget: {{{named}}}" if m.kind == "objective" else f"{m.kind}: {{{named}}}"
     doc = (inspect.getdoc(m.fn) or "").replace("``", "`")
     out = [*head(m), f"{doc}\n", *hyper(m, {}, shared), "## Our form\n", f"{m.faithful.capitalize()}.\n"]
-    return "\n".join([*out, "## Recipe\n", f"With every default, to be put into any recipe.\n\n```yaml\n{named}\n```\n"])
+    return "\n".join(
+        [*out, "## Recipe\n", f"With every default, to be put into any recipe.\n\n```yaml\n{named}\n```\n"]
+    )
 
 
 def page(

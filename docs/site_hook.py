@@ -55,53 +55,35 @@ def reference() -> str:
     return "\n".join(out)
 
 
+def on_config(config: Any) -> Any:
+    """Every method's page stands under Methods, without being named in mkdocs.yml."""
+    pages = _generate().build(written_only=False)
+    config.extra["method_pages"] = pages
+    names = ["README.md", *(n for n in pages if n != "README.md"), "uoe.md"]
+    for i, item in enumerate(config.nav):
+        if "Methods" in item:
+            config.nav[i] = {"Methods": [f"methods/{name}" for name in names]}
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages whose text lies elsewhere or is generated."""
     from mkdocs.structure.files import File
 
-    for text_at, page in ELSEWHERE.items():
-        files.append(File.generated(config, page, content=(ROOT / text_at).read_text(encoding="utf-8")))
-    files.append(File.generated(config, "api.md", content=reference()))
-    for name, text in _generate().build(written_only=False).items():
-        old = files.get_file_from_path(f"methods/{name}")
-        if old is not None:
-            files.remove(old)
-        files.append(File.generated(config, f"methods/{name}", content=text))
+    made = {page: (ROOT / text_at).read_text(encoding="utf-8") for text_at, page in ELSEWHERE.items()}
+    made |= {f"methods/{name}": text for name, text in config.extra["method_pages"].items()}
+    for page, text in {**made, "api.md": reference()}.items():
+        if (on_disk := files.get_file_from_path(page)) is not None:
+            files.remove(on_disk)
+        files.append(File.generated(config, page, content=text))
     return files
-
-
-def on_nav(nav: Any, config: Any, files: Any) -> Any:
-    """Every method's page stands under Methods, without being named in mkdocs.yml."""
-    from mkdocs.structure.nav import Section
-    from mkdocs.structure.pages import Page
-
-    for i, item in enumerate(nav.items):
-        if item.title == "Methods":
-            pages = [f for f in files.documentation_pages() if f.src_uri.startswith("methods/")]
-            pages.sort(key=lambda f: (f.name.lower() not in ("index", "readme"), f.name))
-            children = [f.page or Page(None, f, config) for f in pages]
-            section = Section("Methods", children)
-            for child in children:
-                child.parent = section
-            nav.items[i] = section
-    nav.pages[:] = [p for item in nav.items for p in _pages(item)]
-    for before, after in zip([None, *nav.pages], [*nav.pages, None], strict=True):
-        if before is not None:
-            before.next_page = after
-        if after is not None:
-            after.previous_page = before
-    return nav
-
-
-def _pages(item: Any) -> list[Any]:
-    return [p for child in item.children or [] for p in _pages(child)] if item.is_section else [item] * item.is_page
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links of a file in the repository -> links of the site."""
     lies_at = {page_name: text_at for text_at, page_name in ELSEWHERE.items()}
     source = lies_at.get(page.file.src_uri, f"docs/{page.file.src_uri}")
-    in_site = {f"docs/{f.src_uri}": f.src_uri for f in files} | ELSEWHERE
+    in_site = {f"docs/{f.src_uri}": f.src_uri for f in files if not f.inclusion.is_excluded()} | ELSEWHERE
 
     def there(match: re.Match[str]) -> str:
         target, _, anchor = match[2].partition("#")
@@ -111,7 +93,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         if path in in_site:
             link = posixpath.relpath(in_site[path], posixpath.dirname(page.file.src_uri) or ".")
         elif (ROOT / path).exists():
-            link = f"{config.repo_url}{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
+            link = f"{config.repo_url.rstrip('/')}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
         else:
             return match[0]  # mkdocs says that it leads nowhere
         return f"{match[1]}{link}{'#' + anchor if anchor else ''}{match[3]}"
