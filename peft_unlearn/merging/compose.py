@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
@@ -24,14 +23,17 @@ from ..folder.atomic import room_for
 from ..folder.base import load_base, load_tokenizer, peft_base_name, resolve_base
 from ..folder.digest import digest_checkpoint, targeted_names
 from ..folder.fetch import resolve_adapter
-from ..folder.manifest import BaseRef, Manifest, probes
-from ..folder.read import CONFIG, MANIFEST, WEIGHTS, AdapterFolder, read_adapter
+from ..folder.manifest import Manifest, probes
+from ..folder.read import CONFIG, MANIFEST, AdapterFolder, read_adapter
 from ..folder.versions import versions
 from ..folder.write import check_destination, write_adapter
 from ..folder.yaml_io import read_text
+from ..reporting.result import Result
+from ..reporting.tables import Table, to_text
 from ..stack.attach import attach, load_by_peft
 from ..stack.fits import check_base, check_tokenizer
 from ..stack.removal import unload
+from ..tuners.stock import write_stock
 from .delta import Deltas
 from .summed import Summed, summed
 
@@ -39,8 +41,9 @@ Part = tuple[str | Path, float]
 
 
 @dataclass
-class Composition:
-    """What was written. errors: weight -> |D - D_r| / |D| (Frobenius) where it was cut to a rank, else empty."""
+class Composition(Result):
+    """What was written. parts: of the sum, as the recipe has them. errors: weight -> |D - D_r| / |D| (Frobenius) where it was
+    cut to a rank, else empty."""
 
     folder: AdapterFolder
     parts: list[dict[str, Any]]
@@ -61,16 +64,10 @@ class Composition:
             f"{p['weight']:+g} {p['name']}" + (f" (at its scale {p['scale']:g})" if p["scale"] != 1 else "")
             for p in self.parts
         )
-        lines = [
-            f"{self.folder.path}: {terms}, rank {self.rank}, {self.n_weights} weights, {self.folder.adapter_id[:19]}"
-        ]
-        if self.errors:
-            width = max(map(len, self.errors))
-            lines.append(f"{'weight':<{width}}  relative error")
-            lines += [f"{n:<{width}}  {e:14.2e}" for n, e in self.errors.items()]
-        else:
-            lines.append("exact: the factors stand side by side")
-        return "\n".join(lines)
+        head = f"{self.folder.path}: {terms}, rank {self.rank}, {self.n_weights} weights, {self.folder.adapter_id[:19]}"
+        rows = [(name, f"{error:.2e}") for name, error in self.errors.items()]
+        table = to_text(Table(("weight", "relative error"), rows)) if rows else "exact: the factors stand side by side"
+        return f"{head}\n{table}"
 
 
 def parse_part(text: str) -> Part:
@@ -116,18 +113,12 @@ def compose(
         raise UserError(f"compose: rank must be a whole number from 1 on, not {rank!r}.")
     given = _collected(parts)
     base_dir = _base_of(given, base, probe)
-    deltas = [Deltas(folder) for folder, _ in given]
-    factors = [w * float(f.manifest.scale) for f, w in given]
-    rows = summed(deltas, factors)
-    errors: dict[str, float] = {}
-    if rank is not None:
-        for weight, row in rows.items():
-            errors[weight] = row.cut(rank)
+    rows = summed([Deltas(folder) for folder, _ in given], [w * float(f.manifest.scale) for f, w in given])
+    errors = {} if rank is None else {weight: row.cut(rank) for weight, row in rows.items()}
     tensors, config = _stock(rows, given)
     described = [
-        {"adapter": f.adapter_id, "name": f.manifest.name or f.path.resolve().name, "weight": w, "scale": float(f.manifest.scale)}
-        for f, w in given
-    ]  # fmt: skip
+        {"adapter": f.adapter_id, "name": _name(f), "weight": w, "scale": float(f.manifest.scale)} for f, w in given
+    ]
     recipe = {
         "name": name or " ".join(f"{p['weight']:+g} {p['name']}" for p in described),
         "description": description or _in_words(described, rank, errors),
@@ -136,17 +127,17 @@ def compose(
     }
     manifest = _manifest(given, recipe, rows, errors)
     tokenizer = _tokenizer(given[0][0], base_dir)
-    with room_for(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as scratch:
-        stage = Path(scratch)
-        _write(stage, tensors, config, manifest.base)
-        manifest = _probed(manifest, stage, base_dir, tokenizer) if probe and not manifest.depends_on else manifest
 
     def write(stage: Path) -> dict[str, Tensor]:
-        _write(stage, tensors, config, manifest.base)
+        write_stock(stage, config, tensors, peft_base_name(manifest.base.ref), manifest.base.revision)
         return tensors
 
+    if probe and base_dir is not None and tokenizer is not None and not manifest.depends_on:
+        with room_for(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch))
+            manifest = _probed(manifest, Path(scratch), base_dir, tokenizer)
     folder = write_adapter(out, None, manifest, recipe, tokenizer=tokenizer, save=write)
-    return Composition(folder, described, int(config["r"]), len(rows), errors, manifest.probes is not None)
+    return Composition(folder, described, config.r, len(rows), errors, manifest.probes is not None)
 
 
 def _refuse_trained(out: str | Path) -> None:
@@ -154,6 +145,10 @@ def _refuse_trained(out: str | Path) -> None:
     there = Path(out).expanduser() / MANIFEST
     if there.is_file() and "compose" not in Manifest.from_text(read_text(there), str(there)).method:
         raise UserError(f"{out}: holds an adapter that was trained, which a sum does not replace; name another folder.")
+
+
+def _name(folder: AdapterFolder) -> str:
+    return folder.manifest.name or folder.path.resolve().name
 
 
 def _in_words(parts: list[dict[str, Any]], rank: int | None, errors: dict[str, float]) -> str:
@@ -206,10 +201,8 @@ def _base_of(given: list[tuple[AdapterFolder, float]], base: str | Path | None, 
 # --- writing -------------------------------------------------------------------------------------------------------------
 
 
-def _stock(
-    rows: dict[str, Summed], given: list[tuple[AdapterFolder, float]]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, adapter_config.json) as stock PEFT reads them; one rank for all modules, with scaling 1."""
+def _stock(rows: dict[str, Summed], given: list[tuple[AdapterFolder, float]]) -> tuple[dict[str, Tensor], Any]:
+    """(tensors, ``LoraConfig``) as stock PEFT reads them; one rank for all modules, with scaling 1."""
     from peft import LoraConfig
 
     modules = {w: r for w, r in rows.items() if r.like.kind != "parameter"}
@@ -217,25 +210,19 @@ def _stock(
     r = max(row.rank for row in (modules or parameters).values())
     ranks = {w: row.rank for w, row in parameters.items() if row.rank != r}
     tensors: dict[str, Tensor] = {}
-    for row in modules.values():
-        a, b = row.padded(r)
+    for weight, row in {**modules, **parameters}.items():
+        at, rank = row.like.module, r
+        if weight in parameters:
+            at, rank = at + ".base_layer" * _depth(weight, row, parameters), row.rank
         infix, end = ("lora_embedding_", "") if row.like.kind == "embedding" else ("lora_", ".weight")
-        for which, t in (("A", a), ("B", b)):
-            tensors[f"base_model.model.{row.like.module}.{infix}{which}{end}"] = t
-    for weight, row in parameters.items():
-        a, b = row.padded(row.rank)
-        at = row.like.module + ".base_layer" * _depth(weight, row, parameters)
-        for which, t in (("A", a), ("B", b)):
-            tensors[f"base_model.model.{at}.lora_{which}.weight"] = t
+        for which, t in zip("AB", row.padded(rank), strict=True):
+            tensors[f"base_model.model.{at}.{infix}{which}{end}"] = t
     config = LoraConfig(
         r=r, lora_alpha=r, target_modules=sorted({row.like.module for row in modules.values()}),
         target_parameters=sorted(parameters) or None, rank_pattern=ranks, alpha_pattern=dict(ranks),
         fan_in_fan_out=any(f.config.get("fan_in_fan_out") for f, _ in given),
-        task_type=given[0][0].config.get("task_type"), inference_mode=True,
-    ).to_dict()  # fmt: skip
-    for key, value in config.items():
-        if isinstance(value, set):
-            config[key] = sorted(value)
+        task_type=given[0][0].config.get("task_type"),
+    )  # fmt: skip
     return tensors, config
 
 
@@ -244,12 +231,6 @@ def _depth(weight: str, row: Summed, parameters: dict[str, Summed]) -> int:
     beside = [w for w, r in parameters.items() if r.like.module == row.like.module]
     order = sorted(beside, key=lambda w: (not w.rpartition(".")[2].startswith("gate_up"), w))  # as `delta` reads them
     return len(order) - 1 - order.index(weight)
-
-
-def _write(stage: Path, tensors: dict[str, Tensor], config: dict[str, Any], base: BaseRef) -> None:
-    save_file(tensors, str(stage / WEIGHTS), metadata={"format": "pt"})
-    config = {**config, "base_model_name_or_path": peft_base_name(base.ref), "revision": base.revision}
-    (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 
 def _manifest(
@@ -263,7 +244,7 @@ def _manifest(
     data: dict[str, dict[str, Any]] = {}
     for folder, _ in given:
         for key, about in folder.manifest.data.items():
-            whose = f"{folder.manifest.name or folder.path.resolve().name}/{key}"
+            whose = f"{_name(folder)}/{key}"
             free, k = key, 1
             while data.get(free, about) != about:  # another set of the same name: say whose it is
                 free, k = whose if k == 1 else f"{whose}_{k}", k + 1
@@ -291,13 +272,11 @@ def _tokenizer(folder: AdapterFolder, base_dir: Path | None) -> Any:
         return None
 
 
-def _probed(manifest: Manifest, stage: Path, base_dir: Path | None, tokenizer: Any) -> Manifest:
+def _probed(manifest: Manifest, stage: Path, base_dir: Path, tokenizer: Any) -> Manifest:
     """`manifest` with the probes of what was composed, and the digest of the weights under it.
 
     The base is loaded with it by PEFT's own means first, as anyone would; every tensor has to arrive.
     """
-    if base_dir is None or tokenizer is None:
-        return manifest
     try:
         model = load_by_peft(load_base(base_dir), "default", stage)
     except ValueError as e:

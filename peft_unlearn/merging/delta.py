@@ -20,18 +20,15 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..folder.read import WEIGHTS, AdapterFolder
 from ..folder.safetensors_io import TensorEntry, read_header
 
-_PREFIX = "base_model.model."
 _KEPT = 6  # weights whose factors stay in memory: the projections of one layer of experts, read in turns
 
 
@@ -64,7 +61,7 @@ def plain_sum(folder: AdapterFolder) -> None:
             f"{where}: merging or composing adapters of type {kind} is not supported; only LORA is a sum of weights. "
             "Serve it unmerged on its base."
         )
-    for key, what, why in _NOT_A_SUM:
+    for key, (what, why) in _NOT_A_SUM.items():
         if config.get(key):
             raise UserError(
                 f"{where}: has {what} ({key}), which is not a plain sum of weights: {why}. Merging or composing it is "
@@ -89,19 +86,19 @@ def plain_sum(folder: AdapterFolder) -> None:
         )
 
 
-_NOT_A_SUM = (
-    ("use_dora", "DoRA", "it rescales the columns of W + s B A by trained magnitudes"),
-    ("lora_bias", "a LoRA bias", "B has a bias of its own, for which the base may have no place"),
-    ("modules_to_save", "fully trained modules", "they replace the base's, so two of them cannot be summed"),
-    ("trainable_token_indices", "trained token embeddings", "they replace rows of the base's"),
-    ("use_qalora", "QALoRA", "it pools its input in groups"),
-    ("alora_invocation_tokens", "activated LoRA", "it acts only after certain tokens"),
-    ("layer_replication", "replicated layers", "it runs the base's layers in another order"),
-    ("use_bdlora", "block-diagonal LoRA", "its factors are kept in another form"),
-    ("kasa_config", "KaSA", "it drops part of the base's weights"),
-    ("arrow_config", "Arrow", "it chooses among adapters for each token"),
-    ("monteclora_config", "MonteCLoRA", "it samples its factors"),
-)
+_NOT_A_SUM = {
+    "use_dora": ("DoRA", "it rescales the columns of W + s B A by trained magnitudes"),
+    "lora_bias": ("a LoRA bias", "B has a bias of its own, for which the base may have no place"),
+    "modules_to_save": ("fully trained modules", "they replace the base's, so two of them cannot be summed"),
+    "trainable_token_indices": ("trained token embeddings", "they replace rows of the base's"),
+    "use_qalora": ("QALoRA", "it pools its input in groups"),
+    "alora_invocation_tokens": ("activated LoRA", "it acts only after certain tokens"),
+    "layer_replication": ("replicated layers", "it runs the base's layers in another order"),
+    "use_bdlora": ("block-diagonal LoRA", "its factors are kept in another form"),
+    "kasa_config": ("KaSA", "it drops part of the base's weights"),
+    "arrow_config": ("Arrow", "it chooses among adapters for each token"),
+    "monteclora_config": ("MonteCLoRA", "it samples its factors"),
+}
 _FACTOR = re.compile(r"base_model\.model\.(?P<at>.+?)\.lora_(?P<kind>embedding_)?(?P<which>[AB])(?:\.weight)?")
 
 
@@ -110,7 +107,7 @@ class Deltas:
 
     folder: a complete adapter that is a plain sum (`plain_sum` is called). model: the base, on the meta device if you like:
     with it every shape is checked, parameters are told apart for certain and experts' orientation is known; without it
-    `factors` works, and `delta` for all but fused experts.
+    `factors` works, and `product` for all but fused experts.
     """
 
     def __init__(self, folder: AdapterFolder, model: nn.Module | None = None) -> None:
@@ -157,18 +154,6 @@ class Deltas:
         a, b = a.flatten(1), b.flatten(1)  # convolutions: (r, in, kh, kw) and (out, r, 1, 1)
         return (a.T * s, b.T) if row.transposed else (b * s, a)
 
-    def delta(self, weight: str, expert: int | None = None) -> Tensor:
-        """The whole delta at scale 1, float32, in the weight's shape; of one expert if `expert` is given."""
-        row = self.adapted[weight]
-        if row.experts > 1 and expert is None:
-            return torch.stack([self.delta(weight, e) for e in range(row.experts)])
-        left, right = self.product(weight, expert)
-        d = left @ right
-        if row.experts > 1:
-            return d
-        shape = row.shape or ((d.shape[0], *row.a.shape[1:]) if len(row.a.shape) > 2 else d.shape)
-        return d.reshape(shape)
-
     def touched(self, weight: str) -> list[int]:
         """The experts whose delta is not zero; [0] or [] for a weight that is not a stack of experts."""
         row = self.adapted[weight]
@@ -183,6 +168,7 @@ class Deltas:
         return UserError(f"{self.folder.path}: {what}; this adapter and its configuration, or its base, do not fit.")
 
     def _pairs(self) -> dict[str, tuple[str, TensorEntry, TensorEntry]]:
+        """Where in the module's name -> (kind, A, B)."""
         found: dict[str, dict[str, TensorEntry]] = {}
         kinds: dict[str, str] = {}
         for name, entry in read_header(self.folder.path / WEIGHTS).items():
@@ -190,9 +176,8 @@ class Deltas:
             assert match is not None  # plain_sum
             found.setdefault(match["at"], {})[match["which"]] = entry
             kinds[match["at"]] = "embedding" if match["kind"] else "linear"
-        for at, pair in found.items():
-            if len(pair) < 2:
-                raise self._wrong(f"{at} has a lora_{next(iter(pair))} and not the other factor")
+        if lone := next((at for at, pair in found.items() if len(pair) < 2), None):
+            raise self._wrong(f"{lone} has a lora_{next(iter(found[lone]))} and not the other factor")
         return {at: (kinds[at], pair["A"], pair["B"]) for at, pair in found.items()}
 
     def _place(self, at: str, kind: str, a: TensorEntry, b: TensorEntry) -> Adapted:
@@ -277,11 +262,4 @@ class Deltas:
                 f"{row.weight} is {list(shape)} in the base, and the adapter's delta for it is "
                 f"{[row.experts, rows, columns] if row.experts > 1 or experts > 1 else [rows, columns]}"
             )
-        return Adapted(**{**row.__dict__, "shape": shape, "transposed": bool(transposed)})
-
-
-def read_deltas(folder: str | Path | AdapterFolder, model: nn.Module | None = None) -> Deltas:
-    """`Deltas` of a folder that is read and checked first."""
-    from ..folder.read import read_adapter
-
-    return Deltas(folder if isinstance(folder, AdapterFolder) else read_adapter(folder), model)
+        return replace(row, shape=shape, transposed=bool(transposed))

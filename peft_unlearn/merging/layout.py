@@ -25,6 +25,10 @@ from ..folder.safetensors_io import TensorEntry
 
 Product = tuple[Tensor, Tensor | None]
 """(L, R): the delta is L @ R, or L itself where R is None. float32, rows by columns."""
+Unit = tuple[str, int | None]
+"""(weight in memory, expert), the expert None for a weight that is no stack of experts."""
+Factors = Callable[[str, int | None], Product | None]
+"""(weight, expert) -> the delta in memory, None if there is none."""
 _ROWS = {"MergeModulelist", "SplitModulelist", "Concatenate", "Chunk", "Split", "Interleave", "PermuteForRope"}
 _KEPT = 4
 
@@ -33,12 +37,12 @@ _KEPT = 4
 class Slab:
     """A part of a tensor on disk that one weight, or one expert of it, gives the delta of.
 
-    index: along the first dimension of the tensor on disk; None: the whole tensor. unit: (weight, expert) in memory, the
-    row of the table that it counts for.
+    index: along the first dimension of the tensor on disk; None: the whole tensor. unit: in memory, the row of the table that
+    it counts for.
     """
 
     index: int | None
-    unit: tuple[str, int | None]
+    unit: Unit
 
 
 @dataclass
@@ -61,19 +65,12 @@ class Layout:
         self._groups: dict[str, _Group] = {}
         self._products: OrderedDict[Any, dict[str, Product]] = OrderedDict()
         self._read_names()
-        same: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            same.setdefault(id(parameter), []).append(name)
-        self._same = {n: names for names in same.values() for n in names}
 
-    def tied(self, weight: str) -> str | None:
-        """The name of another weight that is the same tensor, or None."""
-        return next((n for n in self._same.get(weight, ()) if n != weight), None)
-
-    def slabs(self, weight: str, experts: list[int]) -> dict[str, list[Slab]]:
+    def slabs(self, weight: str, experts: list[int | None]) -> dict[str, list[Slab]]:
         """Name on disk -> the slabs of it that `weight` (of fused experts: these) gives a delta to.
 
-        Raises `LookupError` with the reason when the way back from memory to disk is not known.
+        Raises:
+            LookupError: the way back from memory to disk is not known; with the reason.
         """
         group = self._groups.get(weight)
         if group is None:
@@ -98,15 +95,13 @@ class Layout:
             return {ns[0]: [Slab(None, (weight, None))] for ns in group.sources.values()}
         out: dict[str, list[Slab]] = {}
         for ns in group.sources.values():
-            for e in experts:
+            for e in (e for e in experts if e is not None):
                 name, index = (ns[e], None) if per_expert == "listed" else (ns[0], e)
                 out.setdefault(name, []).append(Slab(index, (weight, e)))
         return out
 
-    def product(
-        self, name: str, unit: tuple[str, int | None], factors: Callable[[str, int | None], Product | None]
-    ) -> Product:
-        """The delta of a slab in the layout on disk. factors: (weight, expert) -> the delta in memory, None if there is none."""
+    def product(self, name: str, unit: Unit, factors: Factors) -> Product:
+        """The delta of a slab in the layout on disk."""
         weight, expert = unit
         group = self._groups[weight]
         if group.converter is None:
@@ -146,17 +141,12 @@ class Layout:
             if found not in live:
                 continue  # the class does not load it: copied as it is
             self.memory[name] = found
-            group = self._groups.get(found)
-            if group is None:
-                converter = None if pattern is None else by_pattern[pattern]
-                targets = [found]
-                if converter is not None:
-                    first = converter.target_patterns[0]
-                    targets = [found.replace(first, t) for t in converter.target_patterns]
-                group = _Group(found, targets, converter)
-                for target in targets if all(t in live for t in targets) else [found]:
-                    self._groups[target] = group
-            group.sources.setdefault(pattern or name, []).append(name)
+            if found not in self._groups:
+                group = _group(found, None if pattern is None else by_pattern[pattern])
+                self._groups |= dict.fromkeys(
+                    group.targets if all(t in live for t in group.targets) else [found], group
+                )
+            self._groups[found].sources.setdefault(pattern or name, []).append(name)
 
     def _shape(self, weight: str) -> tuple[int, ...]:
         return tuple(self.model.get_parameter(weight).shape)
@@ -176,43 +166,21 @@ class Layout:
             return "listed"
         return "fused" if not merged and all(n == 1 for n in lists) else None
 
-    def _back(
-        self, group: _Group, expert: int | None, factors: Callable[[str, int | None], Product | None]
-    ) -> dict[str, Product]:
+    def _back(self, group: _Group, expert: int | None, factors: Factors) -> dict[str, Product]:
         """pattern on disk -> the delta there, by the converter's own reverse; checked by its own forward."""
         found = {t: factors(t, expert) for t in group.targets}
-        rank = sum(p[1].shape[0] for p in found.values() if p is not None and p[1] is not None)
-        rows_only = all(type(op).__name__ in _ROWS and all(d == self._row_dim(group) for d in _dims(op, True))
-                        for op in group.converter.operations)  # fmt: skip
-        left: dict[str, Tensor] = {}
-        rights: list[Tensor] = []
-        at = 0
-        for target, product in found.items():
-            shape = self._shape(target)
-            if expert is not None:
-                shape = shape[1:]
-            if not rows_only:
-                dense = torch.zeros(shape) if product is None else _dense(product).reshape(shape)
-            else:
-                dense = torch.zeros(shape[0], rank)
-                if product is not None:
-                    l, r = product
-                    assert r is not None
-                    dense[:, at : at + r.shape[0]] = l
-                    rights.append(r)
-                    at += r.shape[0]
-            left[target] = dense if expert is None else dense[None]
-        out = self._reverse(group, left)
-        right = torch.cat(rights) if rows_only else None
-        result: dict[str, Product] = {}
-        for pattern, tensor in out.items():
-            if expert is not None and tensor.shape[0] == 1 and tensor.dim() == 3:
-                tensor = tensor[0]
-            result[pattern] = (tensor if rows_only else tensor.flatten(1), right)
-        return result
+        shapes = {t: self._shape(t) if expert is None else self._shape(t)[1:] for t in found}
+        moved, right = (_left_factors if self._moves_rows_alone(group) else _whole_deltas)(found, shapes)
+        out = self._reverse(group, moved if expert is None else {t: x[None] for t, x in moved.items()})
+        one = {p: x[0] if expert is not None and x.shape[0] == 1 and x.dim() == 3 else x for p, x in out.items()}
+        return {p: (x.flatten(1), right) for p, x in one.items()}
 
-    def _row_dim(self, group: _Group) -> int:
-        return 1 if len(self._shape(group.first)) == 3 else 0
+    def _moves_rows_alone(self, group: _Group) -> bool:
+        """Whether the converter does the same to a delta's left factor as to the delta itself."""
+        rows = 1 if len(self._shape(group.first)) == 3 else 0
+        return all(
+            type(op).__name__ in _ROWS and all(d == rows for d in _dims(op, True)) for op in group.converter.operations
+        )
 
     def _reverse(self, group: _Group, left: dict[str, Tensor]) -> dict[str, Tensor]:
         forward = group.converter
@@ -280,9 +248,33 @@ def _dims(op: Any, rows: bool = False) -> list[int | None]:
     return [getattr(op, "dim", None)]
 
 
-def _dense(product: Product) -> Tensor:
-    left, right = product
-    return left if right is None else left @ right
+def _group(found: str, converter: Any) -> _Group:
+    """What `converter` (None: nothing) makes of files for the weight `found` and others made together with it."""
+    patterns = [found] if converter is None else converter.target_patterns
+    return _Group(found, [found.replace(patterns[0], t) for t in patterns], converter)
+
+
+def _left_factors(
+    found: Mapping[str, Product | None], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Each delta's left factor in columns of its own, and all right factors below each other: their products are the deltas."""
+    rights = [p[1] for p in found.values() if p is not None and p[1] is not None]
+    moved = {t: torch.zeros(shape[0], sum(len(r) for r in rights)) for t, shape in shapes.items()}
+    at = 0
+    for target, product in found.items():
+        if product is not None:
+            width = product[0].shape[1]
+            moved[target][:, at : at + width] = product[0]
+            at += width
+    return moved, torch.cat(rights)
+
+
+def _whole_deltas(
+    found: Mapping[str, Product | None], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The deltas themselves, zero where there is none."""
+    dense = {t: None if p is None else p[0] if p[1] is None else p[0] @ p[1] for t, p in found.items()}
+    return {t: torch.zeros(shapes[t]) if d is None else d.reshape(shapes[t]) for t, d in dense.items()}, None
 
 
 def _ops(transform: Any) -> str:

@@ -8,6 +8,7 @@ base's files are streamed into the merged model's (`stream`); no model is built 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,20 +19,17 @@ from ..folder.base import resolve_base
 from ..folder.digest import combined, digest_checkpoint
 from ..folder.fetch import resolve_adapter
 from ..folder.merge_record import RECORD, read_record, write_record
-from ..folder.read import read_adapter
-from ..folder.safetensors_io import WEIGHTS, checkpoint_tensors
-from ..stack.fits import check_base, check_dependencies, check_tokenizer
+from ..folder.read import AdapterFolder, read_adapter
+from ..folder.safetensors_io import WEIGHTS, TensorEntry, checkpoint_tensors
+from ..stack.fits import check_dependencies, check_tokenizer
 from ..stack.names import Adapters, names_of, scales_of
 from ..stack.stackfile import is_stack, load
-from .job import Job, refuse_tied
 from .layout import Layout
-from .report import MIN_COSINE, MergeReport, refuse_lossy, table
-from .report import LayerMerge as LayerMerge
-from .report import MergeRefused as MergeRefused
+from .report import MIN_COSINE, Job, MergeReport
 from .rounding import DTYPES, ROUNDINGS, Sums
 from .sidecars import write_index, write_sidecars
 from .stage import MergeStage, check_destination
-from .stream import Stream, Unit, free_bytes, shards
+from .stream import Stream, empty_table, shards
 
 
 def merge(
@@ -66,6 +64,7 @@ def merge(
             and dequantized, say). Nothing can say then whether the adapter means anything on them.
         in_memory: build the model; for the rare layouts that cannot be streamed.
         check: load merged and unmerged model and compare them on the probe prompts (`report.check`).
+        progress: called with ("shards", how many are written, of how many).
 
     Raises:
         MergeRefused: rounding would lose a layer's delta. UserError: an adapter that is no plain sum, other weights, a
@@ -75,17 +74,12 @@ def merge(
     if in_memory:
         from .in_memory import merge_in_memory
 
-        report = merge_in_memory(job, min_cosine)
+        merge_in_memory(job, min_cosine)
     else:
-        report = _stream(job, min_cosine, progress or (lambda *_: None))
+        _stream(job, min_cosine, progress or (lambda *_: None))
     if check:
-        from .check import check_probes
-
-        probes = next(iter(job.folders.values())).manifest.probes
-        report.check = check_probes(
-            job.out, job.base_path, {n: f.path for n, f in job.folders.items()}, job.scales, probes and probes.prompts
-        ).to_dict()
-    return report
+        job.check_probes()
+    return job.report
 
 
 def _prepare(
@@ -101,22 +95,7 @@ def _prepare(
         raise UserError("merge: say where to write the merged model (--out).")
     target = Path(out).expanduser()
     check_destination(target.resolve() if target.is_symlink() else target)
-    if isinstance(adapters, str | Path) and is_stack(adapters):
-        stack = load(adapters)
-        folders, written = stack.folders(), stack.scales()
-        if not folders:
-            raise UserError(f"{adapters}: no adapter of this stack is active; the base itself is what it describes.")
-        scale = {**written, **scale} if isinstance(scale, Mapping) else scale or written
-    else:
-        folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in names_of(adapters).items()}
-    if isinstance(scale, int | float):
-        scale = [scale]
-    scales = {n: float(v) for n, v in scales_of(folders, scale).items()}
-    for name, value in scales.items():
-        if not math.isfinite(value):
-            raise UserError(f"scale of {name!r}: expected a finite number, found {value!r}.")
-    if not any(scales.values()):
-        raise UserError("merge: every scale is 0, so the result would be the base; name another scale.")
+    folders, scales = _given(adapters, scale)
     check_dependencies(folders, scales)
     ref = next(iter(folders.values())).manifest.base
     base_path = resolve_base(ref.ref, override=onto or base_dir, revision=ref.revision)
@@ -136,41 +115,40 @@ def _prepare(
     return Job(folders, scales, base_path, None if onto else digests.pop(), target, dtype, rounding, seed)
 
 
-def _stream(job: Job, min_cosine: float, tell: Callable[[str, int, int], None]) -> MergeReport:
+def _given(adapters: Adapters, scale: Any) -> tuple[dict[str, AdapterFolder], dict[str, float]]:
+    """The adapters' folders, or those of a stack file, and the scale of each."""
+    if isinstance(scale, int | float):
+        scale = [scale]
+    if isinstance(adapters, str | Path) and is_stack(adapters):
+        stack = load(adapters)
+        folders, written = stack.folders(), stack.scales()
+        scale = {**written, **scale} if isinstance(scale, Mapping) else scale or written
+    else:
+        folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in names_of(adapters).items()}
+    scales = {n: float(v) for n, v in scales_of(folders, scale).items()}
+    for name, value in scales.items():
+        if not math.isfinite(value):
+            raise UserError(f"scale of {name!r}: expected a finite number, found {value!r}.")
+    if not any(scales.values()):
+        raise UserError("merge: every scale is 0, so the result would be the base; name another scale.")
+    return folders, scales
+
+
+def _stream(job: Job, min_cosine: float, progress: Callable[[str, int, int], None]) -> None:
     entries = checkpoint_tensors(job.base_path)
     layout = Layout(job.base_path, entries)
-    overlay = job.overlay(layout.model)
-    for deltas, _ in overlay.parts:
-        for weight in deltas:
-            refuse_tied(weight, layout.tied(weight))
-    stream = Stream(layout, overlay, job.dtype, job.rounding, job.seed)
-    by_shard = shards(entries)
-    report = job.report()
+    stream = Stream(layout, job.overlay(layout.model), job.dtype, job.rounding, job.seed)
+    by_shard = {p.relative_to(job.base_path).as_posix(): es for p, es in shards(entries.values()).items()}
     about = {
         "stage": 1, "base": job.expected or digest_checkpoint(job.base_path), "dtype": job.dtype, "rounding": job.rounding,
         "seed": job.seed, "adapters": [[f.adapter_id, job.scales[n]] for n, f in job.folders.items()],
         "files": {Path(s).name: sum(e.end - e.begin for e in es) for s, es in by_shard.items()},
     }  # fmt: skip
-    with MergeStage(job.out, about) as stage, ThreadPoolExecutor(1) as later:
+    with MergeStage(job.out, about) as stage:
         try:
-            flushed = []  # the next shard is under way while the last one reaches the disk
-            records: dict[str, dict[str, Any]] = {}
-            for i, (source, members) in enumerate(by_shard.items()):
-                name = Path(source).relative_to(job.base_path).as_posix()
-                record = stage.done(name)
-                if record is None:
-                    _room(stage.root, stream.shard_bytes(members), name)
-                    record = stream.write(members, stage.model / name)
-                    flushed.append(later.submit(stage.record, name, record))
-                else:
-                    report.resumed += 1
-                records[name] = record
-                tell("shards", i + 1, len(by_shard))
-            for record in flushed:
-                record.result()
-            _account(job, stream, records, report)
-            refuse_lossy(report, min_cosine)
-            _sidecars(job, stage.model, records, report)
+            records = _write_shards(job, stream, by_shard, stage, progress)
+            _account(job, stream, records, min_cosine)
+            _sidecars(job, stage.model, records)
             stage.finish()
         except UserError:
             stage.discard()
@@ -179,43 +157,52 @@ def _stream(job: Job, min_cosine: float, tell: Callable[[str, int, int], None]) 
             raise UserError(
                 f"{job.out}: cannot be written ({e.strerror}). Whole shards are kept beside it; the same call goes on there."
             ) from None
-    return report
 
 
-def _room(folder: Path, need: int, shard: str) -> None:
-    if (free := free_bytes(folder)) < need:
-        raise OSError(28, f"{shard} needs {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
+def _write_shards(
+    job: Job,
+    stream: Stream,
+    by_shard: Mapping[str, list[TensorEntry]],
+    stage: MergeStage,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, dict[str, Any]]:
+    """Shard -> its record, an earlier run's where that is still good."""
+    records, flushed = {}, []
+    with ThreadPoolExecutor(1) as disk:  # the next shard is under way while the last one reaches the disk
+        for i, (name, members) in enumerate(by_shard.items()):
+            record = stage.done(name)
+            if record is None:
+                need, free = sum(map(stream.size, members)), shutil.disk_usage(stage.root).free
+                if free < need:
+                    raise OSError(28, f"{name} needs {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
+                record = stream.write(members, stage.model / name)
+                flushed.append(disk.submit(stage.record, name, record))
+            else:
+                job.report.resumed += 1
+            records[name] = record
+            progress("shards", i + 1, len(by_shard))
+        for record in flushed:
+            record.result()
+    return records
 
 
-def _account(job: Job, stream: Stream, records: Mapping[str, dict[str, Any]], report: MergeReport) -> None:
+def _account(job: Job, stream: Stream, records: Mapping[str, dict[str, Any]], min_cosine: float) -> None:
     """The base's digest, from what was read; the output's; and the table."""
-    read, written = {}, {}
-    units: dict[Unit, Sums] = {u: Sums() for u in stream.units}
+    read, written, sums = {}, {}, empty_table(stream.units)
     for record in records.values():
         for name, row in record["tensors"].items():
             entry = stream.layout.entries[name]
             read[name] = (entry.dtype, entry.shape, row["in"])
             written[name] = (row["dtype"], tuple(row["shape"]), row["out"])
         for weight, expert, *values in record["sums"]:
-            units[weight, expert].add(Sums(*values))
-    report.base_digest = combined(read)
-    if job.expected is not None:
-        for folder in job.folders.values():
-            check_base(folder, job.base_path, report.base_digest)
-    report.digest = combined(written)
-    report.layers = table(units)
+            sums[weight, expert].add(Sums(*values))
+    job.was_read(combined(read))
+    job.report.digest = combined(written)
+    job.account(sums, min_cosine)
 
 
-def _sidecars(job: Job, model: Path, records: Mapping[str, dict[str, Any]], report: MergeReport) -> None:
-    weight_map = {n: shard for shard, r in records.items() for n in r["tensors"]}
+def _sidecars(job: Job, model: Path, records: Mapping[str, dict[str, Any]]) -> None:
     if list(records) != [WEIGHTS]:
-        sizes = [(math.prod(row["shape"]), row["dtype"]) for r in records.values() for row in r["tensors"].values()]
-        total = sum((model / shard).stat().st_size - _header(model / shard) for shard in records)
-        write_index(model, weight_map, total, sum(n for n, _ in sizes))
-    write_record(model, job.record(report))
+        write_index(model, records)
+    write_record(model, job.record())
     write_sidecars(model, job.base_path, job.tokenizers, job.dtype)
-
-
-def _header(path: Path) -> int:
-    with open(path, "rb") as f:
-        return 8 + int.from_bytes(f.read(8), "little")

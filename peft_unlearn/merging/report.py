@@ -1,19 +1,28 @@
-"""What a merge kept of its adapters: the table, and the refusal where it is too little."""
+"""A merge that was asked for, what it kept of its adapters, and the refusal where that is too little."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..folder.base import load_base, load_tokenizer
+from ..folder.manifest import NEUTRAL_PROMPTS, probe_logits
+from ..folder.read import AdapterFolder
+from ..reporting.result import Result
+from ..stack.fits import check_base
+from ..stack.model import ForgetModel
+from .delta import Deltas
+from .layout import Unit
 from .rounding import Sums
-from .stream import Unit
+from .stream import Overlay
 
 MIN_COSINE = 0.9
 MAX_DRIFT = 0.1
-"""Stochastic rounding: how far the gain of a layer may be from 1 before its noise is said to drown the delta."""
+"""Stochastic rounding: how far the gain of a layer may be from 1 before its noise is taken to drown the delta."""
 
 
 @dataclass
@@ -29,8 +38,27 @@ class LayerMerge:
 
 
 @dataclass
-class MergeReport:
-    """scale: of the one adapter, or name -> scale of several. digest: of the files written; base_digest: of those read."""
+class ProbeCheck:
+    """Largest |logit - logit| at the prompts' last positions, all computed in float32: merged against unmerged, and for
+    comparison unmerged against the base. same_top: at how many prompts merged and unmerged agree on the likeliest token."""
+
+    prompts: int
+    difference: float
+    effect: float
+    same_top: int
+
+    def __str__(self) -> str:
+        return (
+            f"on {self.prompts} probe prompts merged and unmerged differ by at most {self.difference:.2g} in a logit (the "
+            f"adapters themselves move one by {self.effect:.2g}); the likeliest token is the same at {self.same_top}. What is "
+            "forgotten is judged by `peft-unlearn eval`, not by these."
+        )
+
+
+@dataclass
+class MergeReport(Result):
+    """scale: of the one adapter, or name -> scale of several. digest: of the files written; base_digest: of those read.
+    adapters: name -> adapter id. resumed: shards that an earlier run had written."""
 
     out: str
     dtype: str
@@ -41,7 +69,7 @@ class MergeReport:
     base_digest: str | None = None
     adapters: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
-    check: dict[str, Any] | None = None
+    check: ProbeCheck | None = None
 
     @property
     def worst_cosine(self) -> float | None:
@@ -67,11 +95,7 @@ class MergeReport:
             lines.append(
                 "Stochastic rounding: the cosine is low by nature, the gain says how much of the change is in the mean."
             )
-        if self.check is not None:
-            from .check import ProbeCheck
-
-            lines.append(str(ProbeCheck(**self.check)))
-        return "\n".join(lines)
+        return "\n".join(lines if self.check is None else [*lines, str(self.check)])
 
 
 class MergeRefused(UserError):
@@ -82,17 +106,88 @@ class MergeRefused(UserError):
         self.report = report
 
 
-def table(units: Mapping[Unit, Sums]) -> list[LayerMerge]:
-    rows = []
-    for (weight, expert), s in units.items():
-        name = weight.removesuffix(".weight") if expert is None else f"{weight}[{expert}]"
-        relative = math.sqrt(s.wanted / s.weight) if s.weight > 0 else 0.0
-        rows.append(LayerMerge(name, s.cosine, s.changed / s.n if s.n else 0.0, relative, s.gain))
-    return rows
+@dataclass
+class Job:
+    """A merge that was asked for, checked as far as it can be without reading the base's weights; and its report.
+
+    expected: the base's digest; None where the weights are taken from elsewhere (`onto`).
+    """
+
+    folders: dict[str, AdapterFolder]
+    scales: dict[str, float]
+    base_path: Path
+    expected: str | None
+    out: Path
+    dtype: str
+    rounding: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        scale = dict(self.scales) if len(self.scales) > 1 else next(iter(self.scales.values()))
+        ids = {n: f.adapter_id for n, f in self.folders.items()}
+        self.report = MergeReport(str(self.out), self.dtype, scale, rounding=self.rounding, adapters=ids)
+
+    @property
+    def tokenizers(self) -> list[Path]:
+        return [*(f.path for f in self.folders.values()), self.base_path]
+
+    def overlay(self, model: Any) -> Overlay:
+        """The deltas, checked against the model's shapes. Raises `UserError` also for a weight that is tied to another."""
+        found = Overlay([(Deltas(f, model), self.scales[n]) for n, f in self.folders.items()])
+        found.refuse_tied(model)
+        return found
+
+    def was_read(self, digest: str) -> None:
+        """Note the digest of the base's files, and refuse them if they are not those of training."""
+        self.report.base_digest = digest
+        for folder in self.folders.values() if self.expected is not None else ():
+            check_base(folder, self.base_path, digest)
+
+    def account(self, units: Mapping[Unit, Sums], min_cosine: float) -> None:
+        """Fill the table; raise `MergeRefused` where a layer's delta does not survive the cast."""
+        for (weight, expert), s in units.items():
+            name = weight.removesuffix(".weight") if expert is None else f"{weight}[{expert}]"
+            relative = math.sqrt(s.wanted / s.weight) if s.weight > 0 else 0.0
+            row = LayerMerge(name, s.cosine, s.changed / s.n if s.n else 0.0, relative, s.gain)
+            self.report.layers.append(row)
+        _refuse_lossy(self.report, min_cosine)
+
+    def record(self) -> dict[str, Any]:
+        """forget-merge.json: no times and no places, so that equal merges are equal bytes."""
+        base, report = next(iter(self.folders.values())).manifest.base, self.report
+        return {
+            "format": 1,
+            "base": {"ref": base.ref, "revision": base.revision, "digest": base.digest},
+            "onto": report.base_digest if self.expected is None else None,
+            "adapters": [
+                {"name": n, "adapter_id": f.adapter_id, "scale": self.scales[n]} for n, f in self.folders.items()
+            ],
+            "dtype": self.dtype,
+            "rounding": self.rounding,
+            "seed": self.seed if self.rounding == "stochastic" else None,
+            "digest": report.digest,
+            "worst_cosine": report.worst_cosine,
+            "layers": [asdict(row) for row in report.layers],
+        }
+
+    def check_probes(self) -> None:
+        """Load the merged and the unmerged model, one after the other, and compare them on the first manifest's prompts."""
+        paths = {n: f.path for n, f in self.folders.items()}
+        probes = next(iter(self.folders.values())).manifest.probes
+        prompts = (probes and probes.prompts) or list(NEUTRAL_PROMPTS)
+        tokenizer = load_tokenizer(*self.tokenizers)
+        stack = ForgetModel.from_pretrained(self.base_path, paths, self.scales)
+        on = probe_logits(stack.model, tokenizer, prompts)
+        with stack.disabled() as plain:
+            off = probe_logits(plain, tokenizer, prompts)
+        del stack, plain
+        now = probe_logits(load_base(self.out), tokenizer, prompts)
+        same_top = int((now.argmax(-1) == on.argmax(-1)).sum())
+        difference, effect = float((now - on).abs().max()), float((on - off).abs().max())
+        self.report.check = ProbeCheck(len(prompts), difference, effect, same_top)
 
 
-def refuse_lossy(report: MergeReport, min_cosine: float) -> None:
-    """Raise `MergeRefused` where a layer's delta does not survive the cast."""
+def _refuse_lossy(report: MergeReport, min_cosine: float) -> None:
     wanted = [r for r in report.layers if r.cosine is not None and r.gain is not None]
     stochastic = report.rounding == "stochastic"
     bad = [r for r in wanted if (abs(r.gain - 1) > MAX_DRIFT if stochastic else r.cosine < min_cosine)]  # type: ignore[operator]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..folder.manifest import path_like
-from ..folder.merge_record import read_json
-from ..folder.safetensors_io import INDEX
+from ..folder.read import read_json
+from ..folder.safetensors_io import INDEX, read_header
 
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -50,10 +51,14 @@ def scrub(path: Path) -> None:
             _write(path, kept)
 
 
-def write_index(out: Path, weight_map: Mapping[str, str], total: int, parameters: int) -> None:
-    """The index of several shards, as transformers writes it."""
-    metadata = {"total_parameters": parameters, "total_size": total}
-    _write(out / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+def write_index(out: Path, shards: Iterable[str]) -> None:
+    """The index of several shards that lie in `out`, as transformers writes it."""
+    entries = {n: (e, shard) for shard in shards for n, e in read_header(out / shard).items()}
+    metadata = {
+        "total_parameters": sum(math.prod(e.shape) for e, _ in entries.values()),
+        "total_size": sum(e.end - e.begin for e, _ in entries.values()),
+    }
+    _write(out / INDEX, {"metadata": metadata, "weight_map": {n: shard for n, (_, shard) in sorted(entries.items())}})
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..folder.atomic import check_free, fsync_path, fsync_tree, locked, make_readable, swap_in, write_text
 from ..folder.safetensors_io import read_header
 
-_KEEP = "is not empty, and a merged model never replaces anything"
+KEEP = "is not empty, and a merged model never replaces anything"
 
 
 class MergeStage:
@@ -34,7 +34,7 @@ class MergeStage:
         self._held = ExitStack()
 
     def __enter__(self) -> MergeStage:
-        check_free(self.out, lambda _: _KEEP)
+        check_free(self.out, lambda _: KEEP)
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -79,7 +79,7 @@ class MergeStage:
     def finish(self) -> None:
         make_readable(self.model)
         fsync_tree(self.model)
-        check_free(self.out, lambda _: _KEEP)  # again: minutes may have passed
+        check_free(self.out, lambda _: KEEP)  # again: minutes may have passed
         swap_in(self.model, self.out)
         self.discard()
 
@@ -101,7 +101,7 @@ def check_destination(out: Path) -> None:
     for left in out.absolute().parent.glob(f".{out.name}.merge-*"):
         if not (left / "model").exists():
             _remove_dead(left)
-    check_free(out, lambda _: _KEEP)
+    check_free(out, lambda _: KEEP)
 
 
 def _remove_dead(stage: Path) -> None:

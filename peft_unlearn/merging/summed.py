@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..tuners.lowrank import cut
 from .delta import Adapted, Deltas
 
 
@@ -26,10 +28,9 @@ class Summed:
 
     def cut(self, rank: int) -> float:
         """Keep the best approximation of this rank, expert by expert; the relative error |D - D_r| / |D| (Frobenius)."""
-        pairs = [_cut(a, b, rank) for a, b in zip(self.a, self.b, strict=True)]
-        lost = sum(p[2] for p in pairs)
-        whole = sum(p[3] for p in pairs)
-        self.a, self.b = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+        parts = [cut(a.double(), b.double(), rank) for a, b in zip(self.a, self.b, strict=True)]
+        self.a, self.b = (torch.stack([p[i].float() for p in parts]) for i in (0, 1))
+        lost, whole = (sum(float(s[k:].square().sum()) for _, _, s in parts) for k in (rank, 0))
         return math.sqrt(lost / whole) if whole > 0 else 0.0
 
     def padded(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -41,40 +42,12 @@ class Summed:
         return a.flatten(0, 1).contiguous(), b.permute(1, 2, 0).flatten(1).contiguous()
 
 
-def _cut(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """The best rank-`rank` (A, B) of b a, and the squared Frobenius norms of what is lost and of the whole."""
-    k = min(rank, a.shape[0], a.shape[1], b.shape[0])
-    qb, rb = torch.linalg.qr(b.double())
-    qa, ra = torch.linalg.qr(a.double().T)
-    u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    root = s[:k].sqrt()
-    squares = s.square()
-    new_b, new_a = qb @ (u[:, :k] * root), (root[:, None] * vh[:k]) @ qa.T
-    pad = rank - k
-    return (
-        torch.nn.functional.pad(new_a, (0, 0, 0, pad)).float(), torch.nn.functional.pad(new_b, (0, pad)).float(),
-        float(squares[k:].sum()), float(squares.sum()),
-    )  # fmt: skip
-
-
 def summed(deltas: list[Deltas], factors: list[float]) -> dict[str, Summed]:
     """Weight -> the sum of factor times delta over the adapters that have it. Raises `UserError` where shapes do not agree."""
     out: dict[str, Summed] = {}
     for weight in sorted({w for d in deltas for w in d}):
         found = [(d, c) for d, c in zip(deltas, factors, strict=True) if weight in d]
-        rows = [d.adapted[weight] for d, _ in found]
-        like = rows[0]
-        for d, row in zip([d for d, _ in found], rows, strict=True):
-            ours = (row.experts, row.a.shape[1:], row.b.shape[0], row.kind == "embedding")
-            if len(row.a.shape) != 2:
-                raise UserError(f"{d.folder.path}: {weight} is a convolution, and composing those is not supported.")
-            if ours != (like.experts, like.a.shape[1:], like.b.shape[0], like.kind == "embedding"):
-                raise UserError(
-                    f"{d.folder.path}: its factors for {weight} have other shapes ({list(row.a.shape)} and "
-                    f"{list(row.b.shape)}) than those of {found[0][0].folder.path} ({list(like.a.shape)} and {list(like.b.shape)})."
-                )
-        if like.kind == "parameter" and any(r.kind == "linear" for r in rows):
-            like = next(r for r in rows if r.kind == "linear")
+        like = _alike(weight, [d for d, _ in found])
         parts = []
         for d, c in found:
             a, b, s = d.factors(weight)
@@ -84,6 +57,26 @@ def summed(deltas: list[Deltas], factors: list[float]) -> dict[str, Summed]:
             parts.append((a, (b.double() * (c * s)).float()))
         out[weight] = Summed(like, *_side_by_side(parts))
     return out
+
+
+def _alike(weight: str, deltas: list[Deltas]) -> Adapted:
+    """What all of `deltas` adapt there, as a module where one of them does; `UserError` where their shapes do not agree."""
+
+    def shape(row: Adapted) -> tuple[Any, ...]:
+        return row.experts, row.a.shape[1:], row.b.shape[0], row.kind == "embedding"
+
+    first = deltas[0].adapted[weight]
+    for d in deltas:
+        row = d.adapted[weight]
+        if len(row.a.shape) != 2:
+            raise UserError(f"{d.folder.path}: {weight} is a convolution, and composing those is not supported.")
+        if shape(row) != shape(first):
+            raise UserError(
+                f"{d.folder.path}: its factors for {weight} have other shapes ({list(row.a.shape)} and "
+                f"{list(row.b.shape)}) than those of {deltas[0].folder.path} ({list(first.a.shape)} and {list(first.b.shape)})."
+            )
+    linear = next((d.adapted[weight] for d in deltas if d.adapted[weight].kind == "linear"), first)
+    return linear if first.kind == "parameter" else first
 
 
 def _side_by_side(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import families
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tinyfolder import RECIPE, tokenizer
+from tinyfolder import RECIPE, save_base, tokenizer, write
 
 from peft_unlearn.folder.base import base_reference, load_base
 from peft_unlearn.folder.digest import digest_checkpoint
@@ -20,6 +21,26 @@ from peft_unlearn.folder.write import write_adapter
 from peft_unlearn.merging.delta import Deltas
 from peft_unlearn.training.save import stock_export
 from peft_unlearn.tuners.expert_lora import ExpertLoraConfig
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bf16 base; read only."""
+    return save_base(tmp_path_factory.mktemp("base") / "b")
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete forget adapter of `base_dir`; read only (copy it to damage it)."""
+    out = tmp_path_factory.mktemp("adapter") / "forget"
+    write(out, base_dir)
+    return out
+
+
+@pytest.fixture(scope="session")
+def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture of experts; read only."""
+    return save_moe(tmp_path_factory.mktemp("moe") / "b")
 
 
 def save_moe(path: Path, family: str = "olmoe") -> Path:
@@ -68,11 +89,23 @@ def dense(parts: list[tuple[Path, float]], base_dir: Path) -> tuple[dict[str, to
         folder = read_adapter(path)
         deltas = Deltas(folder, base)
         for name in deltas:
-            out[name] = out.get(name, 0) + weight * folder.manifest.scale * deltas.delta(name).double()
+            out[name] = out.get(name, 0) + weight * folder.manifest.scale * delta(deltas, name).double()
     with torch.no_grad():
         for name, d in out.items():
             base.get_parameter(name).add_(d.float())
     return out, base
+
+
+def delta(deltas: Deltas, weight: str, expert: int | None = None) -> torch.Tensor:
+    """The whole delta at scale 1, float32, in the weight's shape; of one expert if `expert` is given."""
+    row = deltas.adapted[weight]
+    if row.experts > 1 and expert is None:
+        return torch.stack([delta(deltas, weight, e) for e in range(row.experts)])
+    left, right = deltas.product(weight, expert)
+    d = left @ right
+    if row.experts > 1:
+        return d
+    return d.reshape(row.shape or ((d.shape[0], *row.a.shape[1:]) if len(row.a.shape) > 2 else d.shape))
 
 
 def edit(folder: Path, file: str, change: Any) -> None:

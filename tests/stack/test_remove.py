@@ -9,8 +9,7 @@ from tinyfolder import adapted, logits, save_base, write
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.base import load_base
 from peft_unlearn.folder.digest import digest_checkpoint
-from peft_unlearn.stack.model import ForgetModel
-from peft_unlearn.stack.model import remove
+from peft_unlearn.stack.model import ForgetModel, remove
 from peft_unlearn.stack.stackfile import add
 
 Q = "model.layers.1.self_attn.q_proj.weight"

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from stacks import dense, edit, expert, lora, save_moe
+from stacks import delta, dense, edit, expert, lora, save_moe
 from tinyfolder import logits, save_base, write
 
 from peft_unlearn.errors import UserError
@@ -310,10 +310,10 @@ def test_sums_of_anything(adapter_dir: Path, tmp_path_factory, given_, cut: int,
         tensors, config = _stock(rows, folders)
         (where / f"sum{rank}").mkdir()
         save_file(tensors, where / f"sum{rank}" / "adapter_model.safetensors")
-        got = Deltas(AdapterFolder(where / f"sum{rank}", like.manifest, {}, config, None))
+        got = Deltas(AdapterFolder(where / f"sum{rank}", like.manifest, {}, config.to_dict(), None))
         assert set(got) == {f"{at}.weight" for at in want}
         for at, d in want.items():
-            found = got.delta(f"{at}.weight").double()
+            found = delta(got, f"{at}.weight").double()
             if rank is None:
                 assert float((found - d).norm()) <= 1e-6 * max(float(d.norm()), sizes[at])
             else:

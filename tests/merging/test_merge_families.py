@@ -1,18 +1,15 @@
 """The streamed merge is the merge through the model, bit for bit, whatever the layout on disk."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tinyfolder import RECIPE, randomize, tokenizer
 from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tuners"))
-import families
 
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.base import base_reference

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stacks import delta
 from tinyfolder import adapted, logits, save_base, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -16,10 +17,12 @@ from peft_unlearn.cli import app
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.digest import digest_checkpoint
 from peft_unlearn.folder.merge_record import read_record
+from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.safetensors_io import INDEX, checkpoint_tensors
 from peft_unlearn.merging import report as merge_report
-from peft_unlearn.merging.delta import read_deltas
-from peft_unlearn.merging.merge import MergeRefused, merge
+from peft_unlearn.merging.delta import Deltas
+from peft_unlearn.merging.merge import merge
+from peft_unlearn.merging.report import MergeRefused
 from peft_unlearn.stack.stackfile import add, revoke
 
 
@@ -50,9 +53,9 @@ def configured(folder: Path, out: Path, **config: Any) -> Path:
 def test_a_sum_of_two_with_signs(base_dir: Path, adapter_dir: Path, second: Path, tmp_path: Path) -> None:
     report = merge({"a": adapter_dir, "b": second}, base_dir, tmp_path / "m", scale={"a": 2.0, "b": -0.5})
     base, found = (load_file(d / "model.safetensors") for d in (base_dir, tmp_path / "m"))
-    a, b = read_deltas(adapter_dir), read_deltas(second)
+    a, b = Deltas(read_adapter(adapter_dir)), Deltas(read_adapter(second))
     for name in a:
-        wanted = base[name].double() + 2 * a.delta(name).double() - 0.5 * b.delta(name).double()
+        wanted = base[name].double() + 2 * delta(a, name).double() - 0.5 * delta(b, name).double()
         assert torch.allclose(found[name].double(), wanted, atol=1e-6)
     assert report.scale == {"a": 2.0, "b": -0.5} and "a 2, b -0.5" in str(report)
     record = read_record(tmp_path / "m") or {}
@@ -130,7 +133,7 @@ def test_stochastic_rounding_keeps_small_changes_in_the_mean(tmp_path: Path, mon
         merge(tmp_path / "small", base, tmp_path / "m", **how)
     assert "--rounding stochastic" not in str(refused.value)
     monkeypatch.setattr(merge_report, "MAX_DRIFT", 1e9)
-    deltas, before = read_deltas(tmp_path / "small"), load_file(base / "model.safetensors")
+    deltas, before = Deltas(read_adapter(tmp_path / "small")), load_file(base / "model.safetensors")
     kept: dict[str, list[torch.Tensor]] = {n: [] for n in deltas}
     runs = 12
     for seed in range(runs):
@@ -141,7 +144,7 @@ def test_stochastic_rounding_keeps_small_changes_in_the_mean(tmp_path: Path, mon
     assert "gain" in str(report) and "low by nature" in str(report) and (report.worst_cosine or 0) < 0.9
     assert all(torch.equal(merged[n], before[n]) for n in before if n not in kept)
     for name, found in kept.items():
-        d = deltas.delta(name).double()
+        d = delta(deltas, name).double()
         gains = torch.stack([(k * d).sum() / d.norm() ** 2 for k in found])
         assert abs(gains.mean() - 1) < 5 * gains.std() / runs**0.5 + 1e-3, name
         assert gains.std() > 0.02  # single runs do scatter: that the mean is right says something
@@ -178,10 +181,10 @@ def test_onto_other_weights(base_dir: Path, adapter_dir: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="other weights"):
         merge(adapter_dir, onto, tmp_path / "m")
     merge(adapter_dir, out=tmp_path / "m", onto=onto)
-    deltas = read_deltas(adapter_dir)
+    deltas = Deltas(read_adapter(adapter_dir))
     found = load_file(tmp_path / "m" / "model.safetensors")
     for name, t in tensors.items():
-        assert torch.allclose(found[name], t.float() + (deltas.delta(name) if name in deltas else 0), atol=1e-6)
+        assert torch.allclose(found[name], t.float() + (delta(deltas, name) if name in deltas else 0), atol=1e-6)
     record = read_record(tmp_path / "m") or {}
     assert record["onto"] == digest_checkpoint(onto) != record["base"]["digest"]
 

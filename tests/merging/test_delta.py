@@ -1,22 +1,20 @@
 """What an adapter adds, from its files alone, is what PEFT adds."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from stacks import delta
 from tinyfolder import adapted, randomize
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tuners"))
-import families
-
 from peft_unlearn.errors import UserError
-from peft_unlearn.folder.read import AdapterFolder
-from peft_unlearn.merging.delta import Deltas, read_deltas
+from peft_unlearn.folder.read import AdapterFolder, read_adapter
+from peft_unlearn.merging.delta import Deltas
 
 
 def folder_of(model: Any, path: Path) -> AdapterFolder:
@@ -47,10 +45,10 @@ def check(model: Any, plain: Any, path: Path) -> Deltas:
         weight = f"{name.replace('.base_layer', '')}.{parameter}"
         wanted = layer.get_delta_weight("default").detach()
         assert wanted.any()
-        assert torch.allclose(deltas.delta(weight), wanted, atol=1e-6, rtol=1e-5), weight
-        assert deltas.delta(weight).shape == layer.get_base_layer().get_parameter(parameter).shape
+        assert torch.allclose(delta(deltas, weight), wanted, atol=1e-6, rtol=1e-5), weight
+        assert delta(deltas, weight).shape == layer.get_base_layer().get_parameter(parameter).shape
         if not bare.adapted[weight].fused:
-            assert torch.equal(bare.delta(weight), deltas.delta(weight))
+            assert torch.equal(delta(bare, weight), delta(deltas, weight))
         seen.add(weight)
     assert seen == set(deltas) == set(bare)
     return deltas
@@ -107,7 +105,7 @@ def test_fused_experts_and_routers(family: str, tmp_path: Path) -> None:
     assert (row.rank, row.scaling, row.experts) == (2, 2.0, 8) and deltas.adapted[targets[1]].scaling == 3.0
     assert row.transposed == (family == "gpt_oss") and deltas.touched(targets[0]) == list(range(8))
     with pytest.raises(ValueError, match="not known without the model"):
-        Deltas(deltas.folder).delta(targets[0])
+        delta(Deltas(deltas.folder), targets[0])
 
 
 def test_an_expert_adapters_stock_form(tmp_path: Path) -> None:
@@ -124,7 +122,7 @@ def test_an_expert_adapters_stock_form(tmp_path: Path) -> None:
     wanted = dict(families.dense(plain, model).named_parameters())
     for name, parameter in plain.named_parameters():
         if name in deltas:
-            assert torch.allclose(parameter + deltas.delta(name), wanted[name], atol=1e-6), name
+            assert torch.allclose(parameter + delta(deltas, name), wanted[name], atol=1e-6), name
         else:
             assert torch.equal(parameter, wanted[name])
     assert deltas.touched("model.layers.1.mlp.experts.gate_up_proj") == [2, 5]
@@ -156,7 +154,7 @@ def test_a_shape_that_does_not_fit(base_dir: Path, tmp_path: Path) -> None:
 
 
 def test_only_what_moved_counts(base_dir: Path, adapter_dir: Path) -> None:
-    deltas = read_deltas(adapter_dir)
+    deltas = Deltas(read_adapter(adapter_dir))
     assert len(deltas) == 4 and all(deltas.touched(n) == [0] for n in deltas)
     a, b, s = deltas.factors("model.layers.0.self_attn.q_proj.weight")
-    assert s == 2.0 and torch.equal(deltas.delta("model.layers.0.self_attn.q_proj.weight"), (b * s) @ a)
+    assert s == 2.0 and torch.equal(delta(deltas, "model.layers.0.self_attn.q_proj.weight"), (b * s) @ a)

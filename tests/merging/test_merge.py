@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.digest import digest_checkpoint
 from peft_unlearn.folder.write import write_adapter
-from peft_unlearn.merging.merge import MergeRefused, merge
+from peft_unlearn.merging.merge import merge
+from peft_unlearn.merging.report import MergeRefused
 
 
 def test_float32_merge_equals_the_adapted_model(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
