@@ -42,11 +42,11 @@ Part = tuple[str | Path, float]
 
 @dataclass
 class Composition(Result):
-    """What was written. parts: of the sum, as the recipe has them. errors: weight -> |D - D_r| / |D| (Frobenius) where it was
+    """What was written. terms: of the sum, as the recipe has them. errors: weight -> |D - D_r| / |D| (Frobenius) where it was
     cut to a rank, else empty."""
 
     folder: AdapterFolder
-    parts: list[dict[str, Any]]
+    terms: list[dict[str, Any]]
     rank: int
     n_weights: int
     errors: dict[str, float] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Composition(Result):
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "out": str(self.folder.path), "adapter_id": self.folder.adapter_id, "parts": self.parts, "rank": self.rank,
+            "out": str(self.folder.path), "adapter_id": self.folder.adapter_id, "parts": self.terms, "rank": self.rank,
             "weights": self.n_weights, "errors": self.errors, "worst_error": max(self.errors.values(), default=None),
             "probes": self.probed,
         }  # fmt: skip
@@ -62,7 +62,7 @@ class Composition(Result):
     def __str__(self) -> str:
         terms = " ".join(
             f"{p['weight']:+g} {p['name']}" + (f" (at its scale {p['scale']:g})" if p["scale"] != 1 else "")
-            for p in self.parts
+            for p in self.terms
         )
         head = f"{self.folder.path}: {terms}, rank {self.rank}, {self.n_weights} weights, {self.folder.adapter_id[:19]}"
         rows = [(name, f"{error:.2e}") for name, error in self.errors.items()]
