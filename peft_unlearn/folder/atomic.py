@@ -39,11 +39,15 @@ def fsync_tree(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole: a neighbour is written and flushed, then renamed over `path`. `UserError` where there is no room."""
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with room_for(path):
-            part.write_text(text, encoding="utf-8")
+            part.write_bytes(content)
             fsync_path(part)
             os.replace(part, path)
     finally:
@@ -76,12 +80,12 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def room_for(out: Path) -> Iterator[None]:
-    """Make a full disk a `UserError` about `out`; safetensors tells of one only in the words of its own error."""
+    """Make a full disk a `UserError` about `out`; safetensors names it only in the text of its own error."""
     try:
         yield
     except Exception as e:
-        said = re.search(r"\(os error (\d+)\)", str(e))
-        number = e.errno if isinstance(e, OSError) else int(said[1]) if said else None
+        named = re.search(r"\(os error (\d+)\)", str(e))
+        number = e.errno if isinstance(e, OSError) else int(named[1]) if named else None
         if number not in _NO_ROOM:
             raise
         raise UserError(f"{out}: cannot be written ({os.strerror(number)}); what stood there is as it was.") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data import embedded
 from ..errors import UserError
 from .fetch import snapshot
 from .manifest import BaseRef, path_like
@@ -34,10 +35,7 @@ def resolve_base(ref: str | Path | None, override: str | Path | None = None, rev
 
 def _find(text: str, revision: str | None, what: str) -> Path:
     if text.startswith("embedded:"):
-        from ..data import embedded
-
-        name = text.removeprefix("embedded:").partition("?")[0]
-        return Path(embedded.base_path(name))
+        return embedded.base_path(text.removeprefix("embedded:").partition("?")[0])
     folder = Path(text).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -47,22 +45,8 @@ def _find(text: str, revision: str | None, what: str) -> Path:
         raise UserError(f"{what} {text}: is a file; name the folder of the model.")
     if path_like(text) or text.count("/") > 1:
         raise UserError(f"{what} {text}: no such folder.")
-    return _from_hub(text, revision, what)
-
-
-def _from_hub(hub_id: str, revision: str | None, what: str) -> Path:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return snapshot(hub_id, revision, _HUB_FILES)
-    except HFValidationError:
-        raise UserError(f"{what} {hub_id!r}: neither a folder, nor a Hub id, nor embedded:NAME; see --base.") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        at = f" at {revision[:12]}" if revision else ""
-        raise UserError(
-            f"{what} {hub_id!r}{at}: no such folder here, not in the local Hub cache, and the Hub could not give it "
-            f"({type(e).__name__}); say where the model is with --base."
-        ) from None
+    hint = "; say where the model is with --base (a folder, a Hub id, or embedded:people)"
+    return snapshot(what, text, revision, _HUB_FILES, hint=hint)
 
 
 def base_reference(given: str | Path, path: str | Path, digest: str, digest_targeted: str | None = None) -> BaseRef:

@@ -238,12 +238,12 @@ def _origin(method: dict[str, Any]) -> list[list[str]]:
     if not isinstance(parts, list):
         return [["objectives", code(_flat(method["terms"])) if method.get("terms") else "not stated"]]
     rows = [p for p in parts if isinstance(p, dict)]
-    said = [
+    summed = [
         f"{code(str(p.get('weight')))} times {inline(str(p.get('name')))}, {code(str(p.get('adapter')))}" for p in rows
     ]
     worst = method.get("worst_error")
     cut = [["cut to its rank", f"relative error at most {worst:.2g}"]] if isinstance(worst, int | float) else []
-    return [["sum of", "; ".join(said) or "not stated"], *cut]
+    return [["sum of", "; ".join(summed) or "not stated"], *cut]
 
 
 _PARTS = ("rule", "smoothing", "step_size", "averaging", "negate")
@@ -251,7 +251,7 @@ _PARTS = ("rule", "smoothing", "step_size", "averaging", "negate")
 
 def _scale(m: Manifest) -> str:
     baked = m.method.get("baked_scale")
-    return f"{m.scale:g}" + (f" ({float(baked):g} of the trained strength is baked into lora_alpha)" if baked else "")
+    return f"{m.scale:g}" + (f" ({float(baked):g} of the trained scale is baked into lora_alpha)" if baked else "")
 
 
 def _flat(value: Any) -> str:

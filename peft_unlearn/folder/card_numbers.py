@@ -1,6 +1,6 @@
-"""The card's table: what was measured of base, adapter, merged and quantized forms, attacked adapter and retain-only model.
+"""The card's table: what was measured of base, adapter, merged and quantized forms, attacked adapter and retain model.
 
-A row nobody measured says how to measure it; a value that could not be had says why. Nothing is computed here.
+A row nobody measured says how to measure it; a value that is absent says why. Nothing is computed here.
 """
 
 from __future__ import annotations
@@ -14,24 +14,29 @@ _FORGET = ("value_accuracy", "extraction_strength", "accuracy", "rouge_l_recall"
 _RETAIN = ("retain/value_accuracy", "retain/accuracy", "retain/rouge_l_recall", "retain/probability",
            "general/value_accuracy", "general/accuracy", "general/probability")  # fmt: skip
 _WHOLE = ("model_utility", "forget/forget_quality")
-_NAMES = {"base": "base model", "adapter": "**with this adapter**", "retain_only": "retain-only model"}
+_NAMES = {"base": "base model", "adapter": "**with this adapter**", "retain_only": "retain model"}
 QUANTIZED = {"bf16": "merged, bfloat16", "int8": "merged, int8", "int4": "merged, int4"}
 
 
 def columns(evaluation: dict[str, Any] | None) -> list[str]:
-    """The metrics that the card shows, in order."""
-    subjects = (evaluation or {}).get("subjects") or {}
-    known = list(dict.fromkeys(m for name in ("adapter", *subjects) for m in subjects.get(name) or {}))
-    if not known:  # attacks alone were run
-        found = [
-            ((r.get("subjects") or {}).get("adapter") or {}).get("after") or {} for r in _attacks(evaluation or {})
-        ]
-        known = [f"forget/{m}" for m in dict.fromkeys(m for after in found for m in after)]
+    """The metrics that the card shows, in order: of the forget set, of what is to be kept, summaries."""
+    known = _measured(evaluation or {})
     forget = [m for m in (f"forget/{f}" for f in _FORGET) if m in known][:3]
-    keep = [m for m in _RETAIN if m in known]
-    keep = [*[m for m in keep if m.startswith("retain/")][:1], *[m for m in keep if m.startswith("general/")][:1]]
-    chosen = [*forget, *keep, *(m for m in _WHOLE if m in known)]
+    keep = [next((m for m in _RETAIN if m in known and m.startswith(group)), "") for group in ("retain/", "general/")]
+    chosen = [*forget, *(m for m in keep if m), *(m for m in _WHOLE if m in known)]
     return chosen or known[:6]
+
+
+def _measured(evaluation: dict[str, Any]) -> list[str]:
+    """Every metric that was measured, the adapter's first; where attacks alone were run, what these measured."""
+    subjects = evaluation.get("subjects") or {}
+    known = dict.fromkeys(m for name in ("adapter", *subjects) for m in subjects.get(name) or {})
+    return list(known or dict.fromkeys(f"forget/{m}" for r in _attacks(evaluation) for m in _of_adapter(r, "after")))
+
+
+def _of_adapter(attack: dict[str, Any], when: str) -> dict[str, Any]:
+    """The adapter's values before or after an attack."""
+    return ((attack.get("subjects") or {}).get("adapter") or {}).get(when) or {}
 
 
 def numbers(evaluation: dict[str, Any] | None, adapter_id: str | None) -> list[str]:
@@ -68,12 +73,8 @@ def _attacks(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     whole = evaluation.get("attacks")
     if not isinstance(whole, dict):
         return []
-    inside = whole.get("attacks", whole)
-    return [
-        {"attack": label.partition(":")[0], **record, "label": label}
-        for label, record in inside.items()
-        if isinstance(record, dict)
-    ]
+    found = {label: record for label, record in whole.get("attacks", whole).items() if isinstance(record, dict)}
+    return [{"attack": label.partition(":")[0], **record, "label": label} for label, record in found.items()]
 
 
 def _setting(record: dict[str, Any], name: str) -> Any:
@@ -99,11 +100,8 @@ def _value(value: Any, interval: Any = None) -> str:
 def _subject(evaluation: dict[str, Any], name: str, shown: list[str], notes: list[str]) -> list[str]:
     values = (evaluation.get("subjects") or {}).get(name)
     if not values:
-        why = (
-            ": `peft-unlearn eval FOLDER`"
-            if not evaluation.get("subjects")
-            else ": there is none for this base" * (name == "retain_only")
-        )
+        none = ": there is none for this base" * (name == "retain_only")
+        why = none if evaluation.get("subjects") else ": `peft-unlearn eval FOLDER`"
         return [_NAMES[name], f"not measured{why}"]
     details = (evaluation.get("details") or {}).get(name) or {}
     cells = []
@@ -117,23 +115,18 @@ def _subject(evaluation: dict[str, Any], name: str, shown: list[str], notes: lis
 
 def _attacked(label: str, record: dict[str, Any], shown: list[str], notes: list[str]) -> list[str]:
     """Attacks score part of the forget set and nothing else: their other cells stay empty."""
-    found = (record.get("subjects") or {}).get("adapter") or {}
-    after = found.get("after") or {}
-    cells = [_value(after[m.removeprefix("forget/")]) if m.removeprefix("forget/") in after and m.startswith("forget/")
-             else "" for m in shown]  # fmt: skip
+    after = {f"forget/{m}": value for m, value in _of_adapter(record, "after").items()}
+    cells = [_value(after[m]) if m in after else "" for m in shown]
     if not after:
         why = (record.get("reasons") or {}).get("adapter") or "no value was stored"
         return [inline(label), f"not measured: {inline(why)}", *[""] * (len(shown) - 1)]
-    share = ((record.get("recovery") or {}).get("adapter")) or {}
+    share = (record.get("recovery") or {}).get("adapter") or {}
     measure = next((m for m in _FORGET if (share.get(m) or {}).get("value") is not None), None)
     if measure is None:
         reasons = [s["reason"] for s in share.values() if isinstance(s, dict) and s.get("reason")]
         notes.extend(f"{inline(label)}, recovered: {inline(r)}" for r in reasons[:1])
-    return [
-        inline(label),
-        *cells,
-        "–" if measure is None else _value(share[measure]["value"], share[measure].get("ci95")),
-    ]
+    recovered = share[measure] if measure is not None else {}
+    return [inline(label), *cells, _value(recovered.get("value"), recovered.get("ci95"))]
 
 
 def _unmeasured(label: str, attack: str, shown: list[str]) -> list[str]:
@@ -141,6 +134,19 @@ def _unmeasured(label: str, attack: str, shown: list[str]) -> list[str]:
 
 
 def _explained(evaluation: dict[str, Any], attacks: list[dict[str, Any]], notes: list[str]) -> list[str]:
+    """What the table's numbers are, as one paragraph; below it why values are absent."""
+    lines = [_suite(evaluation)]
+    if (scale := evaluation.get("scale")) is not None:
+        lines.append(f"Measured at scale {inline(scale)}.")
+    lines += _settings_of_attacks(attacks)
+    found = evaluation.get("calibration")
+    if isinstance(found, dict) and "scale" in found:
+        lines.append(f"Calibration of the scale chose {_value(found['scale'])}." if found["scale"] is not None
+                     else "Calibration found no scale that keeps the retain set.")  # fmt: skip
+    return [" ".join(lines), *(["", *(f"- {n}" for n in dict.fromkeys(notes))] if notes else []), ""]
+
+
+def _suite(evaluation: dict[str, Any]) -> str:
     suite = evaluation.get("suite")
     details = (evaluation.get("details") or {}).get("adapter") or {}
     counts: dict[str, int] = {}
@@ -148,28 +154,24 @@ def _explained(evaluation: dict[str, Any], attacks: list[dict[str, Any]], notes:
         if isinstance(about, dict) and isinstance(about.get("n"), int):
             counts.setdefault(metric.partition("/")[0], about["n"])
     rows = ", ".join(f"{inline(k)} {v}" for k, v in counts.items() if k in ("forget", "retain", "general"))
-    lines = [(f"Suite {code(suite, cell=False)}" if suite else "Numbers") + (f" (rows: {rows})" if rows else "")
-             + "; in parentheses 95 % intervals by bootstrap over rows."]  # fmt: skip
-    if (scale := evaluation.get("scale")) is not None:
-        lines.append(f"Measured at scale {inline(scale)}.")
-    alike: dict[str, list[str]] = {}  # attacks on the same rows from the same start share a sentence
+    head = (f"Suite {code(suite, cell=False)}" if suite else "Numbers") + (f" (rows: {rows})" if rows else "")
+    return f"{head}; in parentheses 95 % intervals by bootstrap over rows."
+
+
+def _settings_of_attacks(attacks: list[dict[str, Any]]) -> list[str]:
+    """Attacks on the same rows from the same start share a sentence."""
+    alike: dict[str, list[str]] = {}
     for record in attacks:
         settings = ", ".join(f"{k} {v}" for k, v in (record.get("settings") or {}).items() if v is not None)
-        now = ((record.get("subjects") or {}).get("adapter") or {}).get("before") or {}
+        now = _of_adapter(record, "before")
         before = next((f"{m.replace('_', ' ')} {_value(now[m])}" for m in _FORGET if m in now), None)
         where = f"{inline(record.get('n', '?'))} rows that the attacker did not see"
         where += f", where the adapter stands at {before} before the attack" if before else ""
         name = code(record["label"], cell=False)
         alike.setdefault(where, []).append(f"{name} ({inline(settings)})" if settings else name)
-    lines += [f"On {where}: {', '.join(names)}." for where, names in alike.items()]
-    if attacks:
-        lines.append("Recovered: (after − before) / (base − before); 1 is as if nothing had been forgotten.")
-    found = evaluation.get("calibration")
-    if isinstance(found, dict) and "scale" in found:
-        chosen = found["scale"]
-        lines.append(f"Calibration of the scale chose {_value(chosen)}." if chosen is not None
-                     else "Calibration found no scale that keeps the retain set.")  # fmt: skip
-    return [" ".join(lines), *(["", *(f"- {n}" for n in dict.fromkeys(notes))] if notes else []), ""]
+    lines = [f"On {where}: {', '.join(names)}." for where, names in alike.items()]
+    recovered = "Recovered: (after − before) / (base − before); 1 is as if nothing had been forgotten."
+    return [*lines, recovered] if attacks else []
 
 
 def headline(evaluation: dict[str, Any] | None, adapter_id: str | None) -> list[tuple[str, float]]:

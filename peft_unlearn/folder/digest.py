@@ -26,13 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .safetensors_io import TensorEntry, checkpoint_tensors
-
-_TORCH = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+from .safetensors_io import TORCH_NAMES, TensorEntry, checkpoint_tensors
 
 
 @dataclass
@@ -108,27 +102,10 @@ def _pick(tensors: dict[str, TensorEntry], modules: Iterable[str] | None, where:
     return picked
 
 
-def tensor_hashes(checkpoint_dir: str | Path, modules: Iterable[str] | None = None) -> dict[str, str]:
-    """On-disk name -> sha256 of that tensor's bytes: what to compare when two digests differ."""
-    picked = _pick(checkpoint_tensors(checkpoint_dir), modules, checkpoint_dir)
-    return {n: _sha_on_disk(e) for n, e in picked.items()}
-
-
 def digest_checkpoint(checkpoint_dir: str | Path, modules: Iterable[str] | None = None) -> str:
     """The digest (64 hex digits) of a checkpoint folder, single file or sharded; with `modules`, of those alone."""
     picked = _pick(checkpoint_tensors(checkpoint_dir), modules, checkpoint_dir)
     return combined({n: (e.dtype, e.shape, _sha_on_disk(e)) for n, e in picked.items()})
-
-
-def digest_targeted(
-    source: nn.Module | str | Path, modules: Iterable[str], checkpoint_dir: str | Path | None = None
-) -> str | None:
-    """The digest of the weights under adapters alone; None: cannot tell. A live model needs `checkpoint_dir`."""
-    if isinstance(source, nn.Module):
-        if checkpoint_dir is None:
-            raise ValueError("digest_targeted of a live model needs checkpoint_dir")
-        return digest_live(source, checkpoint_dir, modules).digest
-    return digest_checkpoint(source, modules)
 
 
 def digest_live(model: nn.Module, checkpoint_dir: str | Path, modules: Iterable[str] | None = None) -> LiveDigest:
@@ -169,7 +146,7 @@ def digest_live(model: nn.Module, checkpoint_dir: str | Path, modules: Iterable[
 
 def _compare(tensor: Tensor, entry: TensorEntry, disk_sha: str) -> tuple[str, str | None]:
     """("same" | "changed" | why one cannot tell, sha256 of the live value in the on-disk dtype where it has one)."""
-    dtype = _TORCH.get(entry.dtype)
+    dtype = getattr(torch, TORCH_NAMES.get(entry.dtype, ""), None)
     if dtype is None:
         return f"its on-disk dtype {entry.dtype} is not known here", None
     if tensor.is_meta:
@@ -185,9 +162,7 @@ def _compare(tensor: Tensor, entry: TensorEntry, disk_sha: str) -> tuple[str, st
     if sha == disk_sha:
         return "same", sha
     # Different bytes: is it what loading this file into the live dtype gives anyway?
-    raw = bytearray(entry.read())
-    disk = torch.frombuffer(raw, dtype=dtype).reshape(entry.shape) if raw else torch.empty(entry.shape, dtype=dtype)
-    if tensor.dtype != dtype and _same_bits(disk.to(tensor.dtype), tensor):
+    if tensor.dtype != dtype and _same_bits(entry.tensor().to(tensor.dtype), tensor):
         return f"loading it as {str(tensor.dtype).removeprefix('torch.')} rounded it; load the base as float32", None
     return "changed", sha
 
@@ -200,8 +175,13 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
 
 
+def _inner(model: Any) -> Any:
+    """The base itself, where `model` is a PeftModel around it."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
 def _quantized(model: nn.Module) -> bool:
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = _inner(model)
     return bool(getattr(inner, "is_quantized", False)) or getattr(inner, "hf_quantizer", None) is not None
 
 
@@ -213,24 +193,22 @@ def adapter_modules(model: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
 
 
+_WRAPPED = ("base_layer", "original_module")  # what PEFT's modules call the weights of the base inside them
+
+
+def _plain(live_name: str) -> str:
+    """The name that a tensor or module of the base has without PEFT."""
+    return ".".join(p for p in live_name.split(".") if p not in _WRAPPED).removeprefix("base_model.model.")
+
+
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The base's persistent tensors by the name they have without PEFT; adapters' own tensors are left out."""
-    wrapped = adapter_modules(model)
-    out: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        plain = name
-        # From the outermost wrapper inwards: what is not its base_layer or original_module belongs to an adapter.
-        for at in sorted((w for w in wrapped if name.startswith(f"{w}.")), key=len):
-            inside = name[len(at) + 1 :].split(".")
-            if inside[0] not in ("base_layer", "original_module"):
-                plain = ""
-                break
-        if plain:
-            parts = [p for p in plain.split(".") if p not in ("base_layer", "original_module")]
-            if parts[:2] == ["base_model", "model"]:
-                parts = parts[2:]
-            out[".".join(parts)] = tensor
-    return out
+    wrapped = [f"{name}." for name in adapter_modules(model)]
+    return {
+        _plain(name): tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if all(name[len(w) :].split(".")[0] in _WRAPPED for w in wrapped if name.startswith(w))
+    }
 
 
 def _by_disk_name(model: nn.Module, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
@@ -242,7 +220,7 @@ def _by_disk_name(model: nn.Module, entries: Mapping[str, TensorEntry]) -> dict[
     live = base_tensors(model)
     if all(name in live for name in entries):
         return live
-    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    inner = _inner(model)
     try:
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -260,8 +238,7 @@ def _by_disk_name(model: nn.Module, entries: Mapping[str, TensorEntry]) -> dict[
 
 
 def _unused_patterns(model: nn.Module) -> list[str]:
-    inner: Any = getattr(model, "get_base_model", lambda: model)()
-    return sorted(getattr(inner, "_keys_to_ignore_on_load_unexpected", None) or [])
+    return sorted(getattr(_inner(model), "_keys_to_ignore_on_load_unexpected", None) or [])
 
 
 def _account_for_extra(
@@ -282,7 +259,7 @@ def _account_for_extra(
 
 def _tied(model: nn.Module) -> dict[str, str]:
     """Name of a tied tensor -> name of the one it is tied to, as the model's class declares them."""
-    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    inner = _inner(model)
     tied = getattr(inner, "_tied_weights_keys", None)
     config = getattr(inner, "config", None)
     return dict(tied) if isinstance(tied, dict) and getattr(config, "tie_word_embeddings", False) else {}
@@ -299,8 +276,7 @@ def targeted_names(model: nn.Module, adapter: str | None = None) -> list[str]:
         holds: Any = getattr(module, "_all_available_adapter_names", None)
         if holds is None or (adapter is not None and adapter not in holds()):
             continue
-        parts = [p for p in live_name.split(".") if p != "base_layer"]
-        name = ".".join(parts[2:] if parts[:2] == ["base_model", "model"] else parts)
+        name = _plain(live_name)
         parameter = getattr(module, "parameter_name", None)
         names.add(f"{name}.{parameter}" if parameter else tied.get(name, name))
     return sorted(names)

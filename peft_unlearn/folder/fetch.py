@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ..errors import UserError
@@ -61,7 +63,10 @@ def resolve_adapter(ref: str | Path, revision: str | None = None) -> Path:
         raise UserError(f"{text}: no such folder, and not a Hub id (OWNER/NAME, or OWNER/NAME@COMMIT) either.")
     if commit is not None and revision is not None and commit != revision:
         raise UserError(f"adapter {text}: two revisions are given, {commit} and {revision}.")
-    found = _from_hub(hub_id, commit or revision)
+    revision = commit or revision
+    # What an interrupted download left is a folder too.
+    cached = lambda folder: all((folder / n).is_file() for n in _NEEDED)  # noqa: E731
+    found = _pinned(snapshot("adapter", hub_id, revision, FILES, cached), revision)
     missing = [n for n in _NEEDED if not (found / n).is_file()]
     if missing:
         raise UserError(
@@ -79,42 +84,41 @@ def commit_of(folder: str | Path) -> str | None:
     return None
 
 
-def _from_hub(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        # What an interrupted download left is a folder too.
-        return _pinned(snapshot(hub_id, revision, FILES, lambda f: all((f / n).is_file() for n in _NEEDED)), revision)
-    except HFValidationError:
-        raise UserError(f"adapter {hub_id!r}: neither a folder nor a Hub id.") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        at = f" at {revision}" if revision else ""
-        raise UserError(
-            f"adapter {hub_id!r}{at}: no such folder here, not in the local Hub cache, and the Hub could not give it "
-            f"({type(e).__name__})."
-        ) from None
-
-
 def snapshot(
-    hub_id: str, revision: str | None, patterns: Sequence[str], whole: Callable[[Path], bool] = lambda _: True
+    what: str,
+    hub_id: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    whole: Callable[[Path], bool] = lambda _: True,
+    hint: str = "",
 ) -> Path:
     """The files of a repository: from the local cache where they are `whole` there or the network is off, else from the Hub.
 
-    Raises what `huggingface_hub.snapshot_download` raises.
+    Args:
+        what: names the repository's part in messages ("adapter"); hint: ends them.
+
+    Raises:
+        UserError: not a Hub id, or neither cached nor given by the Hub.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-    wanted = list(patterns)
+    get = partial(snapshot_download, hub_id, revision=revision, allow_patterns=list(patterns))
     try:
-        found = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, local_files_only=True))
-        if offline or whole(found):
-            return found
-    except LocalEntryNotFoundError:
-        if offline:
-            raise
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+        with suppress(*(() if offline else (LocalEntryNotFoundError,))):
+            found = Path(get(local_files_only=True))
+            if offline or whole(found):
+                return found
+        return Path(get())
+    except HFValidationError:
+        raise UserError(f"{what} {hub_id!r}: neither a folder nor a Hub id{hint}.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        at = f" at {revision}" if revision else ""
+        raise UserError(
+            f"{what} {hub_id!r}{at}: no such folder here, not in the local Hub cache, and the Hub could not give it "
+            f"({type(e).__name__}){hint}."
+        ) from None
 
 
 def _pinned(found: Path, revision: str | None) -> Path:

@@ -174,11 +174,11 @@ _MANIFEST = s.record(
 def _check(raw: dict[str, Any], where: str) -> None:
     """`Manifest.check` of its fields as plain values."""
     errors = Errors()
+    stored: dict[str, Any] = raw.get("probes") or {}
     _MANIFEST(raw, "", errors)
     if not errors.messages:  # of the right shape, so that what the fields mean together can be looked at
         _check_base(raw["base"], errors)
-        stored = raw.get("probes")
-        for side in ("base", "adapter") if stored is not None else ():
+        for side in ("base", "adapter") if stored else ():
             _check_probe_rows(side, stored[side], stored["prompts"], errors)
     for place, value in _leaves(raw, ""):
         if isinstance(value, float) and not math.isfinite(value):

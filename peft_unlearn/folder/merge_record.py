@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from .read import read_json
 
 RECORD = "forget-merge.json"
 """Says that a folder is a merged model, of which base and adapters; nothing that loads models reads it."""
@@ -22,13 +22,3 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     """What `forget-merge.json` says, or None where there is none: the folder is not a model merged by this package."""
     path = Path(folder) / RECORD
     return read_json(path) if path.is_file() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: cannot be read as JSON ({e}).") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object.")
-    return value

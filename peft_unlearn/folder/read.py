@@ -48,13 +48,14 @@ def read_adapter(folder: str | Path, check_hashes: bool = True) -> AdapterFolder
         what = "is a file, not an adapter folder" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {what}.")
     _check_present(folder)
-    config = _json_object(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if not isinstance(config.get("peft_type"), str):
         raise UserError(f"{folder / CONFIG}: no `peft_type`; this is not the configuration of a PEFT adapter.")
     check_weights(folder / WEIGHTS, config)
     manifest = Manifest.from_text(read_text(folder / MANIFEST), str(folder / MANIFEST))
     recipe = parse_recipe(read_text(folder / RECIPE), str(folder / RECIPE))
-    evaluation = _json_object(folder / EVAL) if (folder / EVAL).is_file() else None
+    hint = " Delete it, and `peft-unlearn eval` makes it anew."
+    evaluation = read_json(folder / EVAL, hint) if (folder / EVAL).is_file() else None
     for name, sha in manifest.files.items():
         if not plain_name(name):
             raise UserError(f"{folder / MANIFEST}: the file name {name!r} leaves the folder; refused.")
@@ -88,17 +89,17 @@ def _check_present(folder: Path) -> None:
     raise UserError(f"{folder}: not a forget adapter: {', '.join(missing)} missing.")
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    """The object in a JSON file; `hint` ends the message where there is none."""
     text = read_text(path)
     if not text.strip():
-        raise UserError(f"{path}: the file is empty.")
+        raise UserError(f"{path}: the file is empty.{hint}")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
-        mend = " Delete it, and `peft-unlearn eval` makes it anew." if path.name == EVAL else ""
-        raise UserError(f"{path}: not JSON ({e}).{mend}") from None
+        raise UserError(f"{path}: not JSON ({e}).{hint}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object.")
+        raise UserError(f"{path}: expected a JSON object.{hint}")
     return value
 
 

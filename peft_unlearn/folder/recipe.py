@@ -81,20 +81,14 @@ def portable_recipe(recipe: dict[str, Any], base_ref: str, data_hashes: dict[str
     out = {k: v for k, v in copy.deepcopy(recipe).items() if k in TOP_LEVEL}
     if "base" in out:
         out["base"] = base_ref
-    hashes = data_hashes or {}
+    hashed = {name: f"sha256:{sha}" for name, sha in (data_hashes or {}).items()}
     data = out.get("data")
-    if isinstance(data, dict) and isinstance(data.get("bundle"), str) and is_file_reference(data["bundle"]):
-        del data["bundle"]
-        data.update({name: f"sha256:{sha}" for name, sha in hashes.items()})
     if isinstance(data, str) and is_file_reference(data):
-        out["data"] = {name: f"sha256:{sha}" for name, sha in hashes.items()}
+        out["data"] = hashed
     elif isinstance(data, dict):
-        for name, value in list(data.items()):
-            if isinstance(value, str) and is_file_reference(value):
-                if name in hashes:
-                    data[name] = f"sha256:{hashes[name]}"
-                else:
-                    del data[name]
+        files = [k for k, v in data.items() if isinstance(v, str) and is_file_reference(v)]
+        found = {k: hashed[k] if k in files else v for k, v in data.items() if k not in files or k in hashed}
+        out["data"] = found | (hashed if "bundle" in files else {})
     return _without_paths(out)
 
 

@@ -1,4 +1,4 @@
-"""Changing an adapter's strength on disk: in forget.json alone, or baked into what plain PEFT reads."""
+"""Changing an adapter's scale on disk: in forget.json alone, or baked into what plain PEFT reads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bake(folder: str | Path, scale: float, probes: Probes | None = None) -> Adap
     forget.json then says scale 1, names the factor under method.baked_scale, and has the new files' hashes; a second baking
     multiplies. The weights stay as they are, and so does the adapter's id. The folder is replaced as a whole.
 
-    probes: those at the new strength; None drops the manifest's, whose adapter half would no longer be true.
+    probes: those at the new scale; None drops the manifest's, whose adapter half would no longer be true.
     """
     found = read_adapter(folder)
     scale = _checked(scale)

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..reporting.document import Part, Picture, to_html, to_markdown
 from ..reporting.result import Result
+from .atomic import write_bytes
 
 KINDS = (".html", ".md", ".json", ".png")
 
@@ -32,9 +33,7 @@ def write_file(out: str | Path, content: bytes | str) -> Path:
         raise UserError(f"{path}: is a folder; name a file.")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        part.replace(path)
+        write_bytes(path, content.encode("utf-8") if isinstance(content, str) else content)
     return path
 
 

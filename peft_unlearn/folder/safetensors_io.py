@@ -54,9 +54,6 @@ class TensorEntry:
                 left -= len(piece)
                 yield piece
 
-    def read(self) -> bytes:
-        return b"".join(self.chunks())
-
     def tensor(self) -> Any:
         """The tensor itself (torch), in memory of its own: nothing of the file stays mapped."""
         import torch

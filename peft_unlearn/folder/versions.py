@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("peft-unlearn", "torch", "transformers", "peft", "accelerate", "safetensors")
+TRAINING = ("peft-unlearn", "torch", "transformers", "peft", "accelerate", "safetensors")
 MEASURING = ("peft-unlearn", "torch", "transformers", "peft", "numpy", "scipy", "rouge-score")
 
 
-def versions() -> dict[str, str]:
-    """Package -> version, "source" for what is not installed as a package."""
-    out = {}
-    for package in PACKAGES:
-        try:
-            out[package] = version(package)
-        except PackageNotFoundError:
-            out[package] = "source"
-    return out
-
-
-def installed_versions() -> dict[str, str]:
-    """Package -> version of what a measurement depends on; what is not installed is left out."""
+def versions(packages: Iterable[str] = TRAINING, missing: str | None = "source") -> dict[str, str]:
+    """Package -> version; what is not installed as a package is called `missing`, or left out where that is None."""
     found = {}
-    for package in MEASURING:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            continue
+            if missing is not None:
+                found[package] = missing
     return found
+
+
+installed_versions = partial(versions, MEASURING, None)

@@ -12,7 +12,7 @@ from tinyfolder import adapted, save_base
 
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.base import load_base
-from peft_unlearn.folder.digest import digest_checkpoint, digest_live, digest_targeted, targeted_names
+from peft_unlearn.folder.digest import digest_checkpoint, digest_live, targeted_names
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -87,19 +87,19 @@ def test_targeted_sees_only_its_modules(base_dir: Path) -> None:
     model = adapted(base_dir)
     names = targeted_names(model)
     assert len(names) == 4 and all(n.endswith(("q_proj", "down_proj")) for n in names)
-    want = digest_targeted(base_dir, names)
-    assert digest_targeted(model, names, base_dir) == want != digest_checkpoint(base_dir)
+    want = digest_checkpoint(base_dir, names)
+    assert digest_live(model, base_dir, names).digest == want != digest_checkpoint(base_dir)
     model.base_model.model.lm_head.weight.data[0, 0] += 1
-    assert digest_targeted(model, names, base_dir) == want
+    assert digest_live(model, base_dir, names).digest == want
     with pytest.raises(UserError, match="no tensor on disk for nowhere"):
-        digest_targeted(base_dir, ["nowhere"])
+        digest_checkpoint(base_dir, ["nowhere"])
 
 
 def test_an_adapted_tied_head_is_found_under_the_name_on_disk(tmp_path: Path) -> None:
     path = save_base(tmp_path / "b", tie=True)
     model = get_peft_model(load_base(path), LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
     assert targeted_names(model) == ["model.embed_tokens"]
-    assert digest_targeted(model, targeted_names(model), path) == digest_targeted(path, ["model.embed_tokens"])
+    assert digest_live(model, path, targeted_names(model)).digest == digest_checkpoint(path, ["model.embed_tokens"])
     assert digest_live(model, path).verdict == "same"
 
 

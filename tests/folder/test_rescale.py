@@ -1,4 +1,4 @@
-"""The strength of an adapter on disk: forget.json whole at every moment, and a baked one that plain PEFT runs as it was dialed."""
+"""The scale of an adapter on disk: forget.json whole at every moment, and a baked one that plain PEFT runs as it was calibrated."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_scale_is_written_and_used_and_the_adapter_stays_the_same_one(made):
     assert torch.equal(logits(plain_peft(base, old.path)), before)  # lora_alpha is untouched
 
 
-def test_baking_gives_plain_peft_the_dialed_model(made):
+def test_baking_gives_plain_peft_the_calibrated_model(made):
     base, old = made
     stack = ForgetModel.from_pretrained(base, old.path)
     stack.scale("default", 0.37)

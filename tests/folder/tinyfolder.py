@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_unlearn.folder.base import base_reference, load_base
-from peft_unlearn.folder.digest import digest_checkpoint, digest_targeted, targeted_names
+from peft_unlearn.folder.digest import digest_checkpoint, targeted_names
 from peft_unlearn.folder.manifest import Manifest, probes
 from peft_unlearn.folder.write import write_adapter
 
@@ -62,7 +62,7 @@ def randomize(model: Any, seed: int, size: float = 0.05) -> None:
 
 def manifest_for(model: Any, base_dir: Path, **more: Any) -> Manifest:
     digest = digest_checkpoint(base_dir)
-    ref = base_reference(str(base_dir), base_dir, digest, digest_targeted(base_dir, targeted_names(model)))
+    ref = base_reference(str(base_dir), base_dir, digest, digest_checkpoint(base_dir, targeted_names(model)))
     return Manifest(
         base=ref,
         method={"terms": RECIPE["terms"], "rule": {"sum": {}}},
