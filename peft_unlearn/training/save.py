@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from ..data.formats import layout_of
 from ..errors import UserError
 from ..folder.base import base_reference, peft_base_name, resolve_base
-from ..folder.digest import digest_checkpoint, digest_targeted, targeted_names
+from ..folder.digest import digest_checkpoint, targeted_names
 from ..folder.manifest import BaseRef, Manifest, probes
 from ..folder.read import AdapterFolder
 from ..folder.versions import versions
@@ -97,7 +97,7 @@ def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any],
 def _digest_of(base_dir: Path, modules: list[str]) -> str | None:
     """Digest of the weights under the adapter; None where the files call them otherwise (Mixtral's experts): cannot tell."""
     try:
-        return digest_targeted(base_dir, modules)
+        return digest_checkpoint(base_dir, modules)
     except UserError:
         return None
 
