@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from ..errors import UserError
 from .quick import best_metric, pick, read
 
+Metrics = dict[str, float] | None
 BEST = "eval_forget_at_floor"  # set metric_for_best_model to this, greater_is_better to False
 
 
@@ -28,14 +29,7 @@ class ForgetAtFloor(TrainerCallback):
             raise UserError(f"the retain floor is a share of the base's own value, between 0 and 1, not {floor!r}")
         self.base, self.floor, self.metric = dict(base), floor, metric
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Metrics = None, **kwargs: Any) -> None:
         if metrics is not None:
             metrics[BEST] = best_metric(metrics, self.floor, self.base, self.metric)
 
@@ -64,14 +58,7 @@ class StopOn(TrainerCallback):
         self.reason: str | None = None
         self._agree = 0
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Metrics = None, **kwargs: Any) -> None:
         why = self.verdict(metrics or {})
         self._agree = self._agree + 1 if why else 0
         if why and self._agree >= self.patience:

@@ -27,7 +27,7 @@ from .subjects import (
     named_retain_model,
     stack_of,
     subjects_on,
-)
+)  # fmt: skip
 
 LAYOUTS = ("eval", "open-unlearning")
 

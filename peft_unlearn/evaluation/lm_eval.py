@@ -8,11 +8,14 @@ Source: https://github.com/EleutherAI/lm-evaluation-harness
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from .score import Subject
 from .teacher import evaluating
 
 INSTALL = "lm-eval is not installed: pip install 'peft-unlearn[eval]'"
+SEED = 0  # of lm-eval's few-shot draws
+BATCH_SIZE = 16
 
 
 def run_tasks(
@@ -30,12 +35,6 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 16,
-    max_length: int | None = None,
-    include_path: str | Path | None = None,
-    apply_chat_template: bool = False,
-    seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The block "lm_eval" of a report.
@@ -44,10 +43,6 @@ def run_tasks(
         subjects: as for `score`: name -> what opens the model; None gives null.
         tasks: names of tasks, groups or tags of lm-eval, or paths of task YAML files.
         limit: at most so many documents of each task, the first ones (lm-eval's own rule).
-        num_fewshot: examples before each document; default the task's own.
-        max_length: longest input in tokens; default what the model's configuration says.
-        include_path: a folder with further task YAML files.
-        seed: of lm-eval's few-shot draws.
 
     Returns:
         {"tasks": [..], "settings": {..}, "version": lm-eval's, "subjects": {name: {task: {metric: value}} | null},
@@ -59,31 +54,19 @@ def run_tasks(
         UserError: lm-eval is not installed, no or an unknown task, or a task that cannot be run, with lm-eval's reason.
     """
     evaluate, wrapper, manager = _packages()
-    names, folders = _named(tasks, include_path)
+    names, folders = _named(tasks)
     if not any(subject is not None for subject in subjects.values()):
         raise UserError("there is no model to evaluate")
+    settings = {
+        "limit": limit,
+        "num_fewshot": None,
+        "chat_template": False,
+        "seed": SEED,
+    }  # num_fewshot: the task's own
+    block: dict[str, Any] = {"tasks": names, "settings": settings, "version": version("lm-eval")}
+    block |= {"subjects": {}, "details": {}, "better": {}}
     with _quiet():
-        # reading lm-eval's own thousands of task files takes ten seconds and more
-        own = all(str(task).endswith((".yaml", ".yml")) for task in tasks)
-        found = manager(include_path=[str(f) for f in folders] or None, include_defaults=not own)
-        for task in names:
-            if not found.match_tasks([task]):
-                close = get_close_matches(task, found.all_tasks, n=3)
-                near = f" Near: {', '.join(close)}." if close else ""
-                raise UserError(f"lm-eval has no task {task!r}.{near}")
-        block: dict[str, Any] = {
-            "tasks": names,
-            "settings": {
-                "limit": limit,
-                "num_fewshot": num_fewshot,
-                "chat_template": apply_chat_template,
-                "seed": seed,
-            },
-            "version": _version(),
-            "subjects": {},
-            "details": {},
-            "better": {},
-        }
+        found = _known(manager, names, folders, only_own=all(map(_is_file, tasks)))
         for done, (subject, opened) in enumerate(subjects.items()):
             block["subjects"][subject] = None
             if opened is None:
@@ -91,14 +74,8 @@ def run_tasks(
             if progress is not None:
                 progress(f"{subject}: lm-eval {', '.join(names)}", done, len(subjects))
             with opened() as model, evaluating(model):
-                held = wrapper(
-                    pretrained=model,
-                    tokenizer=tokenizer,
-                    backend="causal",
-                    batch_size=batch_size,
-                    max_length=max_length,
-                )
-                result = _run(evaluate, held, names, found, limit, num_fewshot, apply_chat_template, seed)
+                held = wrapper(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH_SIZE)
+                result = _run(evaluate, held, names, found, limit)
             block["subjects"][subject], block["details"][subject], better = _read(result)
             block["better"].update(better)
     return block
@@ -115,54 +92,49 @@ def _packages() -> tuple[Any, Any, Any]:
     return simple_evaluate, HFLM, TaskManager
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("lm-eval")
+def _is_file(task: Any) -> bool:
+    return str(task).endswith((".yaml", ".yml"))
 
 
-def _named(tasks: Sequence[str], include_path: str | Path | None) -> tuple[list[str], list[Path]]:
+def _named(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
     """Task names, and the folders in which lm-eval shall look beside its own."""
-    names, folders = [], [Path(include_path).expanduser()] if include_path is not None else []
-    for task in tasks:
-        if not str(task).endswith((".yaml", ".yml")):
-            names.append(str(task))
+    names, folders = [], []
+    for task in map(str, tasks):
+        if not _is_file(task):
+            names.append(task)
             continue
         path = Path(task).expanduser()
         if not path.is_file():
             raise UserError(f"there is no task file {task}")
-
         # such files may call functions (!function utils.f); the name is read without running anything
-        about = read_yaml(path, str(task), aliases=True, tags=True)
-        if not isinstance(about, Mapping) or not isinstance(about.get("task", about.get("group")), str):
+        about = read_yaml(path, task, aliases=True, tags=True)
+        name = about.get("task", about.get("group")) if isinstance(about, Mapping) else None
+        if not isinstance(name, str):
             raise UserError(f"{task}: names no task (key 'task')")
-        names.append(str(about.get("task", about.get("group"))))
-        folders.append(path.resolve().parent)
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"there is no folder of tasks {folder}")
+        names.append(name)
+        folders.append(str(path.resolve().parent))
     if not names:
         raise UserError("no task is named; lm-eval's own list: lm-eval ls tasks")
     return names, list(dict.fromkeys(folders))
 
 
-def _run(
-    evaluate: Any, held: Any, names: list[str], found: Any, limit: int | None, shots: int | None, chat: bool, seed: int
-) -> Mapping[str, Any]:
+def _known(manager: Any, names: Sequence[str], folders: list[str], only_own: bool) -> Any:
+    """lm-eval's list of tasks, in which every name is; `UserError` with the nearest ones else. only_own: without lm-eval's own
+    thousands of files, which take ten seconds and more to read."""
+    found = manager(include_path=folders or None, include_defaults=not only_own)
+    for task in names:
+        if not found.match_tasks([task]):
+            close = get_close_matches(task, found.all_tasks, n=3)
+            near = f" Near: {', '.join(close)}." if close else ""
+            raise UserError(f"lm-eval has no task {task!r}.{near}")
+    return found
+
+
+def _run(evaluate: Any, held: Any, names: list[str], found: Any, limit: int | None) -> Mapping[str, Any]:
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), SEED)
     try:
         result = evaluate(
-            model=held,
-            tasks=names,
-            task_manager=found,
-            limit=limit,
-            num_fewshot=shots,
-            apply_chat_template=chat,
-            log_samples=False,
-            bootstrap_iters=1000,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            model=held, tasks=names, task_manager=found, limit=limit, log_samples=False, bootstrap_iters=1000, **seeds
         )
     except Exception as e:  # a task is code and data of somebody else: anything may come up, most often no network
         text = next(iter(str(e).strip().splitlines()), type(e).__name__)
@@ -203,13 +175,9 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """stdout carries our JSON and nothing else, and lm-eval's own bars and notes are not ours to show."""
-    import contextlib
-    import os
-    import sys
-
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "evaluate")]
     levels = [log.level for log in loggers]
     bars = os.environ.get("TQDM_DISABLE")

@@ -47,6 +47,16 @@ class Context:
         report = self.progress
         return None if report is None else lambda done, total: report(what, done, total)
 
+    def per_set(self, read: Callable[[SetPlan], Any]) -> dict[str, Any]:
+        """Set name -> read(set), or the `Unmeasured` that it raises."""
+        out: dict[str, Any] = {}
+        for name, s in self.sets.items():
+            try:
+                out[name] = read(s)
+            except Unmeasured as why:
+                out[name] = why
+        return out
+
 
 @dataclass(frozen=True)
 class Provider:

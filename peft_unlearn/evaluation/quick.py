@@ -10,7 +10,7 @@ from typing import Any
 from . import suites
 from .numbers import numbers_of
 from .plan import make_plan, measure
-from .suites import Suite
+from .shapes import Suite
 
 
 def make_score(

@@ -107,12 +107,13 @@ class SetPlan:
         """The rows that a metric with these needs is about."""
         return self.chosen if "perturbed" in needs else np.arange(len(self.rows))
 
-    def unreadable(self, measured: Measured, field: str = "") -> Unmeasured | None:
-        """Why a provider has nothing to look at: NaN logits (a model that gives nothing away would count as having forgotten),
-        or a `field` that rows lack."""
+    def require(self, measured: Measured, field: str = "") -> None:
+        """Raise Unmeasured where a provider has nothing to look at: NaN logits (a model that gives nothing away would count as
+        having forgotten), or a `field` that rows lack."""
         if bad := int(np.isnan(measured.mean_logp[self.answer]).sum()):
-            return Unmeasured(f"{bad} of {len(self.rows)} rows have no value: the model's logits are NaN there")
-        return Unmeasured(self.missing[field]) if field in self.missing else None
+            raise Unmeasured(f"{bad} of {len(self.rows)} rows have no value: the model's logits are NaN there")
+        if field in self.missing:
+            raise Unmeasured(self.missing[field])
 
 
 @dataclass

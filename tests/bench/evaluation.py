@@ -28,7 +28,7 @@ from peft_unlearn.evaluation import suites
 from peft_unlearn.evaluation.numbers import numbers_of, whole_of
 from peft_unlearn.evaluation.plan import make_plan, measure
 from peft_unlearn.evaluation.score import score
-from peft_unlearn.evaluation.shapes import Plan
+from peft_unlearn.evaluation.shapes import Plan, Suite
 from peft_unlearn.evaluation.teacher import batches, evaluating, pad_id_of
 from peft_unlearn.folder.base import load_base, load_tokenizer
 from peft_unlearn.forward import Pass
@@ -37,7 +37,7 @@ from peft_unlearn.registry import get
 EXCLUDED = {"mia_reference", "mia_gradnorm"}
 
 
-def teacher_forced(suite: suites.Suite) -> suites.Suite:
+def teacher_forced(suite: Suite) -> Suite:
     """The suite without what generates, and without what takes another model or a backward."""
 
     def stays(metric: str) -> bool:
@@ -59,7 +59,7 @@ def bare(model: Any, plan: Plan, budget: int) -> float:
 
 
 def metrics(
-    model: Any, suite: suites.Suite, data: Any, tokenizer: Any, reference: Any, n: int | None = None
+    model: Any, suite: Suite, data: Any, tokenizer: Any, reference: Any, n: int | None = None
 ) -> tuple[float, int]:
     """CPU seconds of the metrics, from rows to numbers, and how many numbers there are."""
     start = time.process_time()

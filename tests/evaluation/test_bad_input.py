@@ -16,7 +16,7 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation import plan as plan_module
 from peft_unlearn.evaluation import suites
 from peft_unlearn.evaluation.measured import Ragged
-from peft_unlearn.evaluation.metrics.memorization import exact_memorization, extraction_strength
+from peft_unlearn.evaluation.metrics.extraction import exact_memorization, extraction_strength
 from peft_unlearn.evaluation.numbers import numbers_of
 from peft_unlearn.evaluation.plan import make_plan, measure
 from peft_unlearn.evaluation.score import score

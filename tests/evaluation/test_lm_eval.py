@@ -126,10 +126,10 @@ def test_bad_task_names(task, tokenizer, tmp_path):
 def test_a_task_file_is_not_run_to_learn_its_name(tmp_path):
     path = tmp_path / "t.yaml"
     path.write_text("task: mine\nprocess_docs: !function utils.boom\n", encoding="utf-8")
-    assert ours._named([str(path)], None) == (["mine"], [tmp_path.resolve()])
+    assert ours._named([str(path)]) == (["mine"], [str(tmp_path.resolve())])
     path.write_text("task: mine\nx: !!python/object/apply:os.abort []\n", encoding="utf-8")
     with pytest.raises(UserError, match="not valid YAML"):
-        ours._named([str(path)], None)
+        ours._named([str(path)])
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch, tokenizer):

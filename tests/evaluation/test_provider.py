@@ -252,8 +252,9 @@ def test_unknown_keys_are_refused_with_the_nearest_spelling() -> None:
     with pytest.raises(UserError) as e:
         suites.load(bad)
     for part in (
-        "unknown key 'shot'. Did you mean 'shots'?", "Did you mean 'holdout'?", "Did you mean 'chat'?",
-        "max_new_tokens is 0", "stop is ['']", "Did you mean 'metric'?", "Did you mean 'max_new_tokens'?",
+        "unknown key 'shot' in sets.forget. Did you mean 'shots'?", "Did you mean 'holdout'?", "Did you mean 'chat'?",
+        "max_new_tokens must be a whole number from 1 on, not 0",
+        "stop[0] must be text that is not empty", "Did you mean 'metric'?", "Did you mean 'max_new_tokens'?",
         "Did you mean 'settings'?", "Did you mean 'mia_min_k'?", "k=2 is outside", "Did you mean 'rows'?",
     ):  # fmt: skip
         assert part in str(e.value), part

@@ -365,7 +365,7 @@ def test_a_malformed_suite_says_everything_at_once() -> None:
                 "whole": {"model_utility": ["b/x"]},
             }
         )
-    for part in ("format is 2", "'setz'", "role is 'enemy'", "Did you mean 'probability'?", "'b/x'"):
+    for part in ("format must be 1", "'setz'", "not 'enemy'", "Did you mean 'probability'?", "'b/x'"):
         assert part in str(e.value)
     with pytest.raises(UserError, match="Did you mean 'people'"):
         suites.load("peeple")

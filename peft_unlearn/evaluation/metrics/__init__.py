@@ -15,5 +15,4 @@ from . import leak as leak
 from . import letters as letters
 from . import likelihood as likelihood
 from . import membership as membership
-from . import memorization as memorization
 from . import quality as quality

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...registry import metric
 from ..measured import Unmeasured
-from .likelihood import OPEN_UNLEARNING
+from .sources import OPEN_UNLEARNING, TOFU
 
 OVER = {"forget": "higher"}
 
@@ -32,6 +32,17 @@ def closeness(value: float, reference: float) -> float:
     """s = max(0, 1 - |a - r| / max(r, 1 - r)) for a, r in [0, 1]: 1 = the retain model's value, 0 = as far from it as
     can be. Our own map."""
     return max(0.0, 1.0 - abs(value - reference) / max(reference, 1.0 - reference))
+
+
+@metric("model_utility", source=TOFU, better={"retain": "higher"})
+def model_utility(parts: Mapping[str, float]) -> float:
+    """Harmonic mean of the suite's parts; one part that is 0 makes it 0.
+
+    parts: name -> value in [0, 1]; which ones is the suite's choice (TOFU: probability, ROUGE and truth ratio on
+    three sets).
+    Raises Unmeasured without parts and ValueError for a negative one.
+    """
+    return harmonic_mean(parts.values())
 
 
 @metric("mem_score", source=OPEN_UNLEARNING, title="memorization score", better=OVER, faithful="reconstructed")

@@ -14,17 +14,12 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from ...registry import Range, Source, metric
+from ...registry import Range, metric
 from ..measured import Array, Estimate, Unmeasured, mean_of_defined
 from ..provider import Context, provider
 from ..shapes import Measured, Plan, SetPlan
 from ..teacher import Encoded, batches, evaluating, pad_id_of
-
-UDS = Source(
-    paper="Measuring the Depth of LLM Unlearning via Activation Patching",
-    url="https://arxiv.org/abs/2605.24614",
-    year=2026,
-)
+from .sources import UDS
 
 
 def depth_scores(base: Array, patched: Array, reference: Array, tau: float = 0.05) -> Array:

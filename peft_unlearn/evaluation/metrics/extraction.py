@@ -1,4 +1,4 @@
-"""What greedy decoding gives away when it is started inside the answer, not only at its beginning."""
+"""How much of the answer the model has by heart: teacher-forced, and decoded greedily from inside the answer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from ...registry import Range, Source, metric
+from ...registry import Range, metric
 from ..measured import KNOWLEDGE, Array, Estimate, Ragged, mean_of_defined
 from ..provider import Context, provider
-from ..shapes import Measured, Plan
-
-JANG = Source(
-    paper="Knowledge Unlearning for Mitigating Privacy Risks in Language Models",
-    url="https://arxiv.org/abs/2210.01504",
-    year=2023,
-)
+from ..shapes import Measured, Plan, SetPlan
+from .sources import JANG, MEMORIZATION, UWC
 
 
 def ngram_overlap(found: Sequence[int], true: Sequence[int], n: int) -> float:
@@ -63,6 +58,33 @@ def memorization_accuracy(correct: Ragged) -> Array:
     return correct.mean()
 
 
+@metric("extraction_strength", source=UWC, better=KNOWLEDGE)
+def extraction_strength(correct: Ragged) -> Array:
+    """1 - k/n, k = the fewest leading answer tokens that must be given until all the rest are arg-max right.
+
+    correct: 1.0 where the teacher-forced arg-max is the token, else 0.0, EOS left out. Returns (rows,) in [0, 1]; 1
+    = the question alone yields the whole answer, 0 = not even the last token comes. NaN for an answer without tokens
+    or with a NaN among them. Deviation from open-unlearning: there an answer whose last token is wrong scores 1/n,
+    as if it were right; here it is 0. The paper counts words and generates; this is the token-level, teacher-forced
+    form of open-unlearning.
+    """
+    position = np.arange(len(correct.flat)) - correct.offsets[correct.row_of] + 1
+    needed = np.zeros(len(correct))
+    np.maximum.at(needed, correct.row_of, np.where(correct.flat == 1.0, 0, position))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        strength = 1.0 - needed / correct.lengths
+    return np.where(np.isnan(correct.mean()), np.nan, strength)
+
+
+@metric("exact_memorization", source=MEMORIZATION, better=KNOWLEDGE)
+def exact_memorization(correct: Ragged) -> Array:
+    """Share of the answer's tokens that are arg-max right, teacher-forced, EOS left out.
+
+    correct: as in `extraction_strength`, which is never larger than this. Returns (rows,) in [0, 1].
+    """
+    return correct.mean()
+
+
 @provider("continuations", gives=("overlap",))
 def continuations(
     model: Any,
@@ -82,29 +104,28 @@ def continuations(
     from ..sampling import GENERATION_BUDGET, answer_ids
     from ..sampling import continuations as continue_ids
 
-    out: dict[str, Any] = {}
     greedy = arg_max_is_greedy(model)
-    for name, s in context.sets.items():
-        if wrong := s.unreadable(measured):
-            out[name] = wrong
-            continue
+
+    def overlap_of(s: SetPlan) -> Ragged:
+        s.require(measured)
         rows = [answer_ids(*plan.pairs[i], plan.tokenizer) for i in s.answer]
         given = [prefixes(len(answer), n, prefixes_per_row) for _, answer in rows]
         overlap = [[1.0] * len(lengths) for lengths in given]
         known = [_known_from(measured, i) if greedy else None for i in s.answer]
-        open_ = [(r, j, k) for r, ks in enumerate(given) for j, k in enumerate(ks) if known[r] is None or k < known[r]]
+        left = [(r, j, k) for r, ks in enumerate(given) for j, k in enumerate(ks) if known[r] is None or k < known[r]]
         found = continue_ids(
             model,
             plan.tokenizer,
-            [rows[r][0] + rows[r][1][:k] for r, _, k in open_],
-            [len(rows[r][1]) - k for r, _, k in open_],
+            [rows[r][0] + rows[r][1][:k] for r, _, k in left],
+            [len(rows[r][1]) - k for r, _, k in left],
             token_budget=GENERATION_BUDGET,
             progress=context.progress_of("continuing answers"),
         )
-        for (r, j, k), ids in zip(open_, found, strict=True):
+        for (r, j, k), ids in zip(left, found, strict=True):
             overlap[r][j] = ngram_overlap(ids, rows[r][1][k:], n)
-        out[name] = Ragged.of(overlap)
-    return {"overlap": out}
+        return Ragged.of(overlap)
+
+    return {"overlap": context.per_set(overlap_of)}
 
 
 def _known_from(measured: Measured, pair: int) -> int:

@@ -7,22 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ...registry import Source, metric
+from ...registry import metric
 from ..measured import Array, Estimate, Unmeasured, mean_of_defined
 from ..provider import Context, provider
-from ..shapes import Measured, Plan
+from ..shapes import Measured, Plan, SetPlan
 from ..teacher import pad_id_of, read_encoded
 from .generation import words
-from .likelihood import OPEN_UNLEARNING
+from .sources import DISTINCT, OPEN_UNLEARNING, REPETITION
 
-REPETITION = Source(
-    paper="Neural Text Generation with Unlikelihood Training", url="https://arxiv.org/abs/1908.04319", year=2020
-)
-DISTINCT = Source(
-    paper="A Diversity-Promoting Objective Function for Neural Conversation Models",
-    url="https://arxiv.org/abs/1510.03055",
-    year=2016,
-)
 LOWER = {"forget": "lower", "retain": "lower", "holdout": "lower"}
 EMPTY = "every generated answer is empty; empty_answer counts them"
 HIGHER = {"forget": "higher", "retain": "higher", "holdout": "higher"}
@@ -103,12 +95,10 @@ def base_nll(model: Any, plan: Plan, measured: Measured, context: Context) -> di
 
     if context.base is None:
         raise Unmeasured("there is no base to read the answers")
-    out: dict[str, Any] = {}
-    tokenizer = plan.tokenizer
-    for name, s in context.sets.items():
-        if wrong := s.unreadable(measured, "generation"):
-            out[name] = wrong
-            continue
+    tokenizer, opened = plan.tokenizer, context.base
+
+    def nll_of(s: SetPlan) -> Array:
+        s.require(measured, "generation")
         read, where = [], []
         for r, prompt in enumerate(s.prompts):
             text = measured.answers.get(prompt, "")
@@ -122,7 +112,8 @@ def base_nll(model: Any, plan: Plan, measured: Measured, context: Context) -> di
                     where.append(r)
         nll = np.full(len(s.rows), np.nan)
         if read:
-            with context.base() as base:
+            with opened() as base:
                 nll[where] = -read_encoded(base, read, pad_id_of(tokenizer), None, context.token_budget).logp.mean()
-        out[name] = nll
-    return {"answer_nll": out}
+        return nll
+
+    return {"answer_nll": context.per_set(nll_of)}

@@ -9,25 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ...registry import Source, metric
+from ...registry import metric
 from ..measured import KNOWLEDGE, Array, Unmeasured
 from ..provider import Context, provider
-from ..shapes import Measured, Plan
+from ..shapes import Measured, Plan, SetPlan
+from .sources import CONTAINS, MUSE, ROUGE
 
-ROUGE = Source(
-    paper="ROUGE: A Package for Automatic Evaluation of Summaries", url="https://aclanthology.org/W04-1013/", year=2004
-)
 # there: whether the answer string stands in the output
-CONTAINS = Source(
-    paper="Lost in the Middle: How Language Models Use Long Contexts",
-    url="https://arxiv.org/abs/2307.03172",
-    year=2023,
-)
-MUSE = Source(
-    paper="MUSE: Machine Unlearning Six-Way Evaluation for Language Models",
-    url="https://arxiv.org/abs/2407.06460",
-    year=2024,
-)
 
 # scripts written without spaces: each character is a word of its own, else a value inside a sentence has no boundaries
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af\u0e00-\u0e7f"
@@ -108,9 +96,10 @@ def _rouge_l(generation: Sequence[str], answer: Sequence[str], stem: bool, part:
 @provider("answer_start", gives=("answer_start",))
 def answer_start(model: Any, plan: Plan, measured: Measured, context: Context) -> dict[str, dict[str, Any]]:
     """list[str], each right answer's first max_new_tokens tokens: what a greedy answer of that length can be compared with."""
-    out: dict[str, Any] = {}
-    for name, s in context.sets.items():
+
+    def start_of(s: SetPlan) -> list[str]:
         length = s.spec.max_new_tokens or plan.suite.max_new_tokens
         tokens = [plan.tokenizer(text, add_special_tokens=False)["input_ids"][:length] for text in s.answers]
-        out[name] = [plan.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
-    return {"answer_start": out}
+        return [plan.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+
+    return {"answer_start": context.per_set(start_of)}

@@ -10,17 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UserError, nearest
-from ...registry import Range, Source, metric
+from ...registry import Range, metric
 from ..measured import KNOWLEDGE, Array, Estimate, Unmeasured, mean_of_defined
 from ..provider import Context, provider
-from ..shapes import Measured, Plan
+from ..shapes import Measured, Plan, SetPlan
 from .generation import words
+from .sources import LEAK
 
-LEAK = Source(
-    paper="Leak@k: Unlearning Does Not Make LLMs Forget Under Probabilistic Decoding",
-    url="https://arxiv.org/abs/2511.04934",
-    year=2025,
-)
 FORMATS = {
     "own": "the data's own wording",
     "question": "the question alone",
@@ -133,33 +129,26 @@ def samples(
     for how in formats:
         if how not in FORMATS:
             raise UserError(f"there is no prompt format {how!r}.{nearest(how, FORMATS)}")
-    leaks: dict[str, Any] = {}
-    for name, s in context.sets.items():
-        if wrong := s.unreadable(measured, "value"):
-            leaks[name] = wrong
-            continue
+
+    def leaks_of(s: SetPlan) -> NDArray[np.int64]:
+        s.require(measured, "value")
         counts = np.zeros((len(s.rows), len(formats), 2), dtype=np.int64)
         prompts: list[tuple[int, int, str]] = []
         for r, (row, i) in enumerate(zip(s.rows, s.answer, strict=True)):
-            prompt, answer = plan.pairs[i]
             for f, how in enumerate(formats):
-                text = worded(row, how, prompt, answer, plan.tokenizer, s.template)
+                text = worded(row, how, *plan.pairs[i], plan.tokenizer, s.template)
                 if text is not None and bare_ids(text, model, plan.tokenizer):
                     prompts.append((r, f, text))
         found = sample(
-            model,
-            plan.tokenizer,
-            [text for _, _, text in prompts],
-            n,
-            seed=seed,
-            temperature=temperature,
+            model, plan.tokenizer, [text for _, _, text in prompts], n, seed=seed, temperature=temperature,
             max_new_tokens=max_new_tokens or s.spec.max_new_tokens or plan.suite.max_new_tokens,
-            token_budget=GENERATION_BUDGET,
-            progress=context.progress_of("sampling answers"),
-        )
+            token_budget=GENERATION_BUDGET, progress=context.progress_of("sampling answers"),
+        )  # fmt: skip
         for (r, f, _), texts in zip(prompts, found, strict=True):
             value = words(str(s.rows[r]["value"]))
             counts[r, f] = sum(value in words(cut_at(text, s.spec.stop)) for text in texts), n
-        leaks[name] = counts
+        return counts
+
+    leaks = context.per_set(leaks_of)
     named = {name: found if isinstance(found, Unmeasured) else [formats] * len(found) for name, found in leaks.items()}
     return {"leaks": leaks, "leak_formats": named}

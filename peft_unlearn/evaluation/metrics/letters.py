@@ -10,9 +10,9 @@ import numpy as np
 from ...registry import metric
 from ..measured import KNOWLEDGE, Array, Ragged, Unmeasured
 from ..provider import Context, provider
-from ..shapes import Measured, Plan
+from ..shapes import Measured, Plan, SetPlan
 from ..teacher import batches, evaluating, pad_id_of
-from .likelihood import WMDP
+from .sources import WMDP
 
 
 @metric("letter_accuracy", source=WMDP, better=KNOWLEDGE)
@@ -87,21 +87,15 @@ def letter_ids(prompt: str, count: int, tokenizer: Any) -> tuple[list[int], list
 @provider("letters", gives=("letter_logp",))
 def letters(model: Any, plan: Plan, measured: Measured, context: Context) -> dict[str, dict[str, Any]]:
     """Ragged, for each row the log-probability of every option's letter right after the prompt, over the whole vocabulary."""
-    out: dict[str, Any] = {}
-    for name, s in context.sets.items():
+
+    def logp_of(s: SetPlan) -> Ragged:
         if bad := sum("choices" not in row for row in s.rows):
-            out[name] = Unmeasured(f"{bad} of {len(s.rows)} rows are no multiple-choice questions (no 'choices')")
-            continue
-        try:
-            asked = [
-                letter_ids(prompt.text, len(row["choices"]), plan.tokenizer)
-                for prompt, row in zip(s.prompts, s.rows, strict=True)
-            ]
-        except Unmeasured as why:
-            out[name] = why
-            continue
-        out[name] = read_letters(model, asked, pad_id_of(plan.tokenizer), context.token_budget)
-    return {"letter_logp": out}
+            raise Unmeasured(f"{bad} of {len(s.rows)} rows are no multiple-choice questions (no 'choices')")
+        rows = zip(s.prompts, s.rows, strict=True)
+        options = [letter_ids(prompt.text, len(row["choices"]), plan.tokenizer) for prompt, row in rows]
+        return read_letters(model, options, pad_id_of(plan.tokenizer), context.token_budget)
+
+    return {"letter_logp": context.per_set(logp_of)}
 
 
 def read_letters(

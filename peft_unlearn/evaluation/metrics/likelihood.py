@@ -7,22 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from ...registry import Source, metric
+from ...registry import metric
 from ..measured import KNOWLEDGE, Array, Ragged
-
-TOFU = Source(paper="TOFU: A Task of Fictitious Unlearning for LLMs", url="https://arxiv.org/abs/2401.06121", year=2024)
-
-WMDP = Source(
-    paper="The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning",
-    url="https://arxiv.org/abs/2403.03218",
-    year=2024,
-)
-
-OPEN_UNLEARNING = Source(
-    paper="OpenUnlearning: Accelerating LLM Unlearning via Unified Benchmarking of Methods and Metrics",
-    url="https://arxiv.org/abs/2506.12618",
-    year=2025,
-)
+from .sources import OPEN_UNLEARNING, TOFU, WMDP
 
 
 def truth_log_ratio(right_logp: Array, wrong_logp: Ragged) -> Array:

@@ -10,35 +10,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
-from ...registry import Range, Source, metric
+from ...registry import Range, metric
 from ..measured import Array, Estimate, Ragged, Unmeasured, resampled
-from .likelihood import OPEN_UNLEARNING
+from .sources import CARLINI, LOSS, MIN_K, MIN_K_PLUS, MUSE, OPEN_UNLEARNING
 
-LOSS = Source(
-    paper="Privacy Risk in Machine Learning: Analyzing the Connection to Overfitting",
-    url="https://arxiv.org/abs/1709.01604",
-    year=2018,
-)
-CARLINI = Source(
-    paper="Extracting Training Data from Large Language Models", url="https://arxiv.org/abs/2012.07805", year=2021
-)
-MIN_K = Source(
-    paper="Detecting Pretraining Data from Large Language Models", url="https://arxiv.org/abs/2310.16789", year=2024
-)
-MIN_K_PLUS = Source(
-    paper="Min-K%++: Improved Baseline for Detecting Pre-Training Data from Large Language Models",
-    url="https://arxiv.org/abs/2404.02936",
-    year=2025,
-)
-MUSE = Source(
-    paper="MUSE: Machine Unlearning Six-Way Evaluation for Language Models",
-    url="https://arxiv.org/abs/2407.06460",
-    year=2025,
-)
 CLOSEST = {"forget": "reference"}  # best is neither high nor low but where the retain model is
 Share = Annotated[float, Range(0.0, 1.0, open_low=True)]
 
@@ -65,21 +44,21 @@ def auc(members: Array, others: Array) -> float:
     return int(below.sum() + up_to.sum()) / (2 * len(members) * len(others))
 
 
-def _resampled(members: Array, others: Array, resamples: int, seed: int) -> Array:
+def _resampled(members: Array, others: Array, resamples: int = 1000, seed: int = 0) -> Array:
     """(resamples,) AUCs, both sides drawn with replacement; the same draws for any scores of the same rows."""
-    order = np.argsort(pooled := np.concatenate([members, others]), kind="stable")
-    n = len(members)
+    pooled = np.concatenate([members, others])
+    order = np.argsort(pooled, kind="stable")
     starts = np.flatnonzero(np.diff(pooled[order], prepend=-np.inf) > 0)  # of groups of equal scores
-    which = order >= n
-    out = np.empty(resamples)
-    drawn, also = resampled(n, resamples, seed), resampled(len(others), resamples, seed + 1)
+    is_other = order >= len(members)
+    drawn = [resampled(len(side), resamples, seed + k) for k, side in enumerate((members, others))]
+    out = []
     for k in range(0, resamples, 256):
-        counts = np.concatenate([drawn[k : k + 256], also[k : k + 256]], 1)[:, order].astype(np.float64)
-        in_group = np.add.reduceat(np.where(which, 0.0, counts), starts, axis=1)  # members
-        high = np.add.reduceat(np.where(which, counts, 0.0), starts, axis=1)
-        below = np.cumsum(in_group, axis=1) - in_group
-        out[k : k + 256] = (high * (below + in_group / 2)).sum(1) / (n * len(others))
-    return out
+        counts = np.concatenate([d[k : k + 256] for d in drawn], 1)[:, order].astype(np.float64)  # (256, rows) by score
+        low = np.add.reduceat(np.where(is_other, 0.0, counts), starts, axis=1)  # members in each group
+        high = np.add.reduceat(np.where(is_other, counts, 0.0), starts, axis=1)
+        below = np.cumsum(low, axis=1) - low  # members that score less than the group
+        out.append((high * (below + low / 2)).sum(1) / (len(members) * len(others)))
+    return np.concatenate(out)
 
 
 def _interval(values: Array) -> tuple[float, float] | None:
@@ -92,9 +71,8 @@ def _interval(values: Array) -> tuple[float, float] | None:
 def auc_estimate(members: Array, others: Array, resamples: int = 1000, seed: int = 0) -> Estimate:
     """`auc` with a percentile bootstrap interval over the rows of both sides; n is their number together."""
     value, n = auc(members, others), len(members) + len(others)
-    if min(len(members), len(others)) < 2:
-        return Estimate(value, None, n)
-    return Estimate(value, _interval(_resampled(members, others, resamples, seed)), n)
+    enough = min(len(members), len(others)) > 1
+    return Estimate(value, _interval(_resampled(members, others, resamples, seed)) if enough else None, n)
 
 
 # --- scores, one per row, high = non-member ---------------------------------------------------------------------------
@@ -191,20 +169,25 @@ def mia_min_k_plus_plus(
 # --- relative to the retain model --------------------------------------------------------------------------------
 
 
-def _relative(mine: tuple[Array, Array], theirs: tuple[Array, Array], flip: bool) -> Estimate:
-    """100 (a - r) / r; a, r = AUC of this model and of the retain model, or with `flip` 1 - AUC. mine, theirs: (forget
-    scores, holdout scores)."""
-    a, r = auc(*mine), auc(*theirs)
-    a, r = (1 - a, 1 - r) if flip else (a, r)
-    if r == 0:
+def _relative(
+    mine: Ragged, mine_against: Ragged, theirs: Ragged, theirs_against: Ragged, k: float, flip: bool
+) -> Estimate:
+    """100 (a - r) / r; a, r = Min-K% AUC of this model and of the retain model, or with `flip` 1 - AUC."""
+    own = min_k_score(mine, k), min_k_score(mine_against, k)
+    other = min_k_score(theirs, k), min_k_score(theirs_against, k)
+    n, enough = len(mine) + len(mine_against), min(len(mine), len(mine_against)) > 1
+
+    def relative(a: Any, r: Any) -> Any:
+        a, r = (1 - a, 1 - r) if flip else (a, r)
+        return 100 * (a - r) / r
+
+    a, r = auc(*own), auc(*other)
+    if r == (1 if flip else 0):
         raise Unmeasured("the retain model's AUC is 0 in this orientation: nothing is relative to it")
-    n = len(mine[0]) + len(mine[1])
-    if min(len(side) for side in mine) < 2:
-        return Estimate(100 * (a - r) / r, None, n)
-    many_a, many_r = _resampled(*mine, 1000, 0), _resampled(*theirs, 1000, 0)
-    many_a, many_r = (1 - many_a, 1 - many_r) if flip else (many_a, many_r)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return Estimate(100 * (a - r) / r, _interval(100 * (many_a - many_r) / many_r), n)
+        return Estimate(
+            relative(a, r), _interval(relative(_resampled(*own), _resampled(*other))) if enough else None, n
+        )
 
 
 @metric("privleak", source=MUSE, title="PrivLeak in percent", better=CLOSEST)
@@ -216,9 +199,7 @@ def privleak(
     100 (A - A_retain) / A_retain in MUSE's orientation, A = 1 - the AUC of `mia_min_k`. A missing retain model gives
     null; open-unlearning then puts 0.5 in its place.
     """
-    mine = min_k_score(logp, k), min_k_score(against_logp, k)
-    theirs = min_k_score(reference_logp, k), min_k_score(reference_against_logp, k)
-    return _relative(mine, theirs, flip=True)
+    return _relative(logp, against_logp, reference_logp, reference_against_logp, k, flip=True)
 
 
 @metric(
@@ -231,6 +212,4 @@ def mia_rel_diff(
 
     0 = as the retain model; its sign is against that of `privleak`: over 0 = still known as members.
     """
-    mine = min_k_score(logp, k), min_k_score(against_logp, k)
-    theirs = min_k_score(reference_logp, k), min_k_score(reference_against_logp, k)
-    return _relative(mine, theirs, flip=False)
+    return _relative(logp, against_logp, reference_logp, reference_against_logp, k, flip=False)

@@ -1,17 +1,15 @@
-"""Metrics on a whole set or suite: is the model like one that never saw the forget set, and is it still of use?"""
+"""Forget quality: is the model like one that never saw the forget set?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from ...registry import metric
 from ..measured import Array, Unmeasured
-from .aggregate import harmonic_mean
-from .likelihood import TOFU
+from .sources import TOFU
 
 EXACT_LIMIT = 10_000  # rows; the exact distribution takes time in rows squared, seconds here
 
@@ -96,14 +94,3 @@ def ks_distance(log_ratio: Array, reference_log_ratio: Array) -> float:
     """D of the KS test of `forget_quality`: the largest gap between the two distributions of truth ratios, in [0,
     1]."""
     return ks_two_sample(log_ratio, reference_log_ratio).distance
-
-
-@metric("model_utility", source=TOFU, better={"retain": "higher"})
-def model_utility(parts: Mapping[str, float]) -> float:
-    """Harmonic mean of the suite's parts; one part that is 0 makes it 0.
-
-    parts: name -> value in [0, 1]; which ones is the suite's choice (TOFU: probability, ROUGE and truth ratio on
-    three sets).
-    Raises Unmeasured without parts and ValueError for a negative one.
-    """
-    return harmonic_mean(parts.values())
