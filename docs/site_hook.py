@@ -59,10 +59,14 @@ def on_config(config: Any) -> Any:
     """Every method's page stands under Methods, without being named in mkdocs.yml."""
     pages = _generate().build(written_only=False)
     config.extra["method_pages"] = pages
-    names = ["README.md", *(n for n in pages if n != "README.md"), "uoe.md"]
+    titles = {
+        "README.md": "All methods",
+        **{n: n.removesuffix(".md") for n in pages if n != "README.md"},
+        "uoe.md": "One expert: UOE",
+    }
     for i, item in enumerate(config.nav):
         if "Methods" in item:
-            config.nav[i] = {"Methods": [f"methods/{name}" for name in names]}
+            config.nav[i] = {"Methods": [{title: f"methods/{name}"} for name, title in titles.items()]}
     return config
 
 
