@@ -6,6 +6,7 @@ state are bit for bit as before afterwards.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def peeked_update(optimizer: Any, space: Space) -> Iterator[Vec]:
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper counts and skips steps
     lr = float(inner.param_groups[0]["lr"])
     theta = [p.detach().clone() for p in space.params]
-    state = {p: {k: v.clone() if torch.is_tensor(v) else v for k, v in s.items()} for p, s in inner.state.items()}
+    state = {p: copy.deepcopy(s) for p, s in inner.state.items()}
     try:
         inner.step()
         with torch.no_grad():
@@ -88,16 +89,6 @@ def peeked_update(optimizer: Any, space: Space) -> Iterator[Vec]:
         with torch.no_grad():
             for p, t in zip(space.params, theta, strict=True):
                 p.copy_(t)
-        for p in list(inner.state):
-            if p not in state:
-                del inner.state[p]
-                continue
-            now = inner.state[p]
-            for k in list(now):
-                if k not in state[p]:
-                    del now[k]
-                elif torch.is_tensor(now[k]):
-                    now[k].copy_(state[p][k])
-                else:
-                    now[k] = state[p][k]
+        inner.state.clear()
+        inner.state.update(state)
     yield update

@@ -148,7 +148,7 @@ class UnlearnConfig(TrainingArguments):
         if self.rule_method is None:
             return False
         flag = self.rule_method[0].extra["sets_norm"]
-        return flag(self.rule_method[1]) if callable(flag) else flag
+        return bool(flag(self.rule_method[1]) if callable(flag) else flag)
 
     def _check_rule(self, have: set[str], errors: Errors) -> None:
         if self.rule_method is None:

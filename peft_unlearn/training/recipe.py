@@ -12,13 +12,16 @@ from ..data.bundle import ForgetRetain
 from ..data.load import DATA_OPTIONS, load_data
 from ..errors import Errors, UserError, nearest
 from ..folder.base import resolve_base
+from ..folder.schema import COUNT, NUMBER, POSITIVE, is_number, is_whole, maybe, one_of, shape
 from .adapt import peft_config
 from .config import METHODS, UnlearnConfig, require_sets
 
 AUTO = "auto"
 _EVAL_KEYS = ("suite", "every", "n", "keep_best", "retain_floor", "stop_below")
 BEST = "forget_at_floor"  # the metric that evaluation adds for keep_best
-CHOOSING = ("per_layer", "top", "layers", "ranking")  # options of experts: auto
+_BLOCKS = shape("a list of blocks, e.g. [1, 2]", lambda v: isinstance(v, list) and v != [] and all(map(is_whole, v)))
+# options of experts: auto
+CHOOSING = {"per_layer": COUNT, "top": COUNT, "layers": maybe(_BLOCKS), "ranking": one_of("affinity", "contrast")}
 
 
 @dataclass
@@ -41,18 +44,10 @@ def auto_options(spec: dict[str, Any], errors: Errors) -> dict[str, Any] | None:
         return None
     del spec["experts"]
     out = {k: spec.pop(k) for k in CHOOSING if k in spec}
-    for k in ("per_layer", "top"):
-        if k in out and (not isinstance(out[k], int) or isinstance(out[k], bool) or out[k] < 1):
-            errors.add(f"adapter.{k} must be a whole number from 1 on, not {out[k]!r}")
+    for k, value in out.items():
+        CHOOSING[k](value, f"adapter.{k}", errors)
     if "per_layer" in out and "top" in out:
         errors.add("adapter: per_layer and top are two ways of choosing; give one")
-    layers = out.get("layers")
-    if layers is not None and not (
-        isinstance(layers, list) and layers and all(isinstance(k, int) and not isinstance(k, bool) for k in layers)
-    ):
-        errors.add(f"adapter.layers is a list of blocks, e.g. [1, 2], not {layers!r}")
-    if out.get("ranking", "affinity") not in ("affinity", "contrast"):
-        errors.add(f"adapter.ranking={out['ranking']!r} is not one of affinity, contrast")
     return out
 
 
@@ -82,8 +77,7 @@ def _understood(recipe: Mapping[str, Any], out: str | Path) -> tuple[UnlearnConf
         given = None
     spec = dict(given or {})
     negate = spec.pop("negate", None)
-    if negate is not None and (not isinstance(negate, (int, float)) or isinstance(negate, bool) or not negate > 0):
-        errors.add(f"adapter.negate is the scale of the negation, a number above 0, not {negate!r}")
+    maybe(POSITIVE)(negate, "adapter.negate", errors)
     if negate is not None and str(spec.get("type", "lora")).lower() != "lora":
         errors.add("adapter.negate works on LoRA, whose delta changes sign with lora_B")
     auto = auto_options(spec, errors)
@@ -133,8 +127,7 @@ def wrong_type(name: str, value: Any) -> str | None:
     words = set(re.findall(r"[A-Za-z_]+", annotation)) - {"class"}
     if not words <= {"bool", "int", "float", "None", "NoneType", "Optional", "Union", "typing"}:
         return None  # texts, lists and mappings have checks of their own
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = {"bool": isinstance(value, bool), "int": number and isinstance(value, int), "float": number}
+    fits = {"bool": isinstance(value, bool), "int": is_whole(value), "float": is_number(value)}
     if any(fits[k] for k in fits if k in words) or (value is None and words & {"None", "NoneType", "Optional"}):
         return None
     names = {"bool": "true or false", "int": "a whole number", "float": "a number"}
@@ -194,9 +187,7 @@ def eval_options(evaluation: Mapping[str, Any], errors: Errors) -> dict[str, Any
         if key not in _EVAL_KEYS:
             errors.add(f"eval has no {key!r}.{nearest(str(key), _EVAL_KEYS)}")
     for key in ("n", "retain_floor", "stop_below"):
-        value = evaluation.get(key)
-        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
-            errors.add(f"eval.{key} must be a number, not {value!r}")
+        maybe(NUMBER)(evaluation.get(key), f"eval.{key}", errors)
     every = evaluation.get("every")
     if not every:
         if evaluation.get("keep_best") or evaluation.get("stop_below") is not None:
@@ -204,7 +195,7 @@ def eval_options(evaluation: Mapping[str, Any], errors: Errors) -> dict[str, Any
                 "eval: keep_best and stop_below judge by scores; say every how many steps to evaluate (eval.every)"
             )
         return {}
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+    if not (is_whole(every) and every > 0):
         errors.add(f"eval.every must be a whole number of steps, not {every!r}")
         return {}
     out: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": every}

@@ -11,7 +11,7 @@ from typing import Any
 from ..attribution.experts import attribute
 from ..attribution.selection import SelectionOverlap
 from ..data.formats import to_text
-from ..evaluation.callback import ForgetAtFloor, StopOn
+from ..evaluation.quick import ForgetAtFloor, StopOn
 from ..evaluation.generate import other_answers
 from ..evaluation.quick import make_score
 from ..folder.atomic import room_for

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import peft_unlearn
-from peft_unlearn.analysis.effect_of_run import effect, parse_objectives, write
+from peft_unlearn.analysis.effect_of_run import effect, parse_objectives
 from peft_unlearn.attribution.callback import EffectRecorder, probe_batches
 from peft_unlearn.cli import app
 from peft_unlearn.errors import UserError
@@ -137,7 +137,7 @@ def test_the_start_is_the_runs_own(saved):
         progress=lambda text: None,
         callbacks=[live],
     )
-    for a, b in zip(found["points"], live.points, strict=True):
+    for a, b in zip(found.to_dict()["points"], live.points, strict=True):
         assert a["step"] == b.step and a["risk"] == pytest.approx(b.risk, rel=1e-5)
         for label in ("npo", "ga"):
             for side in ("unlearning", "retaining"):
@@ -170,9 +170,9 @@ def test_without_checkpoints_it_says_so(saved, tmp_path):
     kept = tmp_path / "published.work" / "checkpoint-4"  # what every run leaves: its last step
     shutil.copytree(saved / "run.work" / "checkpoint-4", kept)
     found = effect(tmp_path / "published", base=str(saved / "base"), data=str(saved / "data"), batches=1, instances=0)
-    assert [p["step"] for p in found["points"]] == [0, 4]
-    assert "published.work holds no checkpoint" in found["notes"][0] and "save_steps" in found["notes"][0]
-    assert "instances.png" not in [p.name for p in write(found, tmp_path / "E")]
+    assert [p.step for p in found.points] == [0, 4]
+    assert "published.work holds no checkpoint" in found.notes[0] and "save_steps" in found.notes[0]
+    assert "instances.png" not in [p.name for p in found.write(tmp_path / "E")]
 
 
 @pytest.mark.parametrize(("change", "message"), [

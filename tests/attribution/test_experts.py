@@ -294,8 +294,8 @@ def recipe(base: Path, data: Path, **adapter: Any) -> dict[str, Any]:
         ({"top": 0}, "adapter.top must be a whole number from 1 on, not 0"),
         ({"per_layer": True}, "adapter.per_layer must be a whole number"),
         ({"top": 1, "per_layer": 1}, "two ways of choosing"),
-        ({"layers": 2}, "adapter.layers is a list of blocks"),
-        ({"ranking": "raw"}, "not one of affinity, contrast"),
+        ({"layers": 2}, "adapter.layers must be a list of blocks"),
+        ({"ranking": "raw"}, "adapter.ranking must be affinity or contrast"),
         ({"layer": [1]}, "has no 'layer'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import subprocess
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from peft_unlearn import registry
 from peft_unlearn.data.collate import PairedRows, StreamSampler
 from peft_unlearn.errors import UserError
-from peft_unlearn.evaluation.callback import ForgetAtFloor, StopOn
+from peft_unlearn.evaluation.quick import ForgetAtFloor, StopOn
 from peft_unlearn.forward import Pass
 from peft_unlearn.training import reference
 from peft_unlearn.training import trainer as trainer_module
@@ -54,6 +55,21 @@ def parameters(trainer: UnlearnTrainer) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_callers_config_is_left_as_it_is(tmp_path):
+    given = config(tmp_path / "out", save_strategy="steps", save_steps=2)
+    before = {k: copy.copy(v) for k, v in vars(given).items()}
+    runs = [UnlearnTrainer(tiny.lora(tiny.llama()), given, data=DATA, processing_class=tiny.tokenizer()) for _ in "ab"]
+    for t in runs:
+        t.train()
+        assert (
+            t.config.output_dir == given.output_dir
+            and t.args.output_dir == given.work_dir == f"{tmp_path / 'out'}.work"
+        )
+    assert {k: v for k, v in vars(given).items() if k in before} == before
+    assert not (tmp_path / "out").exists() and last_checkpoint(given.work_dir).endswith("checkpoint-4")
+    assert same(parameters(runs[0]), parameters(runs[1]))
 
 
 # --- the plain run ------------------------------------------------------------------------------------------------
