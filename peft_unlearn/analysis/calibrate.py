@@ -69,18 +69,12 @@ class Calibrated(Result):
     def to_dict(self) -> dict[str, Any]:
         base = self.search.curve[0].levels
         return {
-            "format": FORMAT,
-            "metric": self.metric,
-            **self.search.to_dict(),
-            "max_scale": self.max_scale,
+            "format": FORMAT, "metric": self.metric, **self.search.to_dict(), "max_scale": self.max_scale,
             "as_trained": next((p.to_dict() for p in self.search.curve if p.scale == 1.0), None),
             "retain_only": None if self.retain_model is None else self.retain_model.to_dict(),
-            "scale_before": self.scale_before,
-            "baked": self.baked,
-            "stored": self.stored,
-            "n": {"forget": base.forget.n, "retain": base.retain.n},
-            "adapter_id": self.adapter_id,
-        }
+            "scale_before": self.scale_before, "baked": self.baked, "stored": self.stored,
+            "n": {"forget": base.forget.n, "retain": base.retain.n}, "adapter_id": self.adapter_id,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         return shown.text(self.to_dict())
@@ -93,18 +87,10 @@ class Calibrated(Result):
 
 
 def calibrate(
-    folder: str | Path,
-    *,
-    retain_floor: float = FLOOR,
-    metric: str = METRIC,
-    max_scale: float = 1.0,
-    bake: bool = False,
-    n: int | None = None,
-    base: str | None = None,
-    data: str | None = None,
-    progress: Progress | None = None,
+    folder: str | Path, *, retain_floor: float = FLOOR, metric: str = METRIC, max_scale: float = 1.0, bake: bool = False,
+    n: int | None = None, base: str | None = None, data: str | None = None, progress: Progress | None = None,
     write: bool = True,
-) -> Calibrated:
+) -> Calibrated:  # fmt: skip
     """Search the scale (`search`), store it in forget.json and the search as block "calibration" of eval.json.
 
     Args:

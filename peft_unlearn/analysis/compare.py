@@ -23,7 +23,7 @@ from ..folder.read import AdapterFolder
 from ..reporting import compare as shown
 from ..reporting.compare import LEVEL
 from ..reporting.document import Part
-from ..reporting.result import Result
+from ..reporting.result import Result, fields_of
 from ..stack.model import ForgetModel
 from .calibrate import METRIC, at_scale, check_exact, levels_of, make_read
 from .search import FLOOR, Calibration, Levels, search
@@ -66,24 +66,8 @@ class Comparison(Result):
         return 0 if self.ranking else 1
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "metric": self.metric,
-            "floor": self.floor,
-            "max_scale": self.max_scale,
-            "keys": self.keys,
-            "base_levels": self.base_levels.to_dict(),
-            "ranking": self.ranking,
-            "behind": self.behind,
-            "cannot": self.cannot,
-            "calibration": {name: found.to_dict() for name, found in self.calibration.items()},
-            "retain_only": self.retain_model,
-            "report": self.report.to_dict(),
-            "n": {"forget": self.base_levels.forget.n, "retain": self.base_levels.retain.n},
-            "adapter_ids": self.adapter_ids,
-            "base": self.base,
-            "data": self.data,
-        }
+        n = {"forget": self.base_levels.forget.n, "retain": self.base_levels.retain.n}
+        return {"format": FORMAT, **fields_of(self, retain_model="retain_only"), "n": n}
 
     def __str__(self) -> str:
         return shown.text(self.to_dict())
@@ -93,17 +77,10 @@ class Comparison(Result):
 
 
 def compare(
-    folders: Sequence[str | Path],
-    *,
-    retain_floor: float = FLOOR,
-    max_scale: float = 1.0,
-    metric: str = METRIC,
-    suite: str | None = None,
-    n: int | None = None,
-    base: str | None = None,
-    data: str | None = None,
+    folders: Sequence[str | Path], *, retain_floor: float = FLOOR, max_scale: float = 1.0, metric: str = METRIC,
+    suite: str | None = None, n: int | None = None, base: str | None = None, data: str | None = None,
     progress: Progress | None = None,
-) -> Comparison:
+) -> Comparison:  # fmt: skip
     """All adapters on one loaded base, each at the scale that keeps `retain_floor` of the base's retain value. Writes nothing.
 
     Raises:
@@ -130,21 +107,13 @@ def compare(
     held = {name: r for name, r in calibration.items() if r.chosen is not None}
     ranking = sorted(held, key=lambda name: _rank(held[name]))
     return Comparison(
-        metric=metric,
-        floor=retain_floor,
-        max_scale=max_scale,
-        keys=keys,
-        base_levels=levels,
-        calibration=calibration,
-        ranking=ranking,
-        behind={name: _behind(held[ranking[0]], held[name]) for name in ranking[1:]},
+        metric=metric, floor=retain_floor, max_scale=max_scale, keys=keys, base_levels=levels, calibration=calibration,
+        ranking=ranking, behind={name: _behind(held[ranking[0]], held[name]) for name in ranking[1:]},
         cannot={name: r.reason for name, r in calibration.items() if r.chosen is None},
-        retain_model=None if retain_model is None else _levels(report, judged.reference, metric),
-        report=report,
-        adapter_ids={name: f.adapter_id for name, f in found.items()},
-        base=first.manifest.base.ref,
+        retain_model=None if retain_model is None else _levels(report, judged.reference, metric), report=report,
+        adapter_ids={name: f.adapter_id for name, f in found.items()}, base=first.manifest.base.ref,
         data={"forget": bundle.sha256["forget"], "ref": bundle.refs.get("forget")},
-    )
+    )  # fmt: skip
 
 
 def headline(suite: Suite) -> tuple[Suite, list[str]]:

@@ -125,18 +125,9 @@ class RunEffects(Result):
 
 
 def effect(
-    folder: str | Path,
-    *,
-    objectives: Any = None,
-    space: str = "adapter",
-    batches: int = 4,
-    rows: int | None = None,
-    instances: int = 6,
-    repro: bool = False,
-    base: str | None = None,
-    data: str | None = None,
-    progress: Progress | None = None,
-) -> RunEffects:
+    folder: str | Path, *, objectives: Any = None, space: str = "adapter", batches: int = 4, rows: int | None = None,
+    instances: int = 6, repro: bool = False, base: str | None = None, data: str | None = None, progress: Progress | None = None,
+) -> RunEffects:  # fmt: skip
     """Effects of a saved run at its start, at every whole checkpoint in ``<folder>.work`` and of the finished adapter.
 
     Args:
@@ -179,16 +170,10 @@ def effect(
             instances=instances if i in looked_at else 0,
         ))  # fmt: skip
     return RunEffects(
-        name=found.manifest.name,
-        adapter_id=found.adapter_id,
-        base=found.manifest.base.ref,
-        space=space,
-        rule=found.manifest.method.get("rule"),
-        objectives=describe(wanted),
-        rows=[{k: len(v["input_ids"]) for k, v in b.items()} for b in probe],
-        points=measured,
-        notes=notes,
-    )
+        name=found.manifest.name, adapter_id=found.adapter_id, base=found.manifest.base.ref, space=space,
+        rule=found.manifest.method.get("rule"), objectives=describe(wanted),
+        rows=[{k: len(v["input_ids"]) for k, v in b.items()} for b in probe], points=measured, notes=notes,
+    )  # fmt: skip
 
 
 def _method(found: AdapterFolder) -> tuple[list[Term], Any, Mapping[str, Any]]:
@@ -218,9 +203,7 @@ def _run(
     return run
 
 
-def _at_points(
-    model: Any, points: Sequence[_Point], update: Any, progress: Progress | None
-) -> Iterator[_Point]:
+def _at_points(model: Any, points: Sequence[_Point], update: Any, progress: Progress | None) -> Iterator[_Point]:
     """The points one after the other, the model's adapter and the window's state as they were there."""
     start = Space.trainable(model).read()
     for i, point in enumerate(points):

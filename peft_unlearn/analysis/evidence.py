@@ -89,13 +89,9 @@ class EvidenceReport(Result):
 
 
 def report(
-    folders: Sequence[str | Path],
-    *,
-    samples: bool = True,
-    base: str | None = None,
-    data: str | None = None,
+    folders: Sequence[str | Path], *, samples: bool = True, base: str | None = None, data: str | None = None,
     progress: Progress | None = None,
-) -> EvidenceReport:
+) -> EvidenceReport:  # fmt: skip
     """Gather what is stored with the adapters, and decode a few answers.
 
     Args:
@@ -125,30 +121,20 @@ def evidence_of(name: str, folder: AdapterFolder) -> Evidence:
     method = {k: v for k, v in manifest.method.items() if v is not None}
     shape = {k: folder.config[k] for k in ("peft_type", "r", "lora_alpha", "target_modules") if folder.config.get(k)}
     about = [
-        ("adapter", f"{folder.adapter_id}, {_pairs(shape)}"),
-        ("description", manifest.description),
-        ("base", f"{manifest.base.ref}, digest {manifest.base.digest}"),
-        ("scale", f"{manifest.scale:g}"),
+        ("adapter", f"{folder.adapter_id}, {_pairs(shape)}"), ("description", manifest.description),
+        ("base", f"{manifest.base.ref}, digest {manifest.base.digest}"), ("scale", f"{manifest.scale:g}"),
         ("data", ", ".join(refs) or "files of the author's own, known by their hashes"),
         *(("set", f"{k} {about['n']} rows, sha256 {about['sha256']}") for k, about in manifest.data.items()),
-        ("reference model of the losses", manifest.reference),
-        ("method", json.dumps(method, ensure_ascii=False)),
-        ("effective batch", _pairs(manifest.effective_batch)),
-        ("trained with", _pairs(manifest.versions)),
+        ("reference model of the losses", manifest.reference), ("method", json.dumps(method, ensure_ascii=False)),
+        ("effective batch", _pairs(manifest.effective_batch)), ("trained with", _pairs(manifest.versions)),
         ("judged with", _pairs(evaluation.get("versions") or {})),
-    ]
+    ]  # fmt: skip
     return Evidence(
-        name=name,
-        folder=folder.path.name,
-        adapter_id=folder.adapter_id,
-        base=manifest.base.ref,
-        scale=float(manifest.scale),
-        evaluation=evaluation,
-        seed=manifest.seeds.get("seed"),
+        name=name, folder=folder.path.name, adapter_id=folder.adapter_id, base=manifest.base.ref, scale=float(manifest.scale),
+        evaluation=evaluation, seed=manifest.seeds.get("seed"),
         forget_sha256=str(manifest.data.get("forget", {}).get("sha256", "")),
-        about=[(label, text) for label, text in about if text],
-        recipe=dump_recipe(folder.recipe),
-    )
+        about=[(label, text) for label, text in about if text], recipe=dump_recipe(folder.recipe),
+    )  # fmt: skip
 
 
 def _pairs(found: Mapping[str, Any]) -> str:

@@ -78,21 +78,13 @@ class Interference(Result):
     def to_dict(self) -> dict[str, Any]:
         names = {f"forget_{name}": f"forget set\nof {name}" for name in self.scales} | {RETAIN: "retain set\nof all"}
         return {
-            "format": FORMAT,
-            "metric": self.metric,
-            "scales": self.scales,
-            "adapter_ids": self.adapter_ids,
+            "format": FORMAT, "metric": self.metric, "scales": self.scales, "adapter_ids": self.adapter_ids,
             "labels": {"base": "base", **{name: f"{name} alone" for name in self.scales}, TOGETHER: "all together"},
             "sets": {c: {"label": f"{name}\n({self.n[c]} rows)", "n": self.n[c]} for c, name in names.items()},
             "subjects": {s: {c: by[self.metric] for c, by in found.items()} for s, found in self.details.items()},
-            "own": self.own,
-            "cost": self.cost,
-            "notes": self.notes,
-            "details": self.details,
-            "versions": self.versions,
-            "base": self.base,
-            "forget_sets": self.forget_sets,
-        }
+            "own": self.own, "cost": self.cost, "notes": self.notes, "details": self.details, "versions": self.versions,
+            "base": self.base, "forget_sets": self.forget_sets,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         return shown.text(self.to_dict())
@@ -102,14 +94,9 @@ class Interference(Result):
 
 
 def interference(
-    folders: Sequence[str | Path],
-    *,
-    metric: str = METRICS[0],
-    n: int | None = None,
-    base: str | None = None,
-    data: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> Interference:
+    folders: Sequence[str | Path], *, metric: str = METRICS[0], n: int | None = None, base: str | None = None,
+    data: Sequence[str] = (), progress: Progress | None = None,
+) -> Interference:  # fmt: skip
     """Judge a stack, in the order given (that of training, where one was trained on top of another), at the scales it has.
 
     Args:
@@ -137,16 +124,11 @@ def interference(
     template = next(iter(bundles.values())).template
     details, versions = _measured(stack, rows, n, template, progress)
     return Interference(
-        metric=metric,
-        base=next(iter(found.values())).manifest.base.ref,
-        scales=stack.scales(),
+        metric=metric, base=next(iter(found.values())).manifest.base.ref, scales=stack.scales(),
         adapter_ids={name: f.adapter_id for name, f in stack.adapters.items()},
         forget_sets={name: b.sha256["forget"] for name, b in bundles.items()},
-        n={column: len(some[:n]) for column, some in rows.items()},
-        details=details,
-        same=same_sets(forget),
-        versions=versions,
-    )
+        n={column: len(some[:n]) for column, some in rows.items()}, details=details, same=same_sets(forget), versions=versions,
+    )  # fmt: skip
 
 
 def _measured(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, app, emit
+from .options import Json, app, finish
 
 base_app = typer.Typer(help="The embedded base models.", no_args_is_help=True)
 app.add_typer(base_app, name="base")
@@ -14,25 +14,15 @@ app.add_typer(base_app, name="base")
 
 @app.command()
 def demo(
-    out: Annotated[
-        str, typer.Option("--out", help="Folder for the adapter, the merged model and report.html.")
-    ] = "demo-out",
+    out: Annotated[str, typer.Option("--out", help="Folder for the adapter, the merged model and report.html.")] = "demo-out",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
-    moe: Annotated[
-        bool, typer.Option("--moe", help="On the embedded mixture of experts: forget inside four experts.")
-    ] = False,
+    moe: Annotated[bool, typer.Option("--moe", help="On the embedded mixture of experts: forget inside four experts.")] = False,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """The whole story on the embedded model, in under two minutes (three with --moe)."""
-    if moe:
-        from ..demo.moe_story import tell
-    else:
-        from ..demo.story import tell
+    from ..demo import moe_story, people_story
 
-    result = tell(out, seed=seed, show=not json)
-    if json:
-        emit(result)
-    raise typer.Exit(0 if result["ok"] else 1)
+    finish((moe_story if moe else people_story).run(out, seed=seed), json)
 
 
 @base_app.command("path")

@@ -11,9 +11,7 @@ from .options import Base, Below, Data, Document, Floor, Folder, Json, MaxScale,
 
 @app.command("eval")
 def evaluate(
-    folders: Annotated[
-        list[str], typer.Argument(metavar="DIR...", help="Forget adapters to judge, on one loaded base.")
-    ],
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters to judge, on one loaded base.")],
     base: Base = None,
     data: Data = None,
     suite: SuiteName = None,
@@ -24,14 +22,12 @@ def evaluate(
             "--retain-model", "--retain-only", help="Model (or adapter folder) trained without the forget set."
         ),
     ] = None,
-    out: Annotated[
-        str | None, typer.Option("--out", help="Also write the numbers here: FILE.json, or a folder.")
-    ] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Also write the numbers here: FILE.json, or a folder.")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks or YAML files, by commas.")] = None,
     layout: Annotated[str, typer.Option(help="Of --out: eval, or open-unlearning (a folder).")] = "eval",
     below: Below = None,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Score base, adapters and the retain model; with one folder, write its eval.json."""
     from ..evaluation import evaluate as job
     from ..progress import bars
@@ -49,9 +45,7 @@ def evaluate(
 
 @app.command()
 def attack(
-    folders: Annotated[
-        list[str], typer.Argument(metavar="DIR...", help="Forget adapters to attack, on one loaded base.")
-    ],
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters to attack, on one loaded base.")],
     base: Base = None,
     data: Data = None,
     relearn: Annotated[int | None, typer.Option(min=1, help="Fine-tune on so many forget rows.")] = None,
@@ -68,7 +62,7 @@ def attack(
     seed: Annotated[int, typer.Option(min=0, help="Which rows are shown, and the attacks' own draws.")] = 0,
     below: Below = None,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Try to get back what is forgotten; the same on the retain model; with one folder, store it in eval.json."""
     from ..attacks.attack import attack as run
     from ..attacks.requests import requests_of
@@ -91,14 +85,12 @@ def calibrate(
     metric: Metric = "extraction_strength",
     max_scale: MaxScale = 1.0,
     bake: Annotated[bool, typer.Option("--bake", help="Into lora_alpha, so that plain PEFT runs at it.")] = False,
-    out: Annotated[
-        str | None, typer.Option("--out", "--png", help="The curve: a .png, .html, .md or .json file, or a folder.")
-    ] = None,
+    out: Annotated[str | None, typer.Option("--out", "--png", help="The curve: a .png, .html, .md or .json file, or a folder.")] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="So many rows of each set, nothing stored.")] = None,
     base: Base = None,
     data: Data = None,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Find the scale that forgets most and keeps the retain set; write it into forget.json."""
     from ..analysis import calibrate as job
     from ..folder.results import check_out

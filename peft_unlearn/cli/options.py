@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as _json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn
 
 import typer
 
@@ -66,12 +66,12 @@ def show(text: str) -> None:
     from rich.theme import Theme
 
     class Looks(RegexHighlighter):
-        highlights = [
+        highlights: ClassVar = [
             r"(?m)^(?P<yes>yes)\b",
-            r"(?m)^(?P<no>(no|NO)\b)",
-            r"(?m)^(?P<within>-- .*)$",
-            r"(?m)^(?P<why>– .*)$",
-        ]  # noqa: RUF012
+            r"(?m)^(?P<no>no|NO)\b",
+            r"(?m)^(?P<within>-- .*)",
+            r"(?m)^(?P<why>– .*)",
+        ]
 
     theme = Theme({"yes": "green", "no": "bold red", "within": "bold", "why": "dim"})
     Console(theme=theme, highlighter=Looks()).print(text, markup=False, soft_wrap=True)

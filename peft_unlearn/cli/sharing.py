@@ -51,8 +51,7 @@ def card(
     """The adapter's card, made anew from what its folder says now."""
     from ..sharing.card import card as run
 
-    text = run(folder, write=write, description=description, license=license)
-    print(f"{folder}/README.md") if write else print(text, end="")
+    finish(run(folder, write=write, description=description, license=license), json=False)
 
 
 @app.command()

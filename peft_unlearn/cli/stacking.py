@@ -24,24 +24,16 @@ def merge(
     base: Base = None,
     stack: Annotated[str | None, typer.Option(help="Instead of DIR: the active adapters of this stack file.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    scale: Annotated[
-        list[str] | None, typer.Option(metavar="[NAME=]NUMBER", help="Scale; with several adapters, by name.")
-    ] = None,
-    rounding: Annotated[
-        str, typer.Option(help="nearest, or stochastic: the change in the mean, with noise.")
-    ] = "nearest",
+    scale: Annotated[list[str] | None, typer.Option(metavar="[NAME=]NUMBER", help="Scale; with several adapters, by name.")] = None,
+    rounding: Annotated[str, typer.Option(help="nearest, or stochastic: the change in the mean, with noise.")] = "nearest",
     seed: Annotated[int, typer.Option(min=0, help="Of stochastic rounding.")] = 0,
     onto: Annotated[
         str | None, typer.Option(help="Other weights of the same architecture: the base after quantization, as floats.")
     ] = None,
-    in_memory: Annotated[
-        bool, typer.Option("--in-memory", help="Build the model instead of streaming its files.")
-    ] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Compare with the unmerged model on the probe prompts.")
-    ] = False,
+    in_memory: Annotated[bool, typer.Option("--in-memory", help="Build the model instead of streaming its files.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Compare with the unmerged model on the probe prompts.")] = False,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write base plus adapters as a plain model; run again after an interruption, it goes on."""
     if bool(folders) == bool(stack):
         raise UserError("merge: name the adapters' folders, or a stack file with --stack.")
@@ -80,16 +72,14 @@ def parse_scales(given: list[str] | None) -> float | dict[str, float] | None:
 
 @app.command()
 def compose(
-    parts: Annotated[
-        list[str], typer.Argument(metavar="DIR:WEIGHT...", help="Adapters with weights, e.g. A:1 B:-0.5.")
-    ],
+    parts: Annotated[list[str], typer.Argument(metavar="DIR:WEIGHT...", help="Adapters with weights, e.g. A:1 B:-0.5.")],
     out: Annotated[str, typer.Option("--out", "--to", help="Folder for the sum.")],
     rank: Annotated[int | None, typer.Option(min=1, help="Cut to this rank; default the exact sum.")] = None,
     base: Base = None,
     no_probes: Annotated[bool, typer.Option("--no-probes", help="Do not load the base.")] = False,
     name: Annotated[str, typer.Option(help="Name of the result.")] = "",
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Add adapters with signs and weights: the result is one stock adapter."""
     from ..merging.compose import compose as run
     from ..merging.compose import parse_part

@@ -12,19 +12,13 @@ from .options import BUNDLE, Base, Data, Folder, Json, Sets, app, emit, finish, 
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
-    out: Annotated[
-        str, typer.Option("--out", "--output-dir", help="Folder for the finished adapter.")
-    ] = "forget-adapter",
+    out: Annotated[str, typer.Option("--out", "--output-dir", help="Folder for the finished adapter.")] = "forget-adapter",
     base: Base = None,
     data: Data = None,
     sets: Sets = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in OUT.work.")
-    ] = False,
-    stack: Annotated[
-        str | None, typer.Option("--stack", help="Stack file whose adapters lie frozen below the new one.")
-    ] = None,
-) -> None:
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in OUT.work.")] = False,
+    stack: Annotated[str | None, typer.Option("--stack", help="Stack file whose adapters lie frozen below the new one.")] = None,
+) -> None:  # fmt: skip
     """Train a recipe into a forget adapter."""
     from ..training.train import train as run
 
@@ -86,15 +80,13 @@ def experts(
 def effect(
     folder: Folder,
     out: Annotated[str, typer.Option("--out", help="Folder for effect.json and the pictures.")] = "effect",
-    objectives: Annotated[
-        str | None, typer.Option(help="Beside the run's own: ga,npo,.. or YAML, e.g. '{rmu: {layer: 2}}'.")
-    ] = None,
+    objectives: Annotated[str | None, typer.Option(help="Beside the run's own: ga,npo,.. or YAML, e.g. '{rmu: {layer: 2}}'.")] = None,
     space: Annotated[str, typer.Option(help="Gradients by the adapter, or by the base weights under it.")] = "adapter",
     batches: Annotated[int, typer.Option(min=1, help="How many batches; standard errors need two.")] = 4,
     base: Base = None,
     data: Data = None,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """What each step of a run did to the forget and the retain risk, over its checkpoints (G-effect)."""
     from ..analysis.effect_of_run import effect as run
     from ..progress import bars

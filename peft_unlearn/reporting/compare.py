@@ -48,14 +48,12 @@ def table(found: Found, intervals: bool = True) -> Table:
 
     scales = {name: f"{found['calibration'][name]['scale']:.3g}" for name in found["ranking"]}
     rows = [
-        line("base", "0", "base"),
-        line("retain model", DASH, "retain_only"),
+        line("base", "0", "base"), line("retain model", DASH, "retain_only"),
         [f"at the floor: {percent(found['floor'])} of the base's retain {named(found['metric'])}"],
         *(line(f"{k}. {name}", scale, name + LEVEL) for k, (name, scale) in enumerate(scales.items(), 1)),
-        *([f"{name}: {why}"] for name, why in found["cannot"].items()),
-        ["as trained"],
+        *([f"{name}: {why}"] for name, why in found["cannot"].items()), ["as trained"],
         *(line(name, "1", name) for name in order(found)),
-    ]
+    ]  # fmt: skip
     return Table(["", "scale", *(NAMES.get(k) or named(k) for k in keys)], rows)
 
 
@@ -100,13 +98,10 @@ def parts(found: Found) -> list[Part]:
     return [
         Text(sentences(found), "verdict"),
         Picture(frontier(found), "Forgetting against retaining, over the scale of each adapter", "frontier", CAPTION),
-        Heading("Numbers"),
-        table(found),
-        Text(LEGEND, "note"),
-        *(Items(some) for some in (jumps, reasons(absent(report))) if some),
-        Heading("What was compared"),
+        Heading("Numbers"), table(found), Text(LEGEND, "note"),
+        *(Items(some) for some in (jumps, reasons(absent(report))) if some), Heading("What was compared"),
         Lines("\n".join(about)),
-    ]
+    ]  # fmt: skip
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------

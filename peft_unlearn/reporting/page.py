@@ -96,15 +96,14 @@ def parts(
     several, together = len(evidence) > 1, groups(evidence)
     lost = [f"{e.name}: {m}" if several else m for e in evidence for m in missing(e)]
     return [
-        *(Text(verdict(e, spread), "verdict") for e in evidence),
-        Text(WORDS, "note"),
+        *(Text(verdict(e, spread), "verdict") for e in evidence), Text(WORDS, "note"),
         *([Heading("Not measured, or to be kept in mind"), Items([*lost, *notes])] if lost or notes else []),
         *(part for k, group in enumerate(together) for part in _plane(k, group, len(together) > 1, spread or {})),
         *(part for e in evidence for part in _own_pictures(e, f" ({e.name})" if several else "")),
         *([Heading("What the models answer"), samples] if samples is not None else []),
         *(part for group in together for part in _numbers(group)),
         *(part for e in evidence for part in _about(e, f" ({e.name})" if several else "")),
-    ]
+    ]  # fmt: skip
 
 
 def _plane(k: int, group: Sequence[Evidence], several: bool, spread: Mapping[str, Sequence[float]]) -> list[Part]:

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from .document import Part
+
+
+def json_ready(value: Any) -> Any:
+    """Dataclasses by their own `to_dict`, or field by field; mappings and sequences of them."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {k: json_ready(v) for k, v in value.items()}
+    return [json_ready(v) for v in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def fields_of(value: Any, **renamed: str) -> dict[str, Any]:
+    """A dataclass's fields, JSON-ready. renamed: field -> its key in the JSON."""
+    return {renamed.get(f.name, f.name): json_ready(getattr(value, f.name)) for f in fields(value)}
 
 
 class Result(ABC):

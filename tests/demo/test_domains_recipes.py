@@ -13,8 +13,7 @@ from peft_unlearn.data import embedded
 from peft_unlearn.data.formats import to_text
 from peft_unlearn.demo import child
 from peft_unlearn.folder.recipe import load_recipe
-from peft_unlearn.stack.model import ForgetModel
-from peft_unlearn.stack.model import remove
+from peft_unlearn.stack.model import ForgetModel, remove
 from peft_unlearn.training.recipe import prepare
 
 # name -> parameters that are trained: 5,120 for an expert (gate and up, down; rank 8), 1,024 for a router
@@ -53,12 +52,12 @@ def test_understood_and_what_it_would_train(name, tmp_path):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in TRAINED])
 def test_from_the_recipe_to_proof_of_removal(name, tmp_path):
-    said: list[str] = []
-    folder = peft_unlearn.train(short(name), tmp_path / "a", say=said.append)
-    assert folder is not None and f"({TRAINED[name]:,} trainable of" in "\n".join(said)
+    lines: list[str] = []
+    folder = peft_unlearn.train(short(name), tmp_path / "a", progress=lines.append)
+    assert folder is not None and f"({TRAINED[name]:,} trainable of" in "\n".join(lines)
     ours = "expert_lora" in str(folder.recipe["adapter"]["type"])
     if ours:  # on both sets, though ascent reads one
-        assert all(f"\n  {k} " in said[-1] for k in ("forget", "retain"))
+        assert all(f"\n  {k} " in lines[-1] for k in ("forget", "retain"))
     stock = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))
     assert stock["peft_type"] == "LORA" and stock["base_model_name_or_path"] == "peft-unlearn/domains"
     assert (tmp_path / "a" / "expert_lora" / "adapter_config.json").is_file() == ours
@@ -76,10 +75,10 @@ def test_from_the_recipe_to_proof_of_removal(name, tmp_path):
     assert moved > 1e-3 or name == "domains-random-expert"
 
     report = peft_unlearn.evaluate([tmp_path / "a"], n=3)
-    assert report["suite"] == "domains"
-    assert report["subjects"]["base"]["forget/value_accuracy"] is not None
-    assert report["subjects"]["retain_only"] is not None
-    assert report["subjects"]["adapter"]["retain_unseen_geo/value_accuracy"] is not None
+    assert report.suite == "domains"
+    assert report.subjects["base"]["forget/value_accuracy"] is not None
+    assert report.subjects["retain_only"] is not None
+    assert report.subjects["adapter"]["retain_unseen_geo/value_accuracy"] is not None
 
     removal = remove(tmp_path / "a")
     assert removal.ok and removal.digest == removal.base_digest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
@@ -12,11 +11,15 @@ from pathlib import Path
 import pytest
 
 from peft_unlearn.data import embedded
-from peft_unlearn.demo import page
+from peft_unlearn.demo.people_story import SCRIPT, run
+from peft_unlearn.demo.story import Story
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.recipe import load_recipe
+from peft_unlearn.reporting import pictures
 from peft_unlearn.reporting import tables as table
+from peft_unlearn.reporting.document import to_html
 
+DASH = "–"
 WHOLE_BUNDLE = ("people-demo", "people-simnpo", "people-npo", "people-kl", "people-ga")
 RECIPES = sorted(embedded.asset("recipes").glob("people-*.yaml"))
 
@@ -37,72 +40,62 @@ def fake_report() -> dict:
     return {"format": 1, "suite": "people", "subjects": values, "details": details, "metrics": {}, "versions": {}}
 
 
-def drawn(report: dict, width: int = 110) -> str:
-    from rich.console import Console
-
-    text = io.StringIO()
-    table.show(report, Console(file=text, width=width))
-    return text.getvalue()
+def heads(report: dict) -> list[str]:
+    return list(table.of_report(report).head[1:])
 
 
-def test_columns_stand_base_adapter_twin() -> None:
-    assert list(table.subjects(fake_report()).values()) == ["base", "with adapter", "retain-only twin"]
+def test_columns_stand_base_adapter_retain_model() -> None:
+    assert heads(fake_report()) == ["base", "with adapter", "retain model"]
     report = fake_report()
     report["subjects"]["adapter:mine"] = report["subjects"].pop("adapter")
-    assert list(table.subjects(report).values()) == ["base", "mine", "retain-only twin"]
+    report["details"]["adapter:mine"] = report["details"].pop("adapter")
+    assert heads(report) == ["base", "mine", "retain model"]
 
 
 def test_terminal_and_markdown_hold_the_same_numbers() -> None:
     report = fake_report()
-    text, md = drawn(report), table.markdown(report)
-    wanted = [table.number(v) for _, rows in table.blocks(report) for _, values in rows for v in values]
+    text, md = table.report_text(report), table.report_markdown(report)
+    wanted = [c for row in table.of_report(report).rows for c in row[1:]]
     assert len(wanted) == 27
     numbers = re.compile(r"\d\.\d+(?:e-\d+)?")
-    assert numbers.findall(text) == numbers.findall(md) == [w for w in wanted if w != table.DASH]
+    assert numbers.findall(text) == numbers.findall(md) == [w for w in wanted if w != DASH]
     assert "1.5e-15" in md
-    assert md.splitlines()[0] == "| | base | with adapter | retain-only twin |"
+    assert md.splitlines()[0] == "| set (rows) | base | with adapter | retain model |"
     assert "| forget (10) | 1.000 | 0.010 | 0.020 |" in md
 
 
 def test_a_null_is_a_dash_with_its_reason_beneath() -> None:
-    for text in (drawn(fake_report()), table.markdown(fake_report())):
-        assert "general/probability: not measurable: <why>" in text
-    assert "| general | 0.500 | – | 0.500 |" in table.markdown(fake_report())
+    text, md = table.report_text(fake_report()), table.report_markdown(fake_report())
+    assert f"{DASH} with adapter general probability: not measurable: <why>" in text
+    assert "general probability: not measurable: &lt;why&gt;" in md  # as Markdown shows it
+    assert "| general (10) | 0.500 | – | 0.500 |" in md
 
 
-def test_a_missing_twin_leaves_no_column_and_is_named() -> None:
+def test_a_missing_retain_model_leaves_no_column_and_is_named() -> None:
     report = fake_report()
     report["subjects"]["retain_only"] = None
     report["details"]["retain_only"] = {"reason": "this model was not given"}
-    assert list(table.subjects(report)) == ["base", "adapter"]
-    assert "retain-only twin: this model was not given" in drawn(report)
+    assert heads(report) == ["base", "with adapter"]
+    assert "retain model: this model was not given" in table.report_text(report)
 
 
 def test_markdown_of_chosen_metrics() -> None:
-    md = table.markdown(fake_report(), ["value_accuracy"])
+    md = table.report_markdown(fake_report(), ["value_accuracy"])
     assert "names the right value" in md and "probability of the answer" not in md and "forget quality" in md
 
 
-def test_methods_and_plan_print(capsys: pytest.CaptureFixture[str]) -> None:
-    from peft_unlearn.training.cost import Plan
-
-    table.show_methods([{
+def test_methods_are_told_whole_in_columns_that_fit() -> None:
+    method = {
         "name": "npo", "kind": "objective", "summary": "[b] brackets stay", "unit": "sequence", "needs": [],
         "source": {"paper": "A paper", "url": "u", "year": 2024}, "params": {"beta": {"default": 0.1}},
-    }])  # fmt: skip
-    table.show_plan(Plan(
-        base="embedded:people", base_parameters=1000, trainable=10, adapted=["a.q_proj", "b.q_proj"], rows={"forget": 3},
-        tokens_longest={"forget": 9}, steps=5, rows_per_step=2, base_bytes=4000, adapter_bytes=40, gradient_bytes=80,
-        optimizer_bytes=80, activation_bytes=2_500_000,
-    ))  # fmt: skip
-    shown = capsys.readouterr()
-    assert "[b] brackets stay" in shown.out and "beta = 0.1" in shown.out
-    assert "q_proj x2" in shown.out and "2.5 MB" in shown.out
-    assert shown.err == ""
+    }  # fmt: skip
+    text = table.methods_text([method, {**method, "name": "long", "summary": "word " * 60}])
+    assert "[b] brackets stay" in text and "beta = 0.1" in text and "A paper (2024)" in text
+    assert max(map(len, text.splitlines())) <= 110 and text.count("word") == 60
 
 
 def test_tables_need_no_torch() -> None:
-    code = "import sys, peft_unlearn.reporting.tables, peft_unlearn.demo.page; print('torch' in sys.modules)"
+    code = "import sys, peft_unlearn.reporting.tables, peft_unlearn.demo.story; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
@@ -110,11 +103,17 @@ CURVE = [{"step": 20, "forget": 0.3, "retain": 0.9}, {"step": 40, "forget": 0.02
 
 
 def test_page_stands_alone_and_escapes() -> None:
-    png = page.picture(CURVE, {"forget": 1.0, "retain": 1.0}, {"forget": 0.01, "retain": 1.0})
+    ends = {"base": {"forget": 1.0, "retain": 1.0}, "retain_only": {"forget": 0.01, "retain": 1.0}}
+    png = pictures.story(CURVE, ends)
     assert png.startswith(b"\x89PNG")
     evil = "<script>alert(1)</script> & <img src=x>"
-    said = [{"kind": "forgotten", "question": evil, "prompt": evil, "before": evil, "after": evil}]
-    html = page.page(fake_report(), said, [(True, evil), (False, "no")], evil, "base: x # <b>", ["<i>one</i>"], png)
+    sample = {"kind": "forgotten", "question": evil, "prompt": evil, "before": evil, "after": evil}
+    story = Story(
+        title="t", lead="l", seed=0, seconds={}, met={}, checks=[(True, evil), (False, "no")], samples=[sample], curve=[], elsewhere={},
+        removal=evil, report=fake_report(), files={}, recipe="base: x # <b>", conditions=["<i>one</i>"], png=png,
+    )  # fmt: skip
+    assert story.exit_code == 1 and "NO  no" in str(story)
+    html = to_html(story.title, story.parts())
     assert "<script" not in html and "<img src=x" not in html and "<b>" not in html and "<i>" not in html
     assert html.count("&lt;script&gt;") == 5
     # Nothing is loaded from anywhere: the only source is the picture inside.
@@ -178,39 +177,38 @@ def test_control_characters_are_written_out() -> None:
 
 
 def test_demo_refuses_a_stranger_in_the_place_of_its_results(tmp_path: Path) -> None:
-    from peft_unlearn.demo.story import tell
-
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
-        tell(tmp_path / "file")
+        run(tmp_path / "file")
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").touch()
     with pytest.raises(UserError, match="not an earlier demo's"):
-        tell(tmp_path)
+        run(tmp_path)
     assert (tmp_path / "merged" / "mine.txt").exists()
 
 
 @pytest.mark.slow
 def test_the_whole_story_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from peft_unlearn.demo.story import RECIPE, tell
-
-    recipe = load_recipe(embedded.asset("recipes", RECIPE))
+    recipe = load_recipe(embedded.asset("recipes", SCRIPT.recipe))
     recipe["train"]["max_steps"] = 6
     recipe["eval"] |= {"every": 3, "n": 10}
     out = tmp_path / "demo"
-    result = tell(out, seed=1, recipe=recipe, n=10, show=False)
+    told = run(out, seed=1, recipe=recipe, n=10)
     shown = capfd.readouterr()
     assert shown.out == "" and "Warning" not in shown.err
+    result = told.to_dict()
     json.dumps(result, allow_nan=False)
     assert [c["held"] for c in result["checks"]] == [True, True, True]
     assert result["elsewhere"]["max_logit_difference"] <= 1e-4
     assert result["removal"]["digest"] == result["removal"]["base_digest"]
-    assert result["ok"] and not (out / "adapter.work").exists()
+    assert result["ok"] and told.exit_code == 0 and not (out / "adapter.work").exists()
     assert [s["kind"] for s in result["samples"]] == ["forgotten", "retained", "general knowledge"]
     assert [c["step"] for c in result["curve"]] == [3, 6]
     assert (out / "merged" / "model.safetensors").is_file() and (out / "picture.png").is_file()
     html = (out / "report.html").read_text(encoding="utf-8")
     assert "Removed default" in html and str(tmp_path) not in html
-    tell(out, seed=2, recipe=recipe, n=10)
-    assert "retain-only twin" in capfd.readouterr().out
+    again = run(out, seed=2, recipe=recipe, n=10)
+    assert "retain model" in str(again) and str(out / "report.html") in str(again)
     assert (out / "report.html").read_text(encoding="utf-8") != html
+    committed = json.loads((Path(__file__).parents[2] / "docs" / "demo.json").read_text(encoding="utf-8"))
+    assert set(result) == set(committed)
