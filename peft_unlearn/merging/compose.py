@@ -234,10 +234,7 @@ def _depth(weight: str, row: Summed, parameters: dict[str, Summed]) -> int:
 
 
 def _manifest(
-    given: list[tuple[AdapterFolder, float]],
-    recipe: dict[str, Any],
-    rows: dict[str, Summed],
-    errors: dict[str, float],
+    given: list[tuple[AdapterFolder, float]], recipe: dict[str, Any], rows: dict[str, Summed], errors: dict[str, float]
 ) -> Manifest:
     ids = {f.adapter_id for f, _ in given}
     needs = dict.fromkeys(d for f, _ in given for d in f.manifest.depends_on if d not in ids)
