@@ -38,7 +38,21 @@ def test_import_pulls_in_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "errors", "registry", "data.embedded", "data.formats", "folder.recipe", "folder.base"]
+    "module",
+    [
+        "cli",
+        "errors",
+        "progress",
+        "registry",
+        "reporting",
+        "reporting.tables",
+        "reporting.result",
+        "data.embedded",
+        "data.formats",
+        "folder.recipe",
+        "folder.base",
+        "folder.results",
+    ],
 )
 def test_light_modules_stay_light(module):
     out = fresh(f"import sys, peft_unlearn.{module}\nprint('torch' in sys.modules, 'peft' in sys.modules)")
@@ -67,6 +81,18 @@ def test_public_names_resolve():
     assert set(peft_unlearn.__all__) <= set(dir(peft_unlearn))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         peft_unlearn.nothing  # noqa: B018
+
+
+def test_every_command_is_a_public_function():
+    commands = "attack calibrate compare report merge compose remove verify push pull train evaluate plan effect experts interference"
+    assert all(callable(getattr(peft_unlearn, name)) for name in [*commands.split(), "card", "export", "methods"])
+
+
+def test_public_names_are_typed_where_they_are_loaded_from():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    typed = {a.name: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert typed == peft_unlearn._WHERE
 
 
 def rooms() -> dict[str, list[Path]]:
@@ -102,6 +128,43 @@ def test_rooms_import_only_from_rooms_before_them(room):
     for path in rooms()[room]:
         late = {r for r in imported(path) if r != room and (r not in ORDER or ORDER.index(r) > at)}
         assert not late, f"{path.relative_to(PACKAGE)} imports {sorted(late)}"
+
+
+def lines_of(paths: list[Path]) -> int:
+    return sum(len(p.read_text(encoding="utf-8").splitlines()) for p in paths)
+
+
+def test_no_room_is_a_house_of_its_own():
+    """A room past a sixth of the lines holds two purposes."""
+    sizes = {room: lines_of(paths) for room, paths in rooms().items()}
+    whole = sum(sizes.values())
+    assert whole <= 25_500
+    assert {room: n for room, n in sizes.items() if n > 0.16 * whole} == {}
+
+
+def test_no_file_imports_in_a_circle():
+    """What is imported while a file is loaded; imports inside functions and for type checkers do not count."""
+    files = {
+        ".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): p
+        for ps in rooms().values()
+        for p in ps
+    }
+    needs = {name: {n for n in loaded(path) if n in files and n != name} for name, path in files.items()}
+    while ready := [name for name, found in needs.items() if not found]:
+        needs = {name: found - set(ready) for name, found in needs.items() if name not in ready}
+    assert not needs, f"these import each other: {sorted(needs)}"
+
+
+def loaded(path: Path) -> set[str]:
+    """Files that are imported with this one, as ``room.file``."""
+    package = path.relative_to(PACKAGE).parts[:-1]
+    out = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = package[: len(package) - node.level + 1]
+            whole = ".".join((*start, *(node.module.split(".") if node.module else ())))
+            out |= {whole, *(f"{whole}.{a.name}".lstrip(".") for a in node.names)}
+    return out
 
 
 def test_files_are_small():

@@ -45,10 +45,10 @@ def finish(result: Result, json: bool, out: str | None = None) -> NoReturn:
         from ..folder.results import save
 
         save(result, out)
-    for remark in getattr(result, "remarks", list)():
+    for remark in result.remarks():
         print(remark, file=sys.stderr)
     emit(result.to_dict()) if json else show(str(result))
-    raise typer.Exit(getattr(result, "exit_code", 0))
+    raise typer.Exit(result.exit_code)
 
 
 def emit(value: Any) -> None:
