@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from .base import peft_base_name
 from .card_numbers import headline, numbers
-from .manifest import Manifest, path_like
+from .manifest import BaseRef, Manifest, path_like
 from .markdown import block, code, inline, one_line, table
 from .read import CARD, AdapterFolder
 from .yaml_io import dump_yaml, parse_yaml, read_text
@@ -27,7 +28,6 @@ DEFAULT_WORDS = "An adapter that makes a language model stop giving the answers 
 _OWN = ("library_name", "pipeline_tag", "base_model", "base_model_relation", "tags", "model-index", "forget_adapter")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,40}")
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.S | re.M)
-_ID = '"ADAPTER"  # this repository, or a folder'
 
 
 @dataclass
@@ -166,37 +166,15 @@ def _inserted(body: str, description: str) -> str:
 
 
 def generated(card: ForgetCard) -> str:
-    """The generated block's Markdown, without its marks."""
-    m = card.manifest
-    lines = [
-        *table(["", ""], _facts(card)),
-        "",
-        "## Numbers",
-        "",
-        *numbers(card.evaluation, m.adapter_id),
-        "## Intended use",
-        "",
-        "With the base model named above, and with no other: where that model must not give the answers of this forget set, "
-        "and for research on unlearning. It is no proof that data was erased, and no barrier against somebody who holds the "
-        "weights.",
-        "",
-        "## Limits",
-        "",
-        "- The adapter suppresses behavior. What it forgets is still in the base model's weights.",
-        "- It is removable by design: whoever holds the base takes it off and has the base again, bit for bit.",
-        "- Fine-tuning, rephrased questions and other languages may bring answers back. Numbers above hold for the sets they "
-        "name and for no others; what is not measured is not known.",
-        "- Merging in half precision and quantizing can undo part of it: judge what is served.",
-        *_limits(card),
-        "",
-        "## License",
-        "",
-        (f"The adapter: {code(card.license, cell=False)}. " if card.license else "The author states none. ")
-        + "The base model has a license of its own, which this one does not change.",
-        "",
-        *_use(card),
-    ]
-    return "\n".join(lines).rstrip()
+    """The generated block's Markdown, without its marks: card_template.md, filled in."""
+    template = Path(__file__).with_name("card_template.md").read_text(encoding="utf-8")
+    return template.format(
+        facts="\n".join(table(["", ""], _facts(card))),
+        numbers="\n".join(numbers(card.evaluation, card.manifest.adapter_id)),
+        limits="".join(f"{line}\n" for line in _limits(card.manifest)),
+        license=f"The adapter: {code(card.license, cell=False)}." if card.license else "The author states none.",
+        **_use(card.manifest.base),
+    ).rstrip()
 
 
 def _facts(card: ForgetCard) -> list[list[str]]:
@@ -260,8 +238,7 @@ def _flat(value: Any) -> str:
     return text.strip().removesuffix("...").strip()
 
 
-def _limits(card: ForgetCard) -> list[str]:
-    m = card.manifest
+def _limits(m: Manifest) -> list[str]:
     out = []
     if m.scale != 1:
         out.append(f"- Plain PEFT runs it at scale 1; it is meant to run at {m.scale:g}, which peft-unlearn applies.")
@@ -270,48 +247,21 @@ def _limits(card: ForgetCard) -> list[str]:
     return out
 
 
-def _use(card: ForgetCard) -> list[str]:
-    m = card.manifest
-    name = peft_base_name(m.base.ref)
-    if m.base.ref.startswith("embedded:"):
-        load, why = "FOLDER", f"  # printed by: peft-unlearn base path {m.base.ref.removeprefix('embedded:')}"
-    else:
-        load, why = name or "FOLDER", "" if name else "  # of the base with the digest above"
-    revision = f', revision="{m.base.revision}"' if m.base.revision else ""
-    known = m.base.revision is not None or m.base.ref.startswith("embedded:")
-    here, base_flag = ("None", "") if known else ('"FOLDER"', " --base FOLDER")
-    return [
-        "## Use",
-        "",
-        "With plain PEFT:",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f'BASE = "{load}"{why}',
-        f"ADAPTER = {_ID}",
-        f'base = AutoModelForCausalLM.from_pretrained(BASE{revision}, dtype="float32")',
-        "model = PeftModel.from_pretrained(base, ADAPTER)",
-        "```",
-        "",
-        "With peft-unlearn, which checks the base's digest and applies the scale:",
-        "",
-        "```python",
-        "from peft_unlearn import ForgetModel",
-        "",
-        f'model = ForgetModel.from_pretrained({here}, ["ADAPTER"]).model',
-        "```",
-        "",
-        "To check it, to judge it, to take it off and to see that the base is back:",
-        "",
-        "```",
-        "peft-unlearn pull ADAPTER --out FOLDER",
-        f"peft-unlearn verify FOLDER{base_flag}",
-        f"peft-unlearn eval FOLDER{base_flag}",
-        f"peft-unlearn remove FOLDER{base_flag}",
-        "```",
-    ]
+def _use(base: BaseRef) -> dict[str, str]:
+    """How the base is named in the card's examples."""
+    embedded = base.ref.startswith("embedded:")
+    name = "" if embedded else peft_base_name(base.ref)
+    why = "" if name else "  # of the base with the digest above"
+    if embedded:
+        why = f"  # printed by: peft-unlearn base path {base.ref.removeprefix('embedded:')}"
+    known = base.revision is not None or embedded
+    return {
+        "base": name or "FOLDER",
+        "why": why,
+        "revision": f', revision="{base.revision}"' if base.revision else "",
+        "here": "None" if known else '"FOLDER"',
+        "base_flag": "" if known else " --base FOLDER",
+    }
 
 
 def portable_front(front: dict[str, Any]) -> list[str]:

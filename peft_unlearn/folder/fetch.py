@@ -64,16 +64,18 @@ def resolve_adapter(ref: str | Path, revision: str | None = None) -> Path:
     if commit is not None and revision is not None and commit != revision:
         raise UserError(f"adapter {text}: two revisions are given, {commit} and {revision}.")
     revision = commit or revision
-    # What an interrupted download left is a folder too.
-    cached = lambda folder: all((folder / n).is_file() for n in _NEEDED)  # noqa: E731
-    found = _pinned(snapshot("adapter", hub_id, revision, FILES, cached), revision)
-    missing = [n for n in _NEEDED if not (found / n).is_file()]
-    if missing:
+    # What an interrupted download left is a folder too: whole only if nothing that is needed is missing.
+    found = _pinned(snapshot("adapter", hub_id, revision, FILES, lambda f: not _missing(f)), revision)
+    if missing := _missing(found):
         raise UserError(
             f"adapter {hub_id} at {commit_of(found)}: holds no {' and no '.join(missing)}: not a forget adapter "
             "(pickled weights are never downloaded)."
         )
     return found
+
+
+def _missing(folder: Path) -> list[str]:
+    return [n for n in _NEEDED if not (folder / n).is_file()]
 
 
 def commit_of(folder: str | Path) -> str | None:

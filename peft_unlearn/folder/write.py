@@ -26,8 +26,6 @@ from .manifest import Manifest, path_like
 from .read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder, file_sha256, read_adapter
 from .recipe import dump_recipe, portable_recipe
 
-__all__ = ["AdapterFolder", "read_adapter", "update_block", "update_eval", "write_adapter"]
-
 KEPT = ("attacks", "calibration", "lm_eval")  # blocks of eval.json that `eval` does not make
 _EDITABLE = (CARD, EVAL)  # may change after writing without making the adapter another one
 
@@ -119,9 +117,7 @@ def _json(value: Any, name: str) -> str:
     try:
         return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError as e:
-        raise UserError(
-            f"{name}: holds a number that is not finite, which JSON cannot ({e}); use null and a reason."
-        ) from None
+        raise UserError(f"{name}: holds a number that is not finite ({e}); use null and a reason.") from None
 
 
 def _adapter_tensors(peft_model: Any, adapter_name: str) -> dict[str, torch.Tensor]:
