@@ -56,19 +56,11 @@ def attack(
     checkpoints: dict[str, Any] = dict.fromkeys(subjects, stack.base_dir)
     subjects["retain_only"] = embedded_retain_model(ref, bundle)
     checkpoints["retain_only"] = retain_model_folder(ref, bundle)
+    shown = max([int(w.settings["rows"]) for w in chosen if w.method.name == "relearn"], default=SHOWN)
     result = run_attacks(
-        subjects,
-        chosen,
-        bundle,
-        stack.tokenizer,
-        shown=max([int(w.settings["rows"]) for w in chosen if w.method.name == "relearn"], default=SHOWN),
-        n=n,
-        seed=seed,
-        checkpoints=checkpoints,
-        adapter_id=found[0].adapter_id if len(found) == 1 else None,
-        base=ref,
-        progress=progress,
-    )
+        subjects, chosen, bundle, stack.tokenizer, shown=shown, n=n, seed=seed, checkpoints=checkpoints, base=ref,
+        adapter_id=found[0].adapter_id if len(found) == 1 else None, progress=progress,
+    )  # fmt: skip
     result.scale = {subject: stack.scales()[name] for subject, name in subject_of(list(adapters)).items()}
     if write and len(found) == 1 and n is None:
         whole = _with_earlier(result.to_dict(), (found[0].eval or {}).get(BLOCK))

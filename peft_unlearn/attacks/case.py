@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.bundle import normal
 from ..data.formats import identity
 from ..evaluation.measured import Array
 from ..evaluation.plan import Progress
@@ -45,7 +45,7 @@ class Case:
     checkpoint: Any = None
     _before: dict[str, Array] | None = field(default=None, repr=False)
 
-    def score(self, model: Any, rows: Rows | None = None, template: str | None = None) -> dict[str, Array]:
+    def score(self, model: Any, rows: Rows | None = None) -> dict[str, Array]:
         """What `model` still answers: measure -> (rows,) values, in the order of `rows` (default: the case's own).
 
         Measures: value_accuracy (where all rows have a 'value' and a prompt), extraction_strength, probability. A row
@@ -63,7 +63,7 @@ class Case:
             "sets": {_SET: {"role": "forget", "metrics": list(MEASURES)}},
         }
         rows = self.rows if rows is None else rows
-        plan = make_plan(suites.load(suite), {_SET: rows}, self.tokenizer, template=template or self.template)
+        plan = make_plan(suites.load(suite), {_SET: rows}, self.tokenizer, template=self.template)
         found = numbers_of(plan, measure(model, plan), None, ci=False)
         return {m: n.rows for m in MEASURES if (n := found[f"{_SET}/{m}"]).rows is not None}
 
@@ -117,16 +117,12 @@ def facts(rows: Rows) -> list[int]:
 
 
 def _keys(row: dict[str, Any]) -> list[tuple[str, ...]]:
-    keys: list[tuple[str, ...]] = [(k, _plain(row[k])) for k in ("question", "prompt") if isinstance(row.get(k), str)]
-    if (answer := _plain(str(row.get("answer", "")))).count(" ") >= 3:  # "Yes." is no fact
+    keys: list[tuple[str, ...]] = [(k, normal(row[k])) for k in ("question", "prompt") if isinstance(row.get(k), str)]
+    if (answer := normal(str(row.get("answer", "")))).count(" ") >= 3:  # "Yes." is no fact
         keys.append(("answer", answer))
     if row.get("subject") and row.get("value"):
-        keys.append(("fact", _plain(str(row["subject"])), _plain(str(row["value"]))))
+        keys.append(("fact", normal(str(row["subject"])), normal(str(row["value"]))))
     return [key for key in keys if key[-1]] or [("row", identity(row))]
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\W+", " ", text.casefold()).strip()
 
 
 def split(rows: Rows, shown: int, seed: int = 0) -> tuple[Rows, Rows]:

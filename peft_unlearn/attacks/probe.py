@@ -108,14 +108,10 @@ def _questions(case: Case, layer_by: LayerBy, count: int, train_rows: int) -> li
     pool = [q for q in _read(rows_of(case.data, "retain") or [], case, None) if q.kind in kinds]
     if missing := kinds - {q.kind for q in pool}:
         lost = sum(q.kind in missing for q in scored)
-        raise Unmeasured(
-            f"{lost} of {len(scored)} rows ask what no retain row asks: there is nothing to train a probe on"
-        )
+        raise Unmeasured(f"{lost} of {len(scored)} rows ask what no retain row asks: nothing to train a probe on")
     train = chosen(pool, train_rows, case.seed)
     if len({q.owner for q in train}) < FOLDS:
-        raise Unmeasured(
-            f"the retain rows that ask alike are about fewer than {FOLDS} subjects: no layer can be chosen"
-        )
+        raise Unmeasured(f"retain rows that ask alike are about fewer than {FOLDS} subjects: no layer can be chosen")
     values: dict[str, set[str]] = {}
     for q in (*train, *shown, *scored):
         values.setdefault(q.kind, set()).add(q.value)
@@ -249,7 +245,7 @@ def _cross_validated(
     for k in range(FOLDS):
         held = np.flatnonzero(fold == k)
         read = ridge_predict(x[fold != k], targets[fold != k], x[held], RIDGE)
-        total += [_choose(r, [train[i] for i in held], vectors)["pool_choice"].sum() for r in read]
+        total += [_choose(r, [train[int(i)] for i in held], vectors)["pool_choice"].sum() for r in read]
     return total / len(train)
 
 

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..evaluation.measured import Array, Unmeasured
 from ..evaluation.plan import rows_of
 from ..evaluation.teacher import evaluating
+from ..folder.schema import is_number
 from ..forward import Pass
 from ..head import causal_lm, held
 from ..registry import Range, Source, attack
@@ -113,10 +114,8 @@ class Tuning:
     def check(self) -> None:
         """Raise `UserError` for lists that hold anything else than numbers from 0 up."""
         for name, values, kind in (("learning_rate", self.rates, (int, float)), ("steps", self.steps, (int,))):
-            good = [
-                x for x in values if isinstance(x, kind) and not isinstance(x, bool) and math.isfinite(x) and x >= 0
-            ]
-            if len(good) < len(values) or not good:
+            good = all(is_number(x) and isinstance(x, kind) and 0 <= x < math.inf for x in values)
+            if not good or not values:
                 raise UserError(f"{self.what}.{name}: wanted numbers from 0 up, one or a list, not {list(values)!r}")
 
 

@@ -79,7 +79,6 @@ def run_attacks(
     shown: int = SHOWN,
     n: int | None = None,
     seed: int = 0,
-    template: str | None = None,
     checkpoints: Mapping[str, Any] | None = None,
     adapter_id: str | None = None,
     base: str | None = None,
@@ -105,7 +104,7 @@ def run_attacks(
         with subject() as model:
             case = Case(
                 name, tokenizer, data, rows, seen, lambda model=model: nullcontext(model),
-                template=template or getattr(data, "template", "qa"), seed=seed, on_progress=progress,
+                template=getattr(data, "template", "qa"), seed=seed, on_progress=progress,
                 checkpoint=(checkpoints or {}).get(name),
             )  # fmt: skip
             for w in attacks:
@@ -114,13 +113,9 @@ def run_attacks(
                 except Unmeasured as why:
                     outcomes[w.label][name] = str(why)
     absent = [name for name, subject in subjects.items() if subject is None]
-    return AttackResult(
-        {w.label: _attacked(w, outcomes[w.label], absent, len(rows)) for w in attacks},
-        {"scored": len(rows), "shown": len(seen), "seed": seed},
-        adapter_id,
-        base,
-        installed_versions(),
-    )
+    found = {w.label: _attacked(w, outcomes[w.label], absent, len(rows)) for w in attacks}
+    counts = {"scored": len(rows), "shown": len(seen), "seed": seed}
+    return AttackResult(found, counts, adapter_id, base, installed_versions())
 
 
 def _rows(data: Any, shown: int, n: int | None, seed: int) -> tuple[Rows, Rows]:
@@ -132,22 +127,18 @@ def _rows(data: Any, shown: int, n: int | None, seed: int) -> tuple[Rows, Rows]:
 
 
 def _attacked(w: Wanted, found: Mapping[str, Outcome | str], absent: Sequence[str], n: int) -> Attacked:
-    reasons = {**dict.fromkeys(absent, "this model was not given")}
-    reasons.update({name: o for name, o in found.items() if isinstance(o, str)})
+    reasons = dict.fromkeys(absent, "this model was not given")
+    reasons |= {name: o for name, o in found.items() if isinstance(o, str)}
     done = {name: o for name, o in found.items() if isinstance(o, Outcome)}
+    base = done.get("base"), reasons.get("base")
+    scores = {name: {"before": means(o.before), "after": means(o.after)} for name, o in done.items()}
     unlearned = [name for name in (*found, *absent) if name != "base"]
     return Attacked(
         w.method.name,
         {k: Path(v).name if isinstance(v, str) and path_like(v) else v for k, v in w.settings.items()},
         next((o.n for o in done.values()), n),
-        {
-            **{name: {"before": means(o.before), "after": means(o.after)} for name, o in done.items()},
-            **dict.fromkeys(reasons),
-        },
-        {
-            name: recovery(done[name], done.get("base"), reasons.get("base")) if name in done else None
-            for name in unlearned
-        },
+        {**scores, **dict.fromkeys(reasons)},
+        {name: recovery(done[name], *base) if name in done else None for name in unlearned},
         {name: o.about for name, o in done.items()},
         reasons,
     )

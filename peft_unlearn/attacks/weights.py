@@ -25,9 +25,7 @@ from ..folder.safetensors_io import checkpoint_tensors
 from ..head import causal_lm
 from ..tuners.expert_lora.blocks import DOWN, GATE_UP, innermost, is_transposed, moe_blocks
 
-Adapter = Literal[
-    "merged", "live", "off", "none"
-]  # how it takes part; off: there but switched off, none: there is none
+Adapter = Literal["merged", "live", "off", "none"]  # how it takes part; "off": there but switched off
 KEEP_BYTES = 1 << 30  # up to here a copy costs less than reading the files again
 
 

@@ -178,7 +178,8 @@ def row_key(row: dict[str, Any]) -> str:
     return re.sub(r'\s*(?<!\\)"\s*', '"', " ".join(identity(row).casefold().split()))
 
 
-def _normal(text: str) -> str:
+def normal(text: str) -> str:
+    """Words alone, in lower case."""
     return re.sub(r"\W+", " ", text.casefold()).strip()
 
 
@@ -191,7 +192,7 @@ def near_duplicates(
     """
 
     def grams(row: dict[str, Any]) -> frozenset[tuple[str, ...]]:
-        words = _normal(identity(row)).split()
+        words = normal(identity(row)).split()
         return frozenset(zip(*(words[i:] for i in range(3)), strict=False))
 
     kept = [grams(r) for r in retain]

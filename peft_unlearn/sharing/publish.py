@@ -106,9 +106,7 @@ def push(
         Interrupted: the Hub could not be reached, or somebody else wrote there meanwhile. Nothing is half published.
     """
     if not _ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith((".git", "-", ".")):
-        raise UserError(
-            f"{repo_id!r}: not the name of a repository; expected OWNER/NAME in letters, digits, . _ and -."
-        )
+        raise UserError(f"{repo_id!r}: not the name of a repository; it is OWNER/NAME in letters, digits, . _ and -.")
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UserError(f"revision {revision}: is a commit; a push goes to a branch.")
     found = read_adapter(folder)
@@ -136,12 +134,9 @@ def _commit(api: Any, found: AdapterFolder, out: Publication, message: str | Non
     out.deleted = _leftovers(api, out, head, names)
     operations: list[Any] = [CommitOperationDelete(n) for n in out.deleted]
     operations += [CommitOperationAdd(n, str(found.path / n)) for n in names]
+    title = message or f"Forget adapter {found.adapter_id[:19]}"
     info = api.create_commit(
-        out.repo_id,
-        operations,
-        commit_message=message or f"Forget adapter {found.adapter_id[:19]}",
-        revision=out.revision,
-        parent_commit=head.sha,
+        out.repo_id, operations, commit_message=title, revision=out.revision, parent_commit=head.sha
     )
     out.unchanged, out.commit, out.url = info.oid == head.sha, info.oid, f"{api.endpoint}/{out.repo_id}"
     _compare(api, found, out)
@@ -170,8 +165,9 @@ def _prepare(api: Any, out: Publication) -> Any:
     there = [s.rfilename for s in info.siblings or []]
     foreign = [n for n in there if not _PASSIVE.fullmatch(n)]
     if foreign and MANIFEST not in there:
+        what = ", ".join(foreign[:3])
         raise UserError(
-            f"{out.repo_id}: holds something that is not a forget adapter ({', '.join(foreign[:3])}); name another repository."
+            f"{out.repo_id}: holds something that is not a forget adapter ({what}); name another repository."
         )
     return info
 
@@ -186,9 +182,8 @@ def _leftovers(api: Any, out: Publication, head: Any, names: list[str]) -> list[
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
         old, ref = manifest["files"], str(manifest["base"]["ref"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{out.repo_id}: its {MANIFEST} cannot be read, so what belongs to it is not known; remove it there first."
-        ) from None
+        why = "cannot be read, so what belongs to it is not known; remove it there first"
+        raise UserError(f"{out.repo_id}: its {MANIFEST} {why}.") from None
     before = f"sha256:{old.get(WEIGHTS)}"
     if before != out.adapter_id:
         out.notes.append(f"replaces the adapter {before[:19]} of the base {ref}, which the history there keeps")
@@ -277,25 +272,18 @@ def _hub(repo_id: str) -> Iterator[None]:
 
 def _as_message(repo_id: str, e: BaseException) -> Exception | None:
     """What to raise in place of an error of the Hub or the network, or of what caused it; None for any other."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors as hub
 
-    known = {  # kinds of HfHubHTTPError, the special ones first
-        OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so the Hub is not reached; unset it.",
-        GatedRepoError: "is gated; request access on its page, and use a token that has it.",
-        RevisionNotFoundError: "has no such revision.",
-        RepositoryNotFoundError: "there is no such repository, or it is private and this token may not see it.",
+    known = {  # a gated repository is a kind of one that is not found
+        hub.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so the Hub is not reached; unset it.",
+        hub.GatedRepoError: "is gated; request access on its page, and use a token that has it.",
+        hub.RevisionNotFoundError: "has no such revision.",
+        hub.RepositoryNotFoundError: "there is no such repository, or it is private and this token may not see it.",
     }
-    for kind, text in known.items():
-        if isinstance(e, kind):
-            return UserError(f"{repo_id}: {text}")
+    if text := next((text for kind, text in known.items() if isinstance(e, kind)), None):
+        return UserError(f"{repo_id}: {text}")
     again = "run the same command again, it goes on where it stopped"
-    if isinstance(e, HfHubHTTPError):
+    if isinstance(e, hub.HfHubHTTPError):
         return _refused(repo_id, e, again)
     # huggingface_hub 1 speaks through httpx, 2 through httpx2
     of_the_wire = any(c.__name__ == "TransportError" and c.__module__.startswith("httpx") for c in type(e).__mro__)

@@ -24,8 +24,10 @@ from typing import Any, Literal
 
 from ..errors import UserError, nearest
 from ..folder.manifest import NEUTRAL_PROMPTS, Probes
-from ..reporting.result import Result
+from ..reporting.result import Result, fields_of
 
+Scores = Mapping[str, float]  # by token text
+Continuation = tuple[list[int], list[float]]  # token ids, and at each the gap to the second best
 Served = Literal["applied", "base is being served", "cannot tell"]
 MARGIN = 0.25
 """Smallest gap, in logits, between the best and the second best token for a prompt to count: bfloat16 was seen to move logits by .08."""
@@ -72,7 +74,7 @@ class ServerReport(Result):
         return 0 if self.verdict == "applied" else 1
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "evidence": [e.to_dict() for e in self.evidence]}
+        return fields_of(self)
 
     def __str__(self) -> str:
         lines = [f"{self.served_as} at {self.url}: {self.verdict} ({self.reason})"]
@@ -102,9 +104,7 @@ class Endpoint:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as e:
             why = e.read(300).decode("utf-8", "replace").strip() or e.reason
-            raise UserError(
-                f"{self.url}{path}: the server answered {e.code} for the model {self.model!r}: {why}"
-            ) from None
+            raise UserError(f"{self.url}{path}: the server answered {e.code} for {self.model!r}: {why}") from None
         except (urllib.error.URLError, OSError) as e:
             raise UserError(f"{self.url}: the server cannot be reached ({getattr(e, 'reason', e)})") from None
         except ValueError:
@@ -184,7 +184,7 @@ def candidates(tokenizer: Any, count: int, seed: int = 0) -> list[str]:
     return out[:count]
 
 
-def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = TOKENS) -> tuple[list[int], list[float]]:
+def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = TOKENS) -> Continuation:
     """Greedy token ids of one prompt, and at each the gap (logits) of the best over the second best token."""
     import torch
 
@@ -225,9 +225,7 @@ def find_canaries(
     return sorted(found, key=lambda c: -c.margin)[:wanted]
 
 
-def _canary(
-    prompt: str, base: tuple[list[int], list[float]], adapter: tuple[list[int], list[float]], tokenizer: Any
-) -> Canary | None:
+def _canary(prompt: str, base: Continuation, adapter: Continuation, tokenizer: Any) -> Canary | None:
     (a, gap_a), (b, gap_b) = base, adapter
     at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
     if at is None:
@@ -258,7 +256,7 @@ def check_probes(endpoint: Endpoint, probes: Probes, tokenizer: Any) -> ServerRe
         answer, top = endpoint.complete(prompt, 1, logprobs=5)
         if top is None:
             report.reason = (
-                "the server gives no log-probabilities to compare with the manifest's; name the base with --base"
+                "the server gives no log-probabilities to compare with the manifest's; name the base (--base)"
             )
             return report
         if facts := _distances(top, *_by_text((base, adapter), tokenizer)):
@@ -276,9 +274,7 @@ def _by_text(rows: Sequence[Mapping[str, list[Any]]], tokenizer: Any) -> list[di
     return [{text: z for text, z in found if text in alone} for found in pairs]
 
 
-def _distances(
-    top: Mapping[str, float], base: Mapping[str, float], adapter: Mapping[str, float]
-) -> dict[str, float] | None:
+def _distances(top: Scores, base: Scores, adapter: Scores) -> dict[str, float] | None:
     """How far the server's first tokens are from either model's, and these from each other; None where they are too alike."""
     shared = [t for t in top if t in base and t in adapter]
     if len(shared) < 2:
@@ -316,6 +312,6 @@ def _weigh(report: ServerReport, what: str) -> ServerReport:
         report.verdict = "base is being served"
         report.reason = f"{off} of {n} {what} are answered as the base answers" + unlisted
     else:
-        report.reason = f"of {n} {what}, {on} are answered as the adapter does, {off} as the base, "
-        report.reason += f"{n - on - off} as neither" + unlisted
+        split = f"{on} are answered as the adapter does, {off} as the base, {n - on - off} as neither"
+        report.reason = f"of {n} {what}, {split}{unlisted}"
     return report

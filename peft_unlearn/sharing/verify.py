@@ -97,9 +97,8 @@ def _below(found: AdapterFolder, given: Sequence[str | Path]) -> Below | None:
     needed = set(found.manifest.depends_on).union(*(f.manifest.depends_on for f in lower.values()))
     for folder in lower.values():
         if folder.adapter_id not in needed:
-            raise UserError(
-                f"{folder.path}: {found.path} was not trained on top of it; name with --below what it was trained on"
-            )
+            why = "was not trained on top of it; name with --below what it was trained on"
+            raise UserError(f"{folder.path}: {found.path} {why}")
     check_dependencies({**lower, TOP: found})
     trained = dict(scales_below(found))
     scales = {n: trained.get(f.adapter_id, float(f.manifest.scale)) for n, f in lower.items()}
@@ -122,9 +121,7 @@ def _against_base(found: AdapterFolder, base: str | Path | None, result: Verific
     except UserError as e:
         result.add("base", "failed", str(e))
         return
-    result.add(
-        "base", "ok", f"the files of {ref.ref} have the digest {ref.digest[:12]} that the adapter was trained on"
-    )
+    result.add("base", "ok", f"the files of {ref.ref} have the digest {ref.digest[:12]} of the adapter's training")
     if stack is None:
         ids = ", ".join(d[:19] for d in found.manifest.depends_on)
         why = f"was trained on top of other adapters ({ids}); name them, lowest first, with --below"
