@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Errors, UserError
 from . import schema as s
+from .yaml_io import parse_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,12 +118,7 @@ class Manifest:
     @classmethod
     def from_text(cls, text: str, where: str = "forget.json") -> Manifest:
         """Read and check. `where` names the file in messages."""
-        try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{where}: not JSON ({e}).") from None
-        if not isinstance(raw, dict):
-            raise UserError(f"{where}: it must be a mapping, not {s.shown(raw)}.")
+        raw = parse_json(text, where)
         version = raw.get("format")
         if version is None:
             raise UserError(f"{where}: no `format` field; this is not the manifest of a forget adapter.")
@@ -144,6 +140,8 @@ _SHA = s.matching("[0-9a-f]{64}", "64 hexadecimal digits")
 _DATA = {
     "sha256": _SHA, "n": s.shape("the number of rows", s.is_whole), "ref": s.ANY, "revision": s.ANY, "format": s.ANY,
 }  # fmt: skip
+_TOKEN = s.shape("a token id", lambda v: s.is_whole(v) and v >= 0)
+_ROWS = s.list_of(s.record({"ids": s.list_of(_TOKEN), "logits": s.list_of(s.NUMBER)}, ("ids", "logits")))
 _MANIFEST = s.record(
     {
         "base": s.record(
@@ -159,7 +157,7 @@ _MANIFEST = s.record(
         "depends_on": s.list_of(s.matching("sha256:[0-9a-f]{64}", "an adapter id (sha256:..)")),
         "scale": s.NUMBER,
         "probes": s.maybe(
-            s.record({"prompts": s.LIST, "base": s.LIST, "adapter": s.LIST}, required=("prompts", "base", "adapter"))
+            s.record({"prompts": s.LIST, "base": _ROWS, "adapter": _ROWS}, ("prompts", "base", "adapter"))
         ),
         "targets": s.LIST,
         "files": s.mapping_of(s.maybe(_SHA)),
@@ -197,16 +195,12 @@ def _check_base(base: dict[str, Any], errors: Errors) -> None:
         errors.add(f"base.ref {base['ref']!r} is not the start of base.digest")
 
 
-def _check_probe_rows(side: str, rows: list[Any], prompts: list[Any], errors: Errors) -> None:
+def _check_probe_rows(side: str, rows: list[dict[str, Any]], prompts: list[str], errors: Errors) -> None:
     if len(rows) != len(prompts):
         errors.add(f"probes.{side} must be a list with one entry per prompt")
-        return
     for i, row in enumerate(rows):
-        ids, logits = (row.get("ids"), row.get("logits")) if isinstance(row, dict) else (None, None)
-        if not isinstance(ids, list) or not isinstance(logits, list) or len(ids) != len(logits):
+        if len(row["ids"]) != len(row["logits"]):
             errors.add(f"probes.{side}[{i}] must hold `ids` and `logits` of one length")
-        elif not all(isinstance(n, int) and n >= 0 for n in ids) or not all(isinstance(x, int | float) for x in logits):
-            errors.add(f"probes.{side}[{i}] must hold token ids and numbers")
 
 
 def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from ..errors import UserError
 from .manifest import Manifest
 from .recipe import parse_recipe
 from .safetensors_io import plain_name, read_header
-from .yaml_io import read_text
+from .yaml_io import parse_json, read_text
 
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "forget.json"
 RECIPE, EVAL, CARD = "recipe.yaml", "eval.json", "README.md"
@@ -94,13 +93,7 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     text = read_text(path)
     if not text.strip():
         raise UserError(f"{path}: the file is empty.{hint}")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({e}).{hint}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object.{hint}")
-    return value
+    return parse_json(text, str(path), hint)
 
 
 def check_weights(path: Path, config: dict[str, Any]) -> None:

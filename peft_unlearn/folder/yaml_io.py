@@ -1,4 +1,4 @@
-"""The package's one reader of YAML: recipes, stack files, suites, attack templates, ``--set`` values, a card's front matter.
+"""Text files. The package's one reader of YAML: recipes, stack files, suites, attack templates, ``--set`` values, a card's front matter.
 
 YAML 1.2's core scalars, not PyYAML's YAML 1.1: ``1e-3`` is a number, ``no``, ``12:30`` and ``2024-01-01`` are text. Keys
 are text, and a key given twice is refused. What a small file can unfold to is bounded, so that a file from a stranger can
@@ -7,6 +7,7 @@ neither run code nor fill the memory. Importing this module loads neither torch 
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,17 @@ def read_yaml(path: str | Path, where: str = "", *, aliases: bool = False, tags:
     """`parse_yaml` of a file; `where` names it in messages, default its path."""
     where = where or str(path)
     return parse_yaml(read_text(Path(path), where, MAX_CHARACTERS + 1), where, aliases=aliases, tags=tags)
+
+
+def parse_json(text: str, where: str, hint: str = "") -> dict[str, Any]:
+    """The object that a JSON text holds; `hint` ends the message where it holds none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not JSON ({e}).{hint}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object.{hint}")
+    return value
 
 
 def dump_yaml(value: Any, where: str, *, width: int = 100, flow: bool | None = False, sort_keys: bool = False) -> str:

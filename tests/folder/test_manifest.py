@@ -72,7 +72,7 @@ def test_malformed(damage: Callable[[dict[str, Any]], Any], message: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "not JSON"), ("[]", "must be a mapping, not a list"), ("", "not JSON")]
+    ("text", "message"), [("{", "not JSON"), ("[]", "expected a JSON object"), ("", "not JSON")]
 )
 def test_not_a_manifest(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
