@@ -13,7 +13,7 @@ from ..data.formats import to_text
 from ..errors import UserError
 from ..registry import get
 from .generate import arg_max_is_greedy, bare_ids, cut_at, end_ids, greedy
-from .provider import Context, Progress, asked_of, provide, stripped
+from .provider import Context, Progress, inputs_asked, provide, providers_asked
 from .shapes import EvalSet, Measured, Plan, Prompt, SetPlan, Suite
 from .teacher import Encoded, TeacherForced, pad_id_of, read_encoded
 
@@ -49,8 +49,7 @@ def make_plan(suite: Suite, data: Any, tokenizer: Any, n: int | None = None, tem
     for s in sets.values():
         s.against = sets.get(s.spec.against or "")
     encoded = _encode(list(pairs), sets, tokenizer)
-    providers = asked_of(sets, lambda m: get("metric", m))
-    return Plan(suite, tokenizer, sets, list(pairs), encoded, providers, _moments(sets, len(pairs)))
+    return Plan(suite, tokenizer, sets, list(pairs), encoded, providers_asked(sets), _moments(sets, len(pairs)))
 
 
 class _Pairs(dict[tuple[str, str], int]):
@@ -120,12 +119,9 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
 def _moments(sets: Mapping[str, SetPlan], count: int) -> NDArray[np.bool_]:
     """Pairs of which some metric wants more than the log-probability: another pass over the logits, so only there."""
     wanted = np.zeros(count, dtype=np.bool_)
-    for s in sets.values():
-        for metric in s.spec.metrics:
-            for bare, against in map(stripped, get("metric", metric).inputs):
-                where = s.against if against else s
-                if bare in ("logp_mean", "logp_std") and where is not None:
-                    wanted[where.answer] = True
+    for name, s in inputs_asked(sets):
+        if name in ("logp_mean", "logp_std"):
+            wanted[s.answer] = True
     return wanted
 
 

@@ -7,13 +7,13 @@ that fails costs its own metrics their numbers (null and the reason), never anyb
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
-from ..registry import NEEDS, Method, Param, params_of
+from ..registry import NEEDS, Param, get, params_of
 from .measured import Unmeasured
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Context:
     subject: name of the subject that is measured.   base: () -> context manager; the model it yields *is* the base, also
     while another subject is switched on (and where the subject is the base); None where no base is evaluated.
     sets: the sets that the provider is asked about, by name, all with rows.   settings: of the suite, by provider or
-    metric.   cache: one dict for all subjects of a `score`, for work that does not depend on the subject.
+    metric.
     """
 
     subject: str = "model"
@@ -40,7 +40,6 @@ class Context:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     progress: Progress | None = None
     token_budget: int = 4096
-    cache: dict[Any, Any] = field(default_factory=dict)
 
     def progress_of(self, what: str) -> Callable[[int, int], None] | None:
         """Progress of one piece of work, called as f(done, total)."""
@@ -120,19 +119,23 @@ def stripped(name: str) -> tuple[str, bool]:
     return name, against
 
 
-def asked_of(sets: Mapping[str, SetPlan], get: Callable[[str], Method]) -> dict[str, list[str]]:
-    """Provider -> the sets it is asked about, those named in `against` among them."""
-    asked: dict[str, list[str]] = {}
-    for name, s in sets.items():
+def inputs_asked(sets: Mapping[str, SetPlan]) -> Iterator[tuple[str, SetPlan]]:
+    """Every input that a metric of the suite takes, without prefixes, with the set it is read on (one named in `against`, say)."""
+    for s in sets.values():
         for metric in s.spec.metrics if s.rows else ():
-            for bare, against in map(stripped, get(metric).inputs):
-                found = provider_of(bare)
-                if found is None:
-                    continue
-                where = (s.spec.against or "") if against else name
-                if where in sets and sets[where].rows and where not in asked.setdefault(found.name, []):
-                    asked[found.name].append(where)
-    return asked
+            for name, against in map(stripped, get("metric", metric).inputs):
+                where = s.against if against else s
+                if where is not None and where.rows:
+                    yield name, where
+
+
+def providers_asked(sets: Mapping[str, SetPlan]) -> dict[str, list[str]]:
+    """Provider -> the sets it is asked about."""
+    asked: dict[str, dict[str, None]] = {}
+    for name, s in inputs_asked(sets):
+        if found := provider_of(name):
+            asked.setdefault(found.name, {})[s.spec.name] = None
+    return {name: list(where) for name, where in asked.items()}
 
 
 def provide(model: Any, plan: Plan, measured: Measured, context: Context) -> dict[str, dict[str, Any]]:

@@ -117,13 +117,12 @@ def _measured(
 ) -> dict[str, Measured]:
     """What every subject answered, one after the other."""
     out: dict[str, Measured] = {}
-    cache: dict[Any, Any] = {}
     for name, subject in subjects.items():
         if subject is not None:
             report = None if progress is None else _named(progress, name)
             with subject() as model:
                 base: Subject | None = partial(nullcontext, model) if name == "base" else subjects.get("base")
-                context = Context(name, base, {}, plan.suite.settings, report, token_budget, cache)
+                context = Context(name, base, {}, plan.suite.settings, report, token_budget)
                 out[name] = measure(model, plan, report, token_budget, context)
     return out
 

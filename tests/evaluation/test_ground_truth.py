@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from peft_unlearn.evaluation.measured import Array, Ragged
-from peft_unlearn.evaluation.metrics.aggregate import model_utility
 from peft_unlearn.evaluation.metrics.generation import rouge_l_recall
 from peft_unlearn.evaluation.metrics.likelihood import (
     paraphrase_probability,
@@ -18,7 +17,7 @@ from peft_unlearn.evaluation.metrics.likelihood import (
     truth_ratio,
     truth_ratio_prob_mean,
 )
-from peft_unlearn.evaluation.metrics.quality import ks_two_sample
+from peft_unlearn.evaluation.metrics.quality import ks_two_sample, model_utility
 
 RETAIN, AUTHORS, WORLD, FORGET = (
     "eval_log.json",

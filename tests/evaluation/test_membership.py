@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from peft_unlearn.evaluation.measured import Ragged, Unmeasured
 from peft_unlearn.evaluation.metrics import membership as mia
-from peft_unlearn.evaluation.metrics.aggregate import (
+from peft_unlearn.evaluation.metrics.quality import (
     closeness,
     harmonic_mean,
     mem_score,

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_unlearn.evaluation.measured import Ragged, Unmeasured, bootstrap_ci
-from peft_unlearn.evaluation.metrics.aggregate import model_utility
 from peft_unlearn.evaluation.metrics.extraction import exact_memorization, extraction_strength
 from peft_unlearn.evaluation.metrics.generation import rouge_l_recall, value_accuracy
 from peft_unlearn.evaluation.metrics.likelihood import (
@@ -27,6 +26,7 @@ from peft_unlearn.evaluation.metrics.quality import (
     forget_quality_log10_p,
     ks_distance,
     ks_two_sample,
+    model_utility,
 )
 from peft_unlearn.registry import methods
 

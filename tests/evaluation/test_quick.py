@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from peft_unlearn.errors import UserError
-from peft_unlearn.evaluation.callback import BEST, ForgetAtFloor, StopOn
-from peft_unlearn.evaluation.quick import best_metric, make_score, pick
+from peft_unlearn.evaluation.quick import BEST, ForgetAtFloor, StopOn, best_metric, make_score, pick
 
 
 def named(forget: float, retain: float, prefix: str = "") -> dict[str, float]:

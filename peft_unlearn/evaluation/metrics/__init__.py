@@ -5,12 +5,10 @@ whole set; it raises `Unmeasured` with the reason where it has none. What one re
 from a *provider* beside the metrics that need it. Importing these files loads no torch.
 """
 
-from . import aggregate as aggregate
 from . import depth as depth
 from . import extraction as extraction
 from . import fluency as fluency
 from . import generation as generation
-from . import gradient_norm as gradient_norm
 from . import leak as leak
 from . import letters as letters
 from . import likelihood as likelihood

@@ -111,8 +111,9 @@ def continuations(
         rows = [answer_ids(*plan.pairs[i], plan.tokenizer) for i in s.answer]
         given = [prefixes(len(answer), n, prefixes_per_row) for _, answer in rows]
         overlap = [[1.0] * len(lengths) for lengths in given]
-        known = [_known_from(measured, i) if greedy else None for i in s.answer]
-        left = [(r, j, k) for r, ks in enumerate(given) for j, k in enumerate(ks) if known[r] is None or k < known[r]]
+        # from how many true tokens on the arg-max is known to be right; the whole answer where it is not greedy's choice
+        known = [_known_from(measured, i) if greedy else len(a) for i, (_, a) in zip(s.answer, rows, strict=True)]
+        left = [(r, j, k) for r, ks in enumerate(given) for j, k in enumerate(ks) if k < known[r]]
         found = continue_ids(
             model,
             plan.tokenizer,
