@@ -33,8 +33,8 @@ from ..reporting.tables import Table, to_text
 from ..stack.attach import attach, load_by_peft
 from ..stack.fits import check_base, check_tokenizer
 from ..stack.removal import unload
+from ..tuners.delta import Deltas
 from ..tuners.stock import write_stock
-from .delta import Deltas
 from .summed import Summed, summed
 
 Part = tuple[str | Path, float]

@@ -15,7 +15,7 @@ from ..folder.read import AdapterFolder
 from ..reporting.result import Result
 from ..stack.fits import check_base
 from ..stack.model import ForgetModel
-from .delta import Deltas
+from ..tuners.delta import Deltas
 from .layout import Unit
 from .rounding import Sums
 from .stream import Overlay

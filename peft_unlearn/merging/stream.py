@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..folder.safetensors_io import TORCH_NAMES, TensorEntry
-from .delta import Deltas
+from ..tuners.delta import Deltas
 from .layout import Layout, Product, Slab, Unit
 from .pipeline import SIZE, Pipeline, Ring
 from .rounding import Adder, Overflow, Sums, blocks, cast_block, generator

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..tuners.delta import Adapted, Deltas
 from ..tuners.lowrank import cut
-from .delta import Adapted, Deltas
 
 
 @dataclass

@@ -102,7 +102,7 @@ def _tensors(found: AdapterFolder, scale: float, target: str) -> tuple[dict[str,
     """Factors by the names they have on disk, all of one rank, B times s; leaf names of modules; paths of fused parameters."""
     import torch
 
-    from ..merging.delta import Deltas
+    from ..tuners.delta import Deltas
 
     deltas, errors = Deltas(found), Errors()
     rank = max(row.rank for row in deltas.adapted.values())

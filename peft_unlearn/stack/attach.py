@@ -88,7 +88,7 @@ def _converted(model: Any, name: str, folder: AdapterFolder) -> Any:
     from ..tuners.expert_lora.export import fill, read_stock
 
     try:
-        config, values = read_stock(folder.path, model)
+        config, values = read_stock(folder, model)
     except UserError:
         return None
     config.inference_mode = True

@@ -18,9 +18,9 @@ from peft_unlearn.folder.base import load_base
 from peft_unlearn.folder.manifest import probe_difference
 from peft_unlearn.folder.read import AdapterFolder, read_adapter
 from peft_unlearn.merging.compose import _stock, compose, parse_part
-from peft_unlearn.merging.delta import Deltas
 from peft_unlearn.merging.summed import summed
 from peft_unlearn.stack.model import ForgetModel
+from peft_unlearn.tuners.delta import Deltas
 
 ALL = ("q_proj", "v_proj", "down_proj", "lm_head", "embed_tokens")
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import AdapterFolder, read_adapter
-from peft_unlearn.merging.delta import Deltas
+from peft_unlearn.tuners.delta import Deltas
 
 
 def folder_of(model: Any, path: Path) -> AdapterFolder:

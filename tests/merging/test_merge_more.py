@@ -20,10 +20,10 @@ from peft_unlearn.folder.merge_record import read_record
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.safetensors_io import INDEX, checkpoint_tensors
 from peft_unlearn.merging import report as merge_report
-from peft_unlearn.merging.delta import Deltas
 from peft_unlearn.merging.merge import merge
 from peft_unlearn.merging.report import MergeRefused
 from peft_unlearn.stack.stackfile import add, revoke
+from peft_unlearn.tuners.delta import Deltas
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from peft_unlearn.folder.digest import digest_checkpoint
 from peft_unlearn.folder.manifest import Manifest, probes
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.write import write_adapter
-from peft_unlearn.merging.delta import Deltas
 from peft_unlearn.training.save import stock_export
+from peft_unlearn.tuners.delta import Deltas
 from peft_unlearn.tuners.expert_lora import ExpertLoraConfig
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from peft_unlearn.folder.read import AdapterFolder
 from peft_unlearn.tuners.expert_lora import ExpertLoraConfig, moe_blocks
 from peft_unlearn.tuners.expert_lora.blocks import is_transposed
+from peft_unlearn.tuners.expert_lora.export import fill, read_stock
 from peft_unlearn.tuners.peft_type import PREFIX
 
 logging.set_verbosity_error()
@@ -135,3 +139,12 @@ def quietly(fn: Any, *args: Any, **kwargs: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return fn(*args, **kwargs)
+
+
+def import_stock(folder: Path, base: Any, name: str = "default") -> Any:
+    """`base` with the compact form of the stock adapter in `folder`."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    found, values = read_stock(AdapterFolder(folder, None, {}, config, None), base)  # type: ignore[arg-type]
+    model = get_peft_model(base, found, adapter_name=name)
+    fill(model, name, values)
+    return model

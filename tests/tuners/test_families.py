@@ -11,13 +11,16 @@ from pathlib import Path
 import families as f
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_unlearn.tuners.expert_lora import export_stock, import_stock
+from peft_unlearn.tuners.expert_lora import export_stock
 
-FORWARD, STOCK = 5e-6, 2e-6
+# transformers 5.16 sums grouped experts in another order: 2.15e-6 seen for gpt_oss, and at most 2e-6 with 5.23
+FORWARD, STOCK = 5e-6, 2e-6 if Version(transformers.__version__) >= Version("5.23") else 3e-6
 CASES = [
     (family, implementation)
     for family in f.FAMILIES
@@ -92,7 +95,7 @@ def test_family(family, implementation, router, tmp_path):
     loaded = copy.deepcopy(plain)
     f.quietly(loaded.load_adapter, str(tmp_path / "stock"))
     assert f.error(f.logits(loaded), one) <= STOCK
-    back = import_stock(tmp_path / "stock", copy.deepcopy(plain))
+    back = f.import_stock(tmp_path / "stock", copy.deepcopy(plain))
     assert back.peft_config["default"].experts == model.peft_config["default"].experts
     assert back.peft_config["default"].train_router == router
     assert f.error(f.logits(back), one) == 0

@@ -7,11 +7,12 @@ import copy
 import families as f
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_unlearn.errors import UserError
-from peft_unlearn.tuners.expert_lora import export_stock, import_stock, moe_blocks
+from peft_unlearn.tuners.expert_lora import export_stock, moe_blocks
 from peft_unlearn.tuners.expert_lora.layer import ExpertsLayer, TunerLayer
 from peft_unlearn.tuners.peft_type import PREFIX
 
@@ -222,6 +223,8 @@ def test_router_logits_of_a_mixed_batch(family):
     plain = f.base(family, "grouped_mm")
     model = f.adapted(copy.deepcopy(plain), train_router="full")
     kind = {"output_router_logits": True}
+    if not hasattr(plain(**f.batch(2), **kind), "router_logits"):
+        pytest.skip(f"transformers {transformers.__version__} gives no router logits for this family")
     with torch.no_grad():
         both = model(**f.batch(2), **kind, adapter_names=["__base__", "default"]).router_logits
         adapted = model(**f.batch(2), **kind).router_logits
@@ -307,7 +310,7 @@ def test_import_of_an_adapter_trained_by_stock_peft(tmp_path):
     stock = stock_folder(
         tmp_path, plain, use_rslora=True, target_parameters=[*names, router.format(0), router.format(2)]
     )
-    back = import_stock(tmp_path / "stock", copy.deepcopy(plain), "again")
+    back = f.import_stock(tmp_path / "stock", copy.deepcopy(plain), "again")
     config = back.peft_config["again"]
     assert config.experts == {"0": list(range(8)), "2": list(range(8))} and config.train_router == "lora"
     assert f.error(f.logits(back), f.logits(stock)) <= 2e-6
@@ -316,32 +319,30 @@ def test_import_of_an_adapter_trained_by_stock_peft(tmp_path):
 def test_import_where_one_projection_is_adapted(tmp_path):
     plain = f.base("gpt_oss", "grouped_mm")
     stock = stock_folder(tmp_path, plain, target_parameters=["model.layers.1.mlp.experts.down_proj"])
-    assert f.error(f.logits(import_stock(tmp_path / "stock", copy.deepcopy(plain))), f.logits(stock)) <= 2e-6
+    assert f.error(f.logits(f.import_stock(tmp_path / "stock", copy.deepcopy(plain))), f.logits(stock)) <= 2e-6
 
 
 def test_untrained_adapters_keep_their_experts(tmp_path):
     plain = f.base("olmoe")
     export_stock(get_peft_model(copy.deepcopy(plain), f.config(train_router="lora")), tmp_path / "stock")
-    back = import_stock(tmp_path / "stock", plain).peft_config["default"]
+    back = f.import_stock(tmp_path / "stock", plain).peft_config["default"]
     assert back.experts == {"1": [2, 5], "2": [0]} and back.router_r == 4
 
 
 def test_imports_that_are_refused(tmp_path):
     plain = f.base("olmoe")
-    with pytest.raises(UserError, match="is no adapter folder"):
-        import_stock(tmp_path / "none", plain)
     stock_folder(tmp_path / "q", plain, target_modules=["q_proj"])
     with pytest.raises(UserError, match="no LORA adapter on fused parameters alone"):
-        import_stock(tmp_path / "q/stock", plain)
+        f.import_stock(tmp_path / "q/stock", plain)
     name = "model.layers.0.mlp.experts.down_proj"
     stock_folder(tmp_path / "r", plain, rank_pattern={name: 5})
     with pytest.raises(UserError, match="different ranks or scalings"):
-        import_stock(tmp_path / "r/stock", plain)
+        f.import_stock(tmp_path / "r/stock", plain)
     stock_folder(tmp_path / "e", plain)
     with pytest.raises(UserError, match="do not fit the 7 experts"):
-        import_stock(tmp_path / "e/stock", f.base("olmoe", num_experts=7))
+        f.import_stock(tmp_path / "e/stock", f.base("olmoe", num_experts=7))
     with pytest.raises(UserError, match="neither on experts nor on a router"):
-        import_stock(tmp_path / "e/stock", f.base("olmoe", num_hidden_layers=2))
+        f.import_stock(tmp_path / "e/stock", f.base("olmoe", num_hidden_layers=2))
 
 
 def test_exports_that_are_refused(tmp_path):

@@ -4,7 +4,7 @@ import peft as _peft  # noqa: F401  first of all: importing it registers this pa
 
 from .blocks import MoeBlock, moe_blocks
 from .config import ExpertLoraConfig
-from .export import export_stock, import_stock, save_into, stock_tensors
+from .export import export_stock
 from .model import ExpertLoraModel
 
 __all__ = [
@@ -12,8 +12,5 @@ __all__ = [
     "ExpertLoraModel",
     "MoeBlock",
     "export_stock",
-    "import_stock",
     "moe_blocks",
-    "save_into",
-    "stock_tensors",
 ]

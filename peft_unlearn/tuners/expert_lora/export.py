@@ -8,24 +8,22 @@ factors as they are, a whole delta D as ``I D`` (or ``D I``), which is exact.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from ...errors import UserError
 from ...folder.atomic import staged
-from ...folder.read import CONFIG, WEIGHTS
+from ...folder.read import AdapterFolder
+from ..delta import Deltas
 from ..peft_type import PREFIX
 from ..stock import COMPACT, write_stock
-from .blocks import MoeBlock, innermost, is_llama4, moe_blocks
+from .blocks import MoeBlock, is_llama4, moe_blocks
 from .config import ExpertLoraConfig
 from .layer import PROJECTIONS, ExpertsLayer, RouterLayer, TunerLayer
 
@@ -66,8 +64,10 @@ def stock_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, 
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for path, layer in _layers(model, adapter_name):
         if isinstance(layer, ExpertsLayer):
-            for projection, inside in _nesting(layer.get_base_layer(), PROJECTIONS):
-                pairs[path + inside] = _widened(layer, adapter_name, projection)
+            # PEFT wraps once per parameter, the one that the module holds first inmost.
+            held = [n for n, _ in layer.get_base_layer().named_parameters(recurse=False)]
+            for depth, projection in enumerate(sorted(PROJECTIONS, key=lambda p: -held.index(f"{p}_proj"))):
+                pairs[path + ".base_layer" * depth] = _widened(layer, adapter_name, projection)
         elif isinstance(layer, RouterLayer):
             pairs[path] = _router_factors(layer, adapter_name)
     return {
@@ -96,47 +96,26 @@ def stock_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
     )  # fmt: skip
 
 
-def import_stock(folder: str | Path, base: nn.Module, adapter_name: str = "default") -> Any:
-    """`base` as a PeftModel with the compact form of a stock adapter on experts and routers; the inverse of `export_stock`.
-
-    Experts whose delta is zero are left out (all are kept in a layer where every delta is zero and A is not). Reads the stock
-    form even where the compact one lies beside it: use ``PeftModel.from_pretrained(.., subfolder="expert_lora")`` for that.
-
-    Raises:
-        UserError: the folder holds anything that an expert adapter cannot be, or does not fit `base`.
-    """
-    config, values = read_stock(folder, base)
-    try:
-        model = get_peft_model(base, config, adapter_name=adapter_name)  # type: ignore[arg-type]
-    except ValueError as e:
-        raise UserError(f"{folder}: {e}") from None
-    fill(model, adapter_name, values)
-    return model
-
-
-def read_stock(folder: str | Path, base: nn.Module) -> tuple[ExpertLoraConfig, dict[tuple[str, str], Tensor]]:
+def read_stock(folder: AdapterFolder, base: nn.Module) -> tuple[ExpertLoraConfig, dict[tuple[str, str], Tensor]]:
     """The compact form of a stock adapter on `base` (which may carry adapters): its config, and its values for `fill`.
 
+    Experts whose delta is zero are left out (all are kept in a layer where every delta is zero and A is not).
+
     Raises:
         UserError: the folder holds anything that an expert adapter cannot be, or does not fit `base`.
     """
-    folder = Path(folder)
-    try:
-        stock = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(str(folder / WEIGHTS))
-    except OSError as e:
-        raise UserError(f"{folder}: is no adapter folder ({e.strerror or e}).") from None
+    stock = folder.config
     if stock.get("peft_type") != "LORA" or not stock.get("target_parameters") or stock.get("target_modules"):
-        raise UserError(f"{folder}: is no LORA adapter on fused parameters alone (target_parameters).")
-    found = _Stock(folder, stock, tensors)
+        raise UserError(f"{folder.path}: is no LORA adapter on fused parameters alone (target_parameters).")
+    found = _Stock(Deltas(folder))
     inner: Any = getattr(base, "get_base_model", lambda: base)()
     try:
         blocks = moe_blocks(inner)
         experts = {b.layer: found.experts(inner, b) for b in blocks.values()}
-        routers = {b.layer: found.router(inner, b) for b in blocks.values() if b.router}
+        routers = {b.layer: found.router(b) for b in blocks.values() if b.router}
         return found.compact(blocks, experts, routers)
     except ValueError as e:
-        raise UserError(f"{folder}: {e}") from None
+        raise UserError(f"{folder.path}: {e}") from None
 
 
 def fill(model: nn.Module, adapter_name: str, values: dict[tuple[str, str], Tensor]) -> None:
@@ -172,13 +151,6 @@ def _values(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Ten
         for factor in layer.adapter_layer_names:
             if adapter_name in getattr(layer, factor):
                 yield path, factor, getattr(layer, factor)[adapter_name]
-
-
-def _nesting(experts: nn.Module, projections: Any) -> list[tuple[str, str]]:
-    """(projection, what stands between the experts' path and its factors): PEFT wraps once per parameter, the first inmost."""
-    order = [n.removesuffix("_proj") for n, _ in experts.named_parameters(recurse=False)]
-    order = [p for p in order if p in projections]
-    return [(p, ".base_layer" * (len(order) - 1 - i)) for i, p in enumerate(order)]
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -219,55 +191,46 @@ Factors = tuple[Tensor, Tensor, float]  # A, B, scaling
 
 
 class _Stock:
-    """A stock adapter being taken apart; every tensor must end up somewhere."""
+    """A stock adapter being taken apart; every delta must end up somewhere."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.folder, self.config = folder, config
-        self.left = {n.removeprefix("base_model.model."): t for n, t in tensors.items()}
+    def __init__(self, deltas: Deltas) -> None:
+        self.deltas, self.folder, self.config = deltas, deltas.folder.path, deltas.folder.config
+        self.left = set(deltas)
 
-    def _targeted(self, parameter: str) -> bool:
-        return any(parameter == t or parameter.endswith(f".{t}") for t in self.config["target_parameters"])
-
-    def _take(self, at: str, parameter: str) -> Factors:
-        try:
-            a, b = (self.left.pop(f"{at}.lora_{f}.weight") for f in "AB")
-        except KeyError as e:
-            raise UserError(f"{self.folder}: {parameter} is a target, and {e} is not in the file.") from None
-        rank = self._setting(parameter, "rank_pattern", "r")
-        alpha = self._setting(parameter, "alpha_pattern", "lora_alpha")
-        return a, b, alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
-
-    def _setting(self, parameter: str, pattern: str, default: str) -> Any:
-        found = self.config.get(pattern) or {}
-        return found.get(get_pattern_key(list(found), parameter), self.config[default])
+    def _take(self, parameter: str) -> Factors | None:
+        if parameter in self.left:
+            self.left.remove(parameter)
+            return self.deltas.factors(parameter)
+        if any(parameter == t or parameter.endswith(f".{t}") for t in self.config["target_parameters"]):
+            raise UserError(f"{self.folder}: {parameter} is a target, and its factors are not in the file.")
+        return None
 
     def experts(self, base: nn.Module, block: MoeBlock) -> dict[str, Factors]:
         """projection -> A (E, r, in), B (E, out, r), scaling, of what the adapter targets in this block."""
-        inner = innermost(base.get_submodule(block.experts))
-        targeted = [p for p in PROJECTIONS if self._targeted(f"{block.experts}.{p}_proj")]
+        swapped, n = is_llama4(base.get_submodule(block.experts)), block.num_experts
         out = {}
-        for p, inside in _nesting(inner, targeted):
-            a, b, scaling = self._take(block.experts + inside, f"{block.experts}.{p}_proj")
-            n = block.num_experts
-            if a.shape[0] % n or b.shape[1] != a.shape[0]:
+        for p in PROJECTIONS:
+            if (found := self._take(f"{block.experts}.{p}_proj")) is None:
+                continue
+            a, b, scaling = found
+            if self.deltas.adapted[f"{block.experts}.{p}_proj"].experts != n:
                 raise UserError(
                     f"{self.folder}: {block.experts}.{p}_proj has factors of {tuple(a.shape)} and {tuple(b.shape)}, which "
                     f"do not fit the {n} experts of this base."
                 )
             a, b = a.unflatten(0, (n, -1)), b.unflatten(1, (-1, n)).permute(2, 0, 1)
-            out[p] = (b.transpose(1, 2), a.transpose(1, 2), scaling) if is_llama4(inner) else (a, b, scaling)
+            out[p] = (b.transpose(1, 2), a.transpose(1, 2), scaling) if swapped else (a, b, scaling)
         return out
 
-    def router(self, base: nn.Module, block: MoeBlock) -> Factors | None:
-        name = f"{block.router}.weight"
-        return self._take(str(block.router), name) if self._targeted(name) else None
+    def router(self, block: MoeBlock) -> Factors | None:
+        return self._take(f"{block.router}.weight")
 
     def compact(
         self, blocks: dict[int, MoeBlock], experts: dict[int, dict[str, Factors]], routers: dict[int, Factors | None]
     ) -> tuple[ExpertLoraConfig, dict[tuple[str, str], Tensor]]:
         """The config, and the values by (module path, factor)."""
         if self.left:
-            odd = next(iter(self.left))
+            odd = min(self.left)
             raise UserError(f"{self.folder}: {odd} is neither on experts nor on a router of this base.")
         chosen = {layer: _chosen(parts) for layer, parts in experts.items() if parts}
         trained = {layer: f for layer, f in routers.items() if f is not None}
