@@ -161,7 +161,7 @@ def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
     values: dict[str, Any] = {}
     for section, found in (
         ("train", {k: v for k, v in train.items() if k in known and k not in reserved}),
-        ("data", {k: data[k] for k in DATA_OPTIONS if k != "template" and isinstance(data, Mapping) and k in data}),
+        ("data", {k: data[k] for k in DATA_OPTIONS if k in known and isinstance(data, Mapping) and k in data}),
         ("recipe", {k: recipe[k] for k in ("terms", "reference", "seed", *METHODS) if recipe.get(k) is not None}),
     ):
         for key, value in found.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import random
 import subprocess
@@ -59,7 +58,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_the_callers_config_is_left_as_it_is(tmp_path):
     given = config(tmp_path / "out", save_strategy="steps", save_steps=2)
-    before = {k: copy.copy(v) for k, v in vars(given).items()}
+    before = {k: repr(v) for k, v in vars(given).items()}
     runs = [UnlearnTrainer(tiny.lora(tiny.llama()), given, data=DATA, processing_class=tiny.tokenizer()) for _ in "ab"]
     for t in runs:
         t.train()
@@ -67,7 +66,7 @@ def test_the_callers_config_is_left_as_it_is(tmp_path):
             t.config.output_dir == given.output_dir
             and t.args.output_dir == given.work_dir == f"{tmp_path / 'out'}.work"
         )
-    assert {k: v for k, v in vars(given).items() if k in before} == before
+    assert {k: repr(v) for k, v in vars(given).items() if k in before} == before
     assert not (tmp_path / "out").exists() and last_checkpoint(given.work_dir).endswith("checkpoint-4")
     assert same(parameters(runs[0]), parameters(runs[1]))
 
