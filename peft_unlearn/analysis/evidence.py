@@ -200,11 +200,9 @@ def sample_table(
     if retain_model := embedded_retain_model(first.manifest.base.ref, bundle):
         subjects["retain model"] = retain_model
     spec = {
-        "format": 1,
-        "name": "samples",
-        "generation": {"max_new_tokens": 48},
+        "format": 1, "name": "samples", "generation": {"max_new_tokens": 48},
         "sets": {n: {"role": "forget", "metrics": ["value_accuracy"]} for n, some in rows.items() if some},
-    }
+    }  # fmt: skip
     answers = score(subjects, spec, rows, stack.tokenizer, progress=progress, template=bundle.template).answers
     lines = []
     for name, some in rows.items():

@@ -132,20 +132,14 @@ def interference(
 
 
 def _measured(
-    stack: ForgetModel,
-    rows: Mapping[str, list[dict[str, Any]]],
-    n: int | None,
-    template: str,
-    progress: Progress | None,
-) -> tuple[dict[str, dict[str, dict[str, Cell]]], dict[str, str]]:
+    stack: ForgetModel, rows: Mapping[str, list[dict[str, Any]]], n: int | None, template: Any, progress: Progress | None,
+) -> tuple[dict[str, dict[str, dict[str, Cell]]], dict[str, str]]:  # fmt: skip
     """(subject -> set -> metric -> cell, versions): base, each adapter alone, all together, on every set."""
     names = list(stack.adapters)
     spec = {
-        "format": suites.FORMAT,
-        "name": "interference",
-        "generation": {"max_new_tokens": 32},
+        "format": suites.FORMAT, "name": "interference", "generation": {"max_new_tokens": 32},
         "sets": {c: {"role": "retain" if c == RETAIN else "forget", "metrics": list(METRICS)} for c in rows},
-    }
+    }  # fmt: skip
     subjects = {
         "base": stack.disabled,
         **on_one_model(stack.model, {name: stack.chain(name) for name in names}),

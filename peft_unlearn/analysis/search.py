@@ -66,12 +66,10 @@ class Calibration:
             ci = bootstrap_ci(kept)
             retention = {"value": float(kept.mean()), "n": len(kept), "ci95": None if ci is None else list(ci)}
         return {
-            **fields_of(self),
-            "scale": None if chosen is None else chosen.scale,
-            "weight_on_original": None if chosen is None else round(1.0 - chosen.scale, 10),
-            "retention": retention,
+            **fields_of(self), "scale": None if chosen is None else chosen.scale,
+            "weight_on_original": None if chosen is None else round(1.0 - chosen.scale, 10), "retention": retention,
             "tolerance": TOLERANCE,
-        }
+        }  # fmt: skip
 
 
 def search(

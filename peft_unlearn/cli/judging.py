@@ -108,16 +108,9 @@ def calibrate(
 @app.command()
 def compare(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters of one forget set.")],
-    retain_floor: Floor = 0.95,
-    metric: Metric = "extraction_strength",
-    max_scale: MaxScale = 1.0,
-    suite: SuiteName = None,
-    n: Rows = None,
-    out: Document = None,
-    base: Base = None,
-    data: Data = None,
-    json: Json = False,
-) -> None:
+    retain_floor: Floor = 0.95, metric: Metric = "extraction_strength", max_scale: MaxScale = 1.0, suite: SuiteName = None,
+    n: Rows = None, out: Document = None, base: Base = None, data: Data = None, json: Json = False,
+) -> None:  # fmt: skip
     """Adapters side by side at equal retention, each at its own scale; nothing is written into them."""
     from ..analysis import compare as job
     from ..folder.results import check_out
@@ -135,13 +128,10 @@ def compare(
 @app.command()
 def interference(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="The adapters of a stack, in its order.")],
-    metric: Metric = "extraction_strength",
-    n: Rows = None,
-    out: Document = None,
-    base: Base = None,
+    metric: Metric = "extraction_strength", n: Rows = None, out: Document = None, base: Base = None,
     data: Annotated[list[str] | None, typer.Option("--data", help="A bundle; once for each forget set.")] = None,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """What each adapter of a stack still forgets, and costs, alone and all together."""
     from ..analysis import interference as job
     from ..folder.results import check_out
@@ -157,11 +147,9 @@ def interference(
 def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters to report on.")],
     out: Annotated[str, typer.Option("--out", "--html", help="A .html or .md file, or a folder.")] = "report.html",
-    samples: Annotated[bool, typer.Option(help="Let the models answer a few prompts, to show them.")] = True,
-    base: Base = None,
-    data: Data = None,
-    json: Json = False,
-) -> None:
+    samples: Annotated[bool, typer.Option(help="Let the models answer a few prompts, to show them.")] = True, base: Base = None,
+    data: Data = None, json: Json = False,
+) -> None:  # fmt: skip
     """One page on what an adapter forgets, what that costs and what brings it back, from what is stored with it."""
     from ..analysis import evidence as job
     from ..folder.results import check_out

@@ -11,14 +11,12 @@ from .options import Adapter, Base, Below, Data, Folder, Json, app, finish
 
 @app.command()
 def verify(
-    folder: Adapter,
-    base: Base = None,
-    below: Below = None,
+    folder: Adapter, base: Base = None, below: Below = None,
     server: Annotated[str | None, typer.Option(help="Check this OpenAI-compatible server instead.")] = None,
     served_as: Annotated[str | None, typer.Option(help="The adapter's name on that server.")] = None,
     scale: Annotated[float | None, typer.Option(help="Scale it is served at; default the manifest's.")] = None,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Check files, hashes, base and probes of an adapter; with --server, whether it is really being served."""
     from ..errors import UserError
     from ..progress import bars
@@ -47,7 +45,7 @@ def card(
     write: Annotated[bool, typer.Option("--write", help="Replace README.md; your own words in it stay.")] = False,
     description: Annotated[str, typer.Option(help="What it forgets, in your words.")] = "",
     license: Annotated[str | None, typer.Option(help="License id as the Hub knows it, e.g. apache-2.0.")] = None,
-) -> None:
+) -> None:  # fmt: skip
     """The adapter's card, made anew from what its folder says now."""
     from ..sharing.card import card as run
 
@@ -56,15 +54,12 @@ def card(
 
 @app.command()
 def push(
-    folder: Folder,
-    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
+    folder: Folder, repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make a public repository; private otherwise.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list everything; use no network.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
-    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
-    data: Data = None,
-    json: Json = False,
-) -> None:
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None, data: Data = None, json: Json = False,
+) -> None:  # fmt: skip
     """Publish an adapter: exactly its files, in one commit, private unless you say otherwise."""
     from ..sharing.publish import push as run
 
@@ -76,9 +71,8 @@ def push(
 def pull(
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME[@COMMIT]", help="Repository on the Hub.")],
     out: Annotated[str, typer.Option("--out", help="Folder that receives the adapter.")],
-    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag.")] = None,
-    json: Json = False,
-) -> None:
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag.")] = None, json: Json = False,
+) -> None:  # fmt: skip
     """Fetch an adapter from the Hub, pinned to a commit, checked, whole or not at all."""
     from ..sharing.publish import pull as run
 
@@ -88,13 +82,11 @@ def pull(
 
 @app.command()
 def export(
-    folder: Adapter,
-    out: Annotated[str, typer.Option("--out", help="Folder for the exported adapter.")],
+    folder: Adapter, out: Annotated[str, typer.Option("--out", help="Folder for the exported adapter.")],
     target: Annotated[str, typer.Option("--for", help="vllm, sglang or mergekit.")],
     scale: Annotated[float | None, typer.Option(help="Scale to multiply in; default the manifest's.")] = None,
-    base: Base = None,
-    json: Json = False,
-) -> None:
+    base: Base = None, json: Json = False,
+) -> None:  # fmt: skip
     """Write the adapter as a server or mergekit reads it: one rank, its scale inside the tensors."""
     from ..sharing.export import export as run
 

@@ -91,11 +91,9 @@ def compose(
 @app.command()
 def remove(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or a stack file.")],
-    base: Base = None,
-    name: Annotated[str | None, typer.Option(help="Only this adapter of a stack file.")] = None,
-    cascade: Cascade = False,
-    json: Json = False,
-) -> None:
+    base: Base = None, name: Annotated[str | None, typer.Option(help="Only this adapter of a stack file.")] = None,
+    cascade: Cascade = False, json: Json = False,
+) -> None:  # fmt: skip
     """Put the adapter on its base, take it off again, and prove that the base is bit for bit what its files say."""
     from ..stack.model import remove as run
 
@@ -105,14 +103,12 @@ def remove(
 
 @stack_app.command("add")
 def stack_add(
-    stack: File,
-    adapter: Annotated[str, typer.Argument(metavar="DIR", help="Adapter: a folder, a Hub id, or id@commit.")],
+    stack: File, adapter: Annotated[str, typer.Argument(metavar="DIR", help="Adapter: a folder, a Hub id, or id@commit.")],
     request_id: Annotated[str, typer.Option("--request-id", help="Id of the request that it answers.")],
     reason: Annotated[str, typer.Option("--reason", help="Why it was asked for.")],
     scale: Annotated[float | None, typer.Option(help="Its scale; default the adapter's own.")] = None,
-    name: Annotated[str | None, typer.Option(help="Its name in the stack; default its folder's.")] = None,
-    json: Json = False,
-) -> None:
+    name: Annotated[str | None, typer.Option(help="Its name in the stack; default its folder's.")] = None, json: Json = False,
+) -> None:  # fmt: skip
     """Put an adapter on top of a stack."""
     from ..stack.stackfile import add
 
@@ -131,12 +127,9 @@ def stack_list(stack: File, json: Json = False) -> None:
 
 @stack_app.command("revoke")
 def stack_revoke(
-    stack: File,
-    name: Annotated[str, typer.Argument(help="The adapter's name in the stack.")],
-    reason: Annotated[str, typer.Option("--reason", help="Why it goes.")] = "",
-    cascade: Cascade = False,
-    json: Json = False,
-) -> None:
+    stack: File, name: Annotated[str, typer.Argument(help="The adapter's name in the stack.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why it goes.")] = "", cascade: Cascade = False, json: Json = False,
+) -> None:  # fmt: skip
     """Mark an adapter as revoked: the stack loads as if it had never been there."""
     from ..stack.stackfile import revoke
 

@@ -29,12 +29,9 @@ def train(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
-    base: Base = None,
-    data: Data = None,
-    sets: Sets = None,
+    recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")], base: Base = None, data: Data = None, sets: Sets = None,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Say what a recipe would cost: parameters, memory, steps. No weights are read."""
     from ..training.cost import plan as run
 
@@ -65,11 +62,12 @@ def experts(
     out: Annotated[str | None, typer.Option("--out", "--png", help="Picture of the affinity matrix.")] = None,
     ranking: Annotated[str, typer.Option(help="affinity, or contrast: its difference to the retain set.")] = "affinity",
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Which experts answer for the forget set: affinity, its lift over the retain set, stability."""
     from ..attribution.experts import experts as run
-    from ..folder.results import write_file
+    from ..folder.results import check_out, write_file
 
+    check_out(out, (".png",))
     found = run(base, data, ranking=ranking)  # type: ignore[arg-type]
     if out is not None:
         write_file(out, found.picture())
@@ -88,9 +86,11 @@ def effect(
     json: Json = False,
 ) -> None:  # fmt: skip
     """What each step of a run did to the forget and the retain risk, over its checkpoints (G-effect)."""
+    from ..analysis.effect_of_run import check_out
     from ..analysis.effect_of_run import effect as run
     from ..progress import bars
 
+    check_out(out)
     with bars() as progress:
         found = run(
             folder, objectives=objectives, space=space, batches=batches, base=base, data=data, progress=progress

@@ -83,11 +83,9 @@ def remarks(block: Block) -> list[str]:
 def parts(block: Block) -> list[Part]:
     return [
         Paragraph(sentences(block), "verdict"),
-        Picture(picture(block), "Forget and retain value over the scale", "calibration"),
-        Heading("Numbers"),
-        _table(block),
+        Picture(picture(block), "Forget and retain value over the scale", "calibration"), Heading("Numbers"), _table(block),
         *(Paragraph(note, "note") for note in remarks(block)),
-    ]
+    ]  # fmt: skip
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------

@@ -90,11 +90,10 @@ def parts(found: Found) -> list[Part]:
         if not found["calibration"][name]["monotone"]
     ]
     about = [
-        f"base: {found['base']}",
-        f"forget set: sha256 {found['data']['forget']}",
+        f"base: {found['base']}", f"forget set: sha256 {found['data']['forget']}",
         *(f"{name}: {sha}" for name, sha in found["adapter_ids"].items()),
         f"versions: {', '.join(f'{k} {v}' for k, v in report['versions'].items())}",
-    ]
+    ]  # fmt: skip
     return [
         Text(sentences(found), "verdict"),
         Picture(frontier(found), "Forgetting against retaining, over the scale of each adapter", "frontier", CAPTION),

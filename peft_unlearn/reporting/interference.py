@@ -38,11 +38,9 @@ def sentences(found: Found) -> str:
 
 
 def notes(
-    own: Mapping[str, Mapping[str, float | None]],
-    cost: Mapping[str, float | None],
-    taken: Mapping[tuple[str, str], float | None],
-    same: Sequence[tuple[str, str]],
-) -> list[str]:
+    own: Mapping[str, Mapping[str, float | None]], cost: Mapping[str, float | None],
+    taken: Mapping[tuple[str, str], float | None], same: Sequence[tuple[str, str]],
+) -> list[str]:  # fmt: skip
     """What stands out. own, cost: as in the JSON.   taken: (adapter, whose set) -> what it alone takes from that set.
     same: pairs that forget the same set."""
     out = [f"{a} and {b} forget the same set." for a, b in same]
@@ -67,12 +65,9 @@ def notes(
 def parts(found: Found) -> list[Part]:
     """The result as a document."""
     out: list[Part] = [
-        Text(sentences(found), "verdict"),
-        Picture(matrix(found), "What is left of each set under each adapter", "matrix"),
-        Heading("Numbers"),
-        table(found),
-        Text(LEGEND, "note"),
-    ]
+        Text(sentences(found), "verdict"), Picture(matrix(found), "What is left of each set under each adapter", "matrix"),
+        Heading("Numbers"), table(found), Text(LEGEND, "note"),
+    ]  # fmt: skip
     for metric in next(iter(next(iter(found["details"].values())).values())):
         if metric != found["metric"]:
             out += [Text(f"The same by {named(metric)}:"), table(found, metric, intervals=False)]

@@ -87,11 +87,9 @@ def table(group: Sequence[Evidence]) -> Table:
 
 
 def parts(
-    evidence: Sequence[Evidence],
-    samples: Table | None = None,
-    spread: Mapping[str, Sequence[float]] | None = None,
+    evidence: Sequence[Evidence], samples: Table | None = None, spread: Mapping[str, Sequence[float]] | None = None,
     notes: Sequence[str] = (),
-) -> list[Part]:
+) -> list[Part]:  # fmt: skip
     """The report. samples: answers side by side; spread: as in `verdict`; notes: further conditions, e.g. why there are no samples."""
     several, together = len(evidence) > 1, groups(evidence)
     lost = [f"{e.name}: {m}" if several else m for e in evidence for m in missing(e)]
@@ -136,11 +134,9 @@ def _numbers(group: Sequence[Evidence]) -> list[Part]:
     about = "In brackets: 95 % bootstrap intervals over rows. p values and distances are of whole sets."
     why = reasons(lack for e in group for lack in absent(e.evaluation, {"adapter": e.name}))
     return [
-        Heading(f"Numbers (suite {suite})" if suite else "Numbers"),
-        table(group),
-        Text(about, "note"),
+        Heading(f"Numbers (suite {suite})" if suite else "Numbers"), table(group), Text(about, "note"),
         *([Items(why)] if why else []),
-    ]
+    ]  # fmt: skip
 
 
 def _about(e: Evidence, own: str) -> list[Part]:

@@ -15,10 +15,9 @@ MEASURES = ("extraction_strength", "value_accuracy", "rouge_l_recall", "probabil
 FORGETS, KEEPS, DISTINCT = 0.9, 0.95, 0.05
 MEANING = {
     "extraction_strength": "Extraction strength, the part of an answer that follows by itself,",
-    "value_accuracy": "The share of answers that name the right value",
-    "probability": "The probability of the right answer",
+    "value_accuracy": "The share of answers that name the right value", "probability": "The probability of the right answer",
     "rouge_l_recall": "ROUGE-L recall of the right answer",
-}
+}  # fmt: skip
 
 
 @dataclass

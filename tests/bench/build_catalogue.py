@@ -62,7 +62,7 @@ def make(name: str, trained: Path | None) -> None:
         else:
             peft_unlearn.train(load_recipe(RECIPES / f"{recipe}.yaml"), work)
         if name in CALIBRATED:
-            from peft_unlearn.analysis.calibrate_job import calibrate
+            from peft_unlearn.analysis.calibrate import calibrate
 
             calibrate(work)
         peft_unlearn.evaluate([work])
