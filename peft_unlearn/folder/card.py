@@ -19,7 +19,7 @@ from .card_numbers import headline, numbers
 from .manifest import BaseRef, Manifest, path_like
 from .markdown import block, code, inline, one_line, table
 from .read import CARD, AdapterFolder
-from .yaml_io import dump_yaml, parse_yaml, read_text
+from .yaml_io import MAX_CHARACTERS, dump_yaml, parse_yaml, read_text
 
 TAGS = ("forget-adapter", "machine-unlearning", "peft_unlearn")
 BEGIN, END = "<!-- peft-unlearn: generated, edits are lost -->", "<!-- peft-unlearn: end -->"
@@ -60,7 +60,7 @@ def card_of(found: AdapterFolder, description: str = "", license: str | None = N
 def regenerated(found: AdapterFolder) -> str | None:
     """README.md of a folder, its generated block made anew; None where there is none, or no card at all."""
     path = found.path / CARD
-    text = read_text(path) if path.is_file() else ""
+    text = read_text(path, limit=MAX_CHARACTERS + 1) if path.is_file() else ""
     return render(card_of(found), text) if BEGIN in text else None
 
 
@@ -104,6 +104,8 @@ def current(card: ForgetCard, text: str) -> bool | None:
 
 def split(text: str) -> tuple[dict[str, Any], str]:
     """(front matter, the rest) of a card. Raises `UserError` where the front matter is not a YAML mapping."""
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"README.md: a card of more than {MAX_CHARACTERS:,} characters is not read.")
     found = _FRONT.match(text)
     if found is None:
         return {}, text

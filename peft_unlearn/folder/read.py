@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import Errors, UserError
+from .bounds import check_code, check_config
 from .manifest import Manifest
 from .recipe import parse_recipe
 from .safetensors_io import plain_name, read_header
-from .yaml_io import parse_json, read_text
+from .yaml_io import MAX_JSON, parse_json, read_text
 
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "forget.json"
 RECIPE, EVAL, CARD = "recipe.yaml", "eval.json", "README.md"
@@ -50,11 +51,15 @@ def read_adapter(folder: str | Path, check_hashes: bool = True) -> AdapterFolder
     config = read_json(folder / CONFIG)
     if not isinstance(config.get("peft_type"), str):
         raise UserError(f"{folder / CONFIG}: no `peft_type`; this is not the configuration of a PEFT adapter.")
+    check_asked(folder, config)
     check_weights(folder / WEIGHTS, config)
-    manifest = Manifest.from_text(read_text(folder / MANIFEST), str(folder / MANIFEST))
+    manifest = Manifest.from_text(read_text(folder / MANIFEST, limit=MAX_JSON + 1), str(folder / MANIFEST))
     recipe = parse_recipe(read_text(folder / RECIPE), str(folder / RECIPE))
     hint = " Delete it, and `peft-unlearn eval` makes it anew."
     evaluation = read_json(folder / EVAL, hint) if (folder / EVAL).is_file() else None
+    errors = Errors()
+    check_code(folder, manifest.files, errors)
+    errors.raise_if_any(str(folder))
     for name, sha in manifest.files.items():
         if not plain_name(name):
             raise UserError(f"{folder / MANIFEST}: the file name {name!r} leaves the folder; refused.")
@@ -90,10 +95,19 @@ def _check_present(folder: Path) -> None:
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     """The object in a JSON file; `hint` ends the message where there is none."""
-    text = read_text(path)
+    text = read_text(path, limit=MAX_JSON + 1)
     if not text.strip():
         raise UserError(f"{path}: the file is empty.{hint}")
     return parse_json(text, str(path), hint)
+
+
+def check_asked(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse configurations, of the stock and of the compact form, that ask for more than the weights beside them hold."""
+    errors, compact = Errors(), folder / "expert_lora"
+    check_config(config, read_header(folder / WEIGHTS), errors)
+    if (compact / CONFIG).is_file() and (compact / WEIGHTS).is_file():
+        check_config(read_json(compact / CONFIG), read_header(compact / WEIGHTS), errors)
+    errors.raise_if_any(str(folder / CONFIG))
 
 
 def check_weights(path: Path, config: dict[str, Any]) -> None:

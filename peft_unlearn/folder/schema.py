@@ -46,7 +46,6 @@ def shape(what: str, fits: Callable[[Any], bool]) -> Shape:
 
 ANY = shape("anything", lambda v: True)
 TEXT = shape("text", lambda v: isinstance(v, str))
-FLAG = shape("true or false", lambda v: isinstance(v, bool))
 MAPPING = shape("a mapping", lambda v: isinstance(v, Mapping))
 LIST = shape("a list", lambda v: isinstance(v, list))
 NUMBER = shape("a number", is_number)

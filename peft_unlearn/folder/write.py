@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -77,9 +77,14 @@ def write_adapter(
     return read_adapter(out)
 
 
-def check_destination(out: str | Path) -> None:
-    """Raise the `UserError` that `write_adapter` would raise for what stands at `out`: before the work, not after it."""
+def check_destination(out: str | Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise the `UserError` that `write_adapter` would raise for what stands at `out`: before the work, not after it.
+
+    inputs: adapters that the work reads, none of which may be what it replaces.
+    """
     out = Path(out).expanduser()
+    if any(out.resolve() == Path(place).expanduser().resolve() for place in inputs):
+        raise UserError(f"{out}: is itself one of the adapters that go into it; nothing was written. Name another folder.")
     check_free(out.resolve() if out.is_symlink() else out, why_not_replaceable)
 
 

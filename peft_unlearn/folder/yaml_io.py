@@ -18,6 +18,7 @@ from ..errors import UserError
 
 MAX_CHARACTERS = 4_000_000
 MAX_NODES = 200_000  # with every alias counted as what it stands for
+MAX_JSON, MAX_DEPTH = 16_000_000, 64
 
 _FLOAT = re.compile(
     r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
@@ -138,13 +139,21 @@ def read_yaml(path: str | Path, where: str = "", *, aliases: bool = False, tags:
 
 
 def parse_json(text: str, where: str, hint: str = "") -> dict[str, Any]:
-    """The object that a JSON text holds; `hint` ends the message where it holds none."""
+    """The object that a JSON text holds; `hint` ends the message where it holds none, or is larger than any file of ours."""
+    if len(text) > MAX_JSON:
+        raise UserError(f"{where}: JSON of more than {MAX_JSON:,} characters is not read.{hint}")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not JSON ({e}).{hint}") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object.{hint}")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [v for found in level for v in (found.values() if isinstance(found, dict) else found)
+                 if isinstance(v, dict | list)]  # fmt: skip
+    if level:
+        raise UserError(f"{where}: nested more than {MAX_DEPTH} deep, as no file of ours is.{hint}")
     return value
 
 

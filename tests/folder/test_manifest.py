@@ -71,9 +71,7 @@ def test_malformed(damage: Callable[[dict[str, Any]], Any], message: str) -> Non
     assert message in str(e.value) and "OUT/forget.json" in str(e.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", "not JSON"), ("[]", "expected a JSON object"), ("", "not JSON")]
-)
+@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "expected a JSON object"), ("", "not JSON")])
 def test_not_a_manifest(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Manifest.from_text(text)

@@ -15,8 +15,9 @@ ROW = s.record(
     },
     required=("name",),
 )
+ON = s.shape("true or false", lambda v: isinstance(v, bool))
 FILE = s.record({
-    "rows": s.list_of(ROW), "seeds": s.mapping_of(s.COUNT), "on": s.FLAG, "rate": s.POSITIVE, "about": s.ANY,
+    "rows": s.list_of(ROW), "seeds": s.mapping_of(s.COUNT), "on": ON, "rate": s.POSITIVE, "about": s.ANY,
     "metrics": s.list_of(s.one_of("rouge_l", "probability", what="a metric")),
 })  # fmt: skip
 
