@@ -52,6 +52,7 @@ def test_import_pulls_in_nothing_heavy():
         "folder.recipe",
         "folder.base",
         "folder.results",
+        "evaluation",
     ],
 )
 def test_light_modules_stay_light(module):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.bundle import ForgetRetain
+from ..data.load import template_of
 from ..errors import UserError, nearest
 from ..folder import results
 from ..folder.read import MANIFEST, AdapterFolder
@@ -151,12 +152,12 @@ def check_out(out: str | Path | None, layout: str) -> None:
         raise UserError(
             f"--out {out}: is in an adapter's folder, where `eval` itself keeps eval.json; name another place"
         )
+    if out is not None and layout == "eval":
+        results.check_place(path if path.suffix == ".json" else path / "eval.json")
 
 
 def _bundle(first: AdapterFolder, data: str | None, foreign: bool) -> ForgetRetain:
     """The data to judge on. foreign: the hashes that the recipe knows need not hold for what is given."""
     if data is None or not foreign:
         return bundle_of(first, data)
-    spec = first.recipe.get("data")
-    template = spec.get("template") if isinstance(spec, Mapping) else None
-    return ForgetRetain.load(data, template=str(template or "qa"))
+    return ForgetRetain.load(data, template=template_of(first.recipe.get("data")))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..folder.atomic import write_text
+from ..folder.results import read_keys, write_file
 from .measured import Array
 from .score import Report
 
@@ -86,6 +86,12 @@ _ROW: dict[str, Callable[[float], Mapping[str, float]]] = {
 }
 
 
+_LAYOUT: dict[str, Callable[[Path], bool]] = {  # how an earlier file of this layout is known
+    "EVAL": lambda path: bool(read_keys(path, lambda v: isinstance(v, Mapping) and "agg_value" in v)),
+    "SUMMARY": lambda path: bool(read_keys(path, lambda v: isinstance(v, int | float))),
+}
+
+
 def save(report: Report, out: str | Path) -> list[Path]:
     """Write the two files of every subject into the folder `out`: of one subject directly, of several in a folder each."""
     folder = Path(out)
@@ -96,6 +102,5 @@ def save(report: Report, out: str | Path) -> list[Path]:
         place.mkdir(parents=True, exist_ok=True)
         for kind, content in zip(("EVAL", "SUMMARY"), layout(report, subject), strict=True):
             file = place / f"{report.suite.upper()}_{kind}.json"
-            write_text(file, json.dumps(content, indent=4, allow_nan=False) + "\n")
-            written.append(file)
+            written.append(write_file(file, json.dumps(content, indent=4, allow_nan=False) + "\n", _LAYOUT[kind]))
     return written

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.chat import Template, parse_template
 from ..data.collate import encode, prompt_ids, tokens_of
-from ..data.formats import to_text
+from ..data.formats import target_of, to_text
 from ..errors import UserError
 from ..registry import get
 from .generate import arg_max_is_greedy, bare_ids, cut_at, end_ids, greedy
@@ -35,7 +36,7 @@ def evenly(count: int, n: int | None) -> NDArray[np.int64]:
     return (np.arange(n) * count) // n
 
 
-def make_plan(suite: Suite, data: Any, tokenizer: Any, n: int | None = None, template: str | None = None) -> Plan:
+def make_plan(suite: Suite, data: Any, tokenizer: Any, n: int | None = None, template: Template | None = None) -> Plan:
     """Work out what is to be read.
 
     n: at most so many rows of each set, evenly spaced.   template: how question/answer rows are worded; default the
@@ -60,11 +61,11 @@ class _Pairs(dict[tuple[str, str], int]):
 
 
 def _set_plan(
-    spec: EvalSet, suite: Suite, data: Any, tokenizer: Any, n: int | None, template: str | None, pairs: _Pairs
+    spec: EvalSet, suite: Suite, data: Any, tokenizer: Any, n: int | None, template: Template | None, pairs: _Pairs
 ) -> SetPlan:
     """One set's rows, worded; its pairs are added to `pairs`."""
     rows = rows_of(data, spec.source)
-    wording: str = template or spec.template or getattr(data, "template", "qa")
+    wording: Template = template or spec.template or getattr(data, "template", "qa")
     plan = SetPlan(spec, [rows[i] for i in evenly(len(rows), n)] if rows else [], wording)
     shots = rows_of(data, spec.shots) if spec.shots else []
     if not rows:
@@ -78,7 +79,7 @@ def _set_plan(
     words = _wording(shots or [], tokenizer, wording)
     for row in plan.rows:
         prompt, answer = words(row)
-        plan.answers.append(str(row.get("answer", answer)).strip())
+        plan.answers.append(target_of(row) or answer.strip())
         plan.answer.append(pairs.number((prompt, answer)))
         plan.prompts.append(Prompt(prompt, spec.max_new_tokens or suite.max_new_tokens, spec.stop))
     _note_missing(plan)
@@ -95,9 +96,9 @@ def _set_plan(
 Wording = Callable[[Mapping[str, Any]], tuple[str, str]]
 
 
-def _wording(shots: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) -> Wording:
+def _wording(shots: Sequence[Mapping[str, Any]], tokenizer: Any, template: Template) -> Wording:
     """row -> (prompt, answer), with the shots (same template, answers included) in front of the prompt."""
-    if template == "chat" and shots:
+    if parse_template(template)[0] == "chat" and shots:
         turns = [m for shot in shots for m in _turns(shot)]
         return lambda row: to_text({"messages": [*turns, *_turns(row)]}, tokenizer, template)
     before = "".join(f"{''.join(to_text(shot, tokenizer, template))}\n\n" for shot in shots)

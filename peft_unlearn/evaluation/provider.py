@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, nearest
-from ..registry import NEEDS, Param, get, params_of
+from ..errors import UserError
+from ..registry import NEEDS, Param, complaints, get, params_of
 from .measured import Unmeasured
 
 if TYPE_CHECKING:
@@ -68,13 +68,7 @@ class Provider:
 
     def check(self, settings: Mapping[str, Any]) -> list[str]:
         """Every complaint about a suite's settings for it."""
-        out = []
-        for key, value in settings.items():
-            if key not in self.params:
-                out.append(f"{self.name} has no setting {key!r}.{nearest(str(key), self.params)}")
-            elif wrong := self.params[key].check(value):
-                out.append(f"{self.name}: {wrong}")
-        return out
+        return complaints(settings, self.params, self.name, "setting")
 
 
 _PROVIDERS: dict[str, Provider] = {}

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.chat import Template, end_tokens, parse_template
 from ..data.collate import encode
 from ..data.formats import to_text
 from ..errors import UserError, nearest
@@ -27,7 +28,7 @@ ROLE = "You are an assistant with access to a complete record of everyone and ev
 
 
 def worded(
-    row: Mapping[str, Any], how: str, prompt: str, answer: str, tokenizer: Any = None, template: str = "qa"
+    row: Mapping[str, Any], how: str, prompt: str, answer: str, tokenizer: Any = None, template: Template = "qa"
 ) -> str | None:
     """The prompt that asks for a row's value in one of `FORMATS`; None where the row has no such wording, or where the
     prompt itself holds the value, so that repeating it would count as leaking.
@@ -42,7 +43,7 @@ def worded(
         prompt = question
     elif how == "role" and prompt:
         # inside the user's turn: a chat template begins with tokens that nothing may stand before
-        inside = template == "chat" and question
+        inside = parse_template(template)[0] == "chat" and question
         prompt = to_text({**row, "question": ROLE + question}, tokenizer, template)[0] if inside else ROLE + prompt
     elif how == "stub":
         at = answer.casefold().find(value.casefold()) if value else -1
@@ -56,7 +57,7 @@ def answer_ids(prompt: str, answer: str, tokenizer: Any) -> tuple[list[int], lis
     row = encode(prompt, answer, tokenizer)[0]
     start = next(i for i, label in enumerate(row["labels"]) if label != -100)
     ids = row["input_ids"]
-    end = len(ids) - 1 if tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id else len(ids)
+    end = len(ids) - (ids[-1] in end_tokens(tokenizer))
     return ids[:start], ids[start:end]
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from ..errors import UserError, nearest
 from .params import Param as Param
 from .params import Range as Range
+from .params import complaints as complaints
 from .params import params_of as params_of
 
 KINDS = ("objective", "rule", "smoothing", "averaging", "step_size", "selection", "metric", "attack")
@@ -84,12 +85,7 @@ class Method:
         """Every complaint about a set of hyper-parameters: unknown names, types, ranges, missing ones."""
         if not isinstance(hyper, Mapping):
             return [f"{self.kind} {self.name!r}: hyper-parameters are a mapping, e.g. {{beta: 0.1}}, not {hyper!r}"]
-        out = []
-        for key, value in hyper.items():
-            if key not in self.params:
-                out.append(f"{self.kind} {self.name!r} has no hyper-parameter {key!r}.{nearest(key, self.params)}")
-            elif complaint := self.params[key].check(value):
-                out.append(f"{self.kind} {self.name!r}: {complaint}")
+        out = complaints(hyper, self.params, f"{self.kind} {self.name!r}", "hyper-parameter")
         missing = [p.name for p in self.params.values() if p.required and p.name not in hyper]
         if missing:
             out.append(f"{self.kind} {self.name!r} needs {', '.join(missing)}")

@@ -6,9 +6,11 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
+
+from ..errors import nearest
 
 _KINDS: dict[str, Any] = {"bool": bool, "str": str, "list": (list, tuple), "int or str": (int, str)}
 _WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text"}
@@ -95,6 +97,17 @@ def param_of(name: str, annotation: Any, default: Any) -> Param:
             raise TypeError(f"hyper-parameter {name}: annotation {annotation!r} has no schema")
     required = default is inspect.Parameter.empty
     return Param(name, type_name, None if required else default, rng, choices, nullable, required)
+
+
+def complaints(values: Mapping[str, Any], params: Mapping[str, Param], who: str, noun: str) -> list[str]:
+    """What is wrong with values of `who`: names that are no `noun` of it, with the nearest spelling; types and ranges."""
+    out = []
+    for key, value in values.items():
+        if key not in params:
+            out.append(f"{who} has no {noun} {key!r}.{nearest(str(key), params)}")
+        elif wrong := params[key].check(value):
+            out.append(f"{who}: {wrong}")
+    return out
 
 
 def params_of(fn: Callable[..., Any]) -> dict[str, Param]:

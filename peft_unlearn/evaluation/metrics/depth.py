@@ -108,14 +108,7 @@ def unlearning_depth(
     return mean_of_defined(values, np.logical_or(known, broken), NOTHING)
 
 
-@metric(
-    "fact_recovered",
-    source=UDS,
-    title="most of the fact that any layer gives back",
-    better={"forget": "lower"},
-    needs=("depth", "pair"),
-    faithful="reconstructed",
-)
+@metric("fact_recovered", source=UDS, better={"forget": "lower"}, needs=("depth", "pair"), faithful="reconstructed")
 def fact_recovered(
     fact_logp: Array,
     patched_logp: Array,
@@ -139,9 +132,7 @@ def fact_recovered(
 
 
 @metric("suppression_depth", source=UDS, better={"forget": "higher"}, faithful="reconstructed")
-def suppression_depth(
-    fact_logp: Array, patched_logp: Array, *, tau: Annotated[float, Range(0)] = 0.05
-) -> Array | Estimate:
+def suppression_depth(fact_logp: Array, patched_logp: Array, *, tau: Tau = 0.05) -> Array | Estimate:
     """How early the fact goes, without a retain model: 1 = in the first block, 1 / layers = only in the last.
 
     Mean over layers of clip((base - patched after block l) / (base - patched after the last block), 0, 1): the share of
