@@ -150,22 +150,13 @@ def measure(
         over = window.space if space == "adapter" else Space.under_adapters(model)
         if not over:
             raise UserError("space base: no frozen weight lies under an adapter here")
-        found = _Sums(over, [FORGET, RETAIN, *terms, *([UPDATE] if update is not None else [])], repro)
-        for batch in batches:
-            counts = window.counts([batch])
-            for label in (FORGET, RETAIN, *terms):
-                found.add(label, *window.sweep(label, [batch], counts, over))
-            if update is not None:
-                found.add(UPDATE, *_update(update, batch))
-            found.close()
+        found = _swept(window, over, [FORGET, RETAIN, *terms], batches, update, repro)
         where = places(model, over)
         out = {label: found.effect(label, where) for label in found.labels[2:]}
         if instances > 0:
-            risks = found.average(FORGET), found.average(RETAIN)
-            per_instance = PerInstance(model, over, risks, reference)
+            per_instance = PerInstance(model, over, (found.average(FORGET), found.average(RETAIN)), reference)
             for label, effect in out.items():
-                mine = [t for t in named if t.gradient == label]
-                effect.instances, why = per_instance.of(mine, batches, instances)
+                effect.instances, why = per_instance.of([t for t in named if t.gradient == label], batches, instances)
                 effect.note = effect.note or why
     return Effects(
         space=space,
@@ -210,6 +201,21 @@ def undisturbed(model: Any) -> Iterator[None]:
         device = next(model.parameters()).device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         yield
+
+
+def _swept(
+    window: Window, over: Space, labels: list[str], batches: Batches, update: Window | None, repro: bool
+) -> _Sums:
+    """The gradients of all labels, and the whole update where a window of the run is given, over the batches."""
+    found = _Sums(over, [*labels, *([UPDATE] if update is not None else [])], repro)
+    for batch in batches:
+        counts = window.counts([batch])
+        for label in labels:
+            found.add(label, *window.sweep(label, [batch], counts, over))
+        if update is not None:
+            found.add(UPDATE, *_update(update, batch))
+        found.close()
+    return found
 
 
 def _update(window: Window, batch: Mapping[str, Any]) -> tuple[Vec, float]:
