@@ -15,11 +15,11 @@ from typing import Any
 
 from ..errors import Errors, UserError, nearest
 from . import embedded
+from .chat import Template, parse_template
 from .collate import encode
 from .formats import SUFFIXES, identity, load_rows, to_text
 
 SETS = ("forget", "retain", "holdout")
-TEMPLATES = ("qa", "chat")
 # modules of this room that know a benchmark's own layout: recognizes(spec) -> bool, load(spec, template) -> ForgetRetain
 LAYOUT_MODULES = ("tofu", "muse", "mcq")
 
@@ -39,18 +39,17 @@ class ForgetRetain:
     holdout: list[dict[str, Any]] | None = None
     extra: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
-    template: str = "qa"
+    template: Template = "qa"
 
     def __post_init__(self) -> None:
-        if self.template not in TEMPLATES:
-            raise UserError(f"data: template {self.template!r} is not one of {', '.join(TEMPLATES)}")
+        parse_template(self.template)
         for name in SETS:
             if (rows := getattr(self, name)) is not None:
                 setattr(self, name, load_rows(rows, name=f"{name} set"))
         self._check_overlap()
 
     @classmethod
-    def load(cls, spec: Any, template: str = "qa") -> ForgetRetain:
+    def load(cls, spec: Any, template: Template = "qa") -> ForgetRetain:
         """A bundle from ``embedded:people``, a folder with forget, retain and holdout files, a benchmark in its own layout
         (`tofu`), or a mapping of sources."""
         if isinstance(spec, ForgetRetain):
@@ -93,7 +92,7 @@ class ForgetRetain:
         return cls(**sets, refs=refs, template=template)
 
     @classmethod
-    def _from_embedded(cls, spec: str, template: str) -> ForgetRetain:
+    def _from_embedded(cls, spec: str, template: Template) -> ForgetRetain:
         name, options = embedded.resolve(spec)  # what a manifest names says its seed
         found = embedded.rows(spec)
         # Retaining only people would leave everything else the base knows unguarded: the general questions go in too.

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
+from .chat import end_tokens
 
 IGNORE = -100  # transformers' label of a position without a target
 Tokens = tuple[list[int], list[int]]  # ids, and where each ends in the text
@@ -59,9 +60,11 @@ def encode(
         first = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
     else:
         ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-        first = min(len(tokenizer(prompt, add_special_tokens=special)["input_ids"]), len(ids)) if prompt else 0
+        first = min(len(prompt_ids(prompt, tokenizer)), len(ids)) if prompt else 0
     eos = tokenizer.eos_token_id
-    if eos is not None and (not ids or ids[-1] != eos):
+    if eos is not None and (
+        not ids or ids[-1] not in end_tokens(tokenizer)
+    ):  # a chat template's own end of turn is the end
         ids.append(eos)
     if max_length is None or len(ids) <= max_length:
         return [_labelled(ids, first)]
@@ -87,7 +90,10 @@ def adds_special(text: str, tokenizer: Any) -> bool:
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     """Tokens of a prompt alone, as generation starts from it."""
-    return list(tokenizer(prompt, add_special_tokens=adds_special(prompt, tokenizer))["input_ids"])
+    ids = list(tokenizer(prompt, add_special_tokens=adds_special(prompt, tokenizer))["input_ids"])
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+        ids.pop()  # added after any text by some tokenizers (ByT5): an answer follows here
+    return ids
 
 
 def padding_id(tokenizer: Any) -> int:

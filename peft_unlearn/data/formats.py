@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Errors, UserError
+from .chat import Template, chat_text, parse_template
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "question/answer": ("question", "answer"),
@@ -178,34 +179,33 @@ def find_file(folder: Path, *names: str) -> Path | None:
     return next((f for name in names for s in SUFFIXES if (f := folder / f"{name}{s}").is_file()), None)
 
 
-def to_text(row: Mapping[str, Any], tokenizer: Any = None, template: str = "qa") -> tuple[str, str]:
+def to_text(row: Mapping[str, Any], tokenizer: Any = None, template: Template = "qa") -> tuple[str, str]:
     """(prompt, answer) of a row, ready to be tokenized one after the other.
 
     Args:
         template: how question/answer rows are worded: "qa" (``Question: ..\\nAnswer:``, the answer with a leading
-            space) or "chat" (the tokenizer's chat template). The other layouts carry their own wording.
+            space) or "chat" (the tokenizer's chat template). The other layouts carry their own wording. ``{name: arguments}``
+            gives arguments to the chat template, for messages rows too; see `chat.template_args`.
     """
-    layout = layout_of(row)
+    layout, (name, args) = layout_of(row), parse_template(template)
     if layout == "text":
         return "", row["text"]
     if layout in ("prompt/completion", "prompt/response"):
         return row["prompt"], row[LAYOUTS[layout][1]]
     if layout == "messages":
-        return chat_text(list(row["messages"]), tokenizer)
-    if template == "chat":
+        return chat_text(row["messages"], tokenizer, args)
+    if name == "chat":
         user = {"role": "user", "content": row["question"]}
-        return chat_text([user, {"role": "assistant", "content": row["answer"]}], tokenizer)
+        return chat_text([user, {"role": "assistant", "content": row["answer"]}], tokenizer, args)
     return QA_PROMPT.format(question=row["question"]), f" {row['answer']}"
 
 
-def chat_text(messages: list[Any], tokenizer: Any) -> tuple[str, str]:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise UserError("the tokenizer has no chat template; use question/answer or prompt/completion rows instead")
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(prompt):
-        raise UserError("the chat template words a prompt differently with its answer; use prompt/completion rows")
-    return prompt, whole[len(prompt) :]
+def target_of(row: Mapping[str, Any]) -> str | None:
+    """The text that a row is there for: its answer, completion or last message; None for plain text."""
+    layout = layout_of(row)
+    if layout in (None, "text"):
+        return None
+    return str(row["messages"][-1]["content"] if layout == "messages" else row[LAYOUTS[layout][-1]]).strip()
 
 
 def identity(row: Mapping[str, Any]) -> str:

@@ -7,8 +7,16 @@ from typing import Any
 
 from ..errors import UserError
 from .bundle import ForgetRetain
+from .chat import Template
 
-DATA_OPTIONS = ("anchor", "per_anchor", "max_length", "on_overflow", "template")
+DATA_OPTIONS = ("anchor", "per_anchor", "max_length", "on_overflow", "template", "template_args")
+
+
+def template_of(spec: Any) -> Template:
+    """The wording that a recipe's ``data`` part asks for: its ``template`` with its ``template_args``."""
+    name = spec.get("template", "qa") if isinstance(spec, Mapping) else "qa"
+    args = spec.get("template_args") if isinstance(spec, Mapping) else None
+    return {name: args} if args and isinstance(name, str) else name
 
 
 def load_data(spec: Any, override: str | None = None) -> ForgetRetain:
@@ -19,9 +27,8 @@ def load_data(spec: Any, override: str | None = None) -> ForgetRetain:
     Raises:
         UserError: nothing is named, a set is known by its hash alone, or the data given are others.
     """
-    template, sets = "qa", spec
+    template, sets = template_of(spec), spec
     if isinstance(spec, Mapping):
-        template = spec.get("template", "qa")
         sets = {k: v for k, v in spec.items() if k not in DATA_OPTIONS}
         if "bundle" in sets:  # {bundle: embedded:people, per_anchor: 2}: all sets by one name
             if others := ", ".join(k for k in sets if k != "bundle"):

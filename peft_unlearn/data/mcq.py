@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 
 from ..errors import Errors, UserError, nearest
 from .bundle import SETS, ForgetRetain
+from .chat import Template
 from .formats import SUFFIXES, find_file, hub_rows, read_file
 
 PREFIX = "mcq:"
@@ -36,7 +37,7 @@ def recognizes(spec: str | Path) -> bool:
     return isinstance(first, Mapping) and "question" in first and _choices(first) is not None
 
 
-def load(spec: str | Path, template: str = "qa") -> ForgetRetain:
+def load(spec: str | Path, template: Template = "qa") -> ForgetRetain:
     """The bundle. A single file or Hub data set is the forget set.
 
     Raises UserError: rows that are no multiple-choice question, with file, row and field.

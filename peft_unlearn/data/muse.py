@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import UserError
 from .bundle import ForgetRetain
+from .chat import Template
 from .formats import find_file, load_rows, read_file
 
 # set of the suite -> the file's places, first found
@@ -41,7 +42,7 @@ def recognizes(spec: str | Path) -> bool:
     return path.is_dir() and any(find_file(path, *places) for places in FILES.values())
 
 
-def load(spec: str | Path, template: str = "qa") -> ForgetRetain:
+def load(spec: str | Path, template: Template = "qa") -> ForgetRetain:
     """The bundle: every set of `FILES` that is there in `extra`.
 
     forget: the texts of privleak/forget, else the verbatim prompts, else the questions; holdout: privleak/holdout. Retain is

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import UserError, nearest
 from .bundle import SETS, ForgetRetain
+from .chat import Template
 from .formats import find_file, hub_rows, identity, load_rows
 
 SPLITS = {f"forget{n:02}": (f"retain{100 - n}", f"holdout{n:02}") for n in (10, 5, 1)}
@@ -36,7 +37,7 @@ def recognizes(spec: str | Path) -> bool:
     return bool(_HUB.match(folder)) and not path.exists()
 
 
-def load(spec: str | Path, template: str = "qa") -> ForgetRetain:
+def load(spec: str | Path, template: Template = "qa") -> ForgetRetain:
     """The bundle of one split.
 
     forget: the split, with its paraphrased and wrong answers where the perturbed file is there.   retain: everything else

@@ -71,16 +71,9 @@ def evaluate(
     subjects = {**subjects_on(stack, names), "retain_only": _retain_model(given, stack) or own}
     # first, since a task that is misspelled or cannot be fetched is found out here alone
     blocks = lm_eval.run_tasks(subjects, stack.tokenizer, tasks, limit=n, progress=progress) if tasks else None
-    report = score(
-        subjects,
-        suite or str((found[0].recipe.get("eval") or {}).get("suite") or "people"),
-        bundle,
-        stack.tokenizer,
-        progress=progress,
-        n=n,
-        adapter_id=manifest.adapter_id if len(found) == 1 else None,
-        base=manifest.base.ref,
-    )
+    suite = suite or str((found[0].recipe.get("eval") or {}).get("suite") or "people")
+    own_id = manifest.adapter_id if len(found) == 1 else None
+    report = score(subjects, suite, bundle, stack.tokenizer, progress, n, adapter_id=own_id, base=manifest.base.ref)
     report.lm_eval = blocks
     if blocks is None:
         _check_something_measured(report)

@@ -158,14 +158,8 @@ def sample(
     ids = [bare_ids(prompt, model, tokenizer) for prompt in prompts]
     random = [uniforms(seed, row, k, max_new_tokens) for row in ids for k in range(n)]
     new = continuations(
-        model,
-        tokenizer,
-        [row for row in ids for _ in range(n)],
-        max_new_tokens,
-        random=random,
-        temperature=temperature,
-        token_budget=token_budget,
-        progress=progress,
-    )
+        model, tokenizer, [row for row in ids for _ in range(n)], max_new_tokens, random=random, temperature=temperature,
+        token_budget=token_budget, progress=progress,
+    )  # fmt: skip
     texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
     return [texts[i * n : (i + 1) * n] for i in range(len(prompts))]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..folder.manifest import NEUTRAL_PROMPTS
-from ..folder.read import AdapterFolder, file_sha256
+from ..folder.read import AdapterFolder, file_sha256, read_json
 
 _SAMPLES = (*NEUTRAL_PROMPTS, "  two  spaces, CAPITALS and digits 2026-01-31\n", "naïve café – 你好 \N{GRINNING FACE}")
 
@@ -95,12 +95,9 @@ def check_tokenizer(folder: str | Path, base_dir: str | Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
-            raise ValueError("no `model` in it")
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not a tokenizer ({e}).") from None
+    value = read_json(path, " It is not a tokenizer.")
+    if not isinstance(value.get("model"), dict):
+        raise UserError(f"{path}: not a tokenizer (no `model` in it).")
     return value
 
 
@@ -115,8 +112,10 @@ def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
         return f"{len(alone)} words are in one of the two only, e.g. {min(alone)!r}"
     from tokenizers import Tokenizer
 
+    # Padding and truncation are switches that a call leaves behind, not part of what a tokenizer is.
+    plain = [Tokenizer.from_str(json.dumps({**t, "padding": None, "truncation": None})) for t in (mine, theirs)]
     for text in _SAMPLES:
-        ids = [Tokenizer.from_str(json.dumps(t)).encode(text, add_special_tokens=False).ids for t in (mine, theirs)]
+        ids = [t.encode(text, add_special_tokens=False).ids for t in plain]
         if ids[0] != ids[1]:
             return f"the text {text!r} becomes {len(ids[0])} tokens, not the base's {len(ids[1])}, or others"
     return None

@@ -133,8 +133,8 @@ def test_text_of_each_layout():
     with pytest.raises(UserError, match="no chat template"):
         to_text({"messages": messages}, tok)
     tok.chat_template = CHAT
-    assert to_text({"messages": messages}, tok) == ("<|user|>hi\n<|assistant|>", "ho\n")
-    assert to_text({"question": "hi", "answer": "ho"}, tok, "chat") == ("<|user|>hi\n<|assistant|>", "ho\n")
+    assert to_text({"messages": messages}, tok) == ("<|user|>hi\n<|assistant|>", "ho")
+    assert to_text({"question": "hi", "answer": "ho"}, tok, "chat") == ("<|user|>hi\n<|assistant|>", "ho")
     tok.chat_template = "{{ messages|length }}" + CHAT
     with pytest.raises(UserError, match="words a prompt differently"):
         to_text({"messages": messages}, tok)
