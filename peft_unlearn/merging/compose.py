@@ -107,11 +107,11 @@ def compose(
         UserError: an adapter that is not a plain sum, adapters of different bases, a sum that is zero, or something at
             `out` that is not a forget adapter. Nothing is written then.
     """
-    check_destination(out)
     _refuse_trained(out)
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise UserError(f"compose: rank must be a whole number from 1 on, not {rank!r}.")
     given = _collected(parts)
+    check_destination(out, (folder.path for folder, _ in given))
     base_dir = _base_of(given, base, probe)
     rows = summed([Deltas(folder) for folder, _ in given], [w * float(f.manifest.scale) for f, w in given])
     errors = {} if rank is None else {weight: row.cut(rank) for weight, row in rows.items()}

@@ -13,6 +13,7 @@ from ..folder.base import load_base, load_tokenizer
 from ..folder.manifest import NEUTRAL_PROMPTS, probe_logits
 from ..folder.read import AdapterFolder
 from ..reporting.result import Result
+from ..reporting.tables import Table, to_text
 from ..stack.fits import check_base
 from ..stack.model import ForgetModel
 from ..tuners.delta import Deltas
@@ -79,17 +80,17 @@ class MergeReport(Result):
         return {**asdict(self), "worst_cosine": self.worst_cosine}
 
     def __str__(self) -> str:
-        width = max((len(row.name) for row in self.layers), default=5)
-        head = f"{'layer':<{width}}  cosine   gain  changed  |D|/|W|"
-        none = "  none"
         rows = [
-            f"{r.name:<{width}}  {none if r.cosine is None else f'{r.cosine:6.4f}'}  "
-            f"{none[1:] if r.gain is None else f'{r.gain:5.2f}'}  {r.changed:6.1%}  {r.relative:8.2e}"
+            (
+                r.name, "none" if r.cosine is None else f"{r.cosine:.4f}", "none" if r.gain is None else f"{r.gain:.2f}",
+                f"{r.changed:.1%}", f"{r.relative:.2e}",
+            )
             for r in self.layers
-        ]
+        ]  # fmt: skip
+        table = to_text(Table(("layer", "cosine", "gain", "changed", "|D|/|W|"), rows))
         scale = self.scale if isinstance(self.scale, dict) else {"": self.scale}
         scales = ", ".join(f"{n} {v:g}".strip() for n, v in scale.items())
-        lines = [f"merged in float32, stored as {self.dtype}, scale {scales}", head, *rows]
+        lines = [f"merged in float32, stored as {self.dtype}, scale {scales}", table]
         if self.rounding == "stochastic":
             lines[0] += " (stochastic rounding)"
             lines.append(

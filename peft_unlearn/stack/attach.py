@@ -112,9 +112,7 @@ def add(model: Any, name: str, config: Any) -> None:
     if config.peft_type == model.peft_type:
         model.add_adapter(name, config)
         return
-    if getattr(config, "is_prompt_learning", False) or any(
-        getattr(c, "is_prompt_learning", False) for c in model.peft_config.values()
-    ):
+    if any(getattr(c, "is_prompt_learning", False) for c in (config, *model.peft_config.values())):
         raise ValueError("soft prompts cannot stand beside other adapters")
     tuner = model.base_model
     with warnings.catch_warnings():

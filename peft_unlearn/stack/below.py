@@ -11,10 +11,11 @@ from ..errors import Errors, UserError
 from ..folder.digest import digest_checkpoint
 from ..folder.fetch import resolve_adapter
 from ..folder.read import AdapterFolder, read_adapter
+from ..folder.schema import is_number
 from ..tuners.names import scalings
 from .attach import attach
 from .fits import check_base, check_dependencies, check_tokenizer
-from .names import names_of
+from .names import names_of, scales_of
 from .stackfile import load
 
 
@@ -73,8 +74,7 @@ def read_below(spec: Any, stack_file: str | Path | None = None) -> Below:
     for row in spec or []:
         ref, scale = (row.get("adapter"), row.get("scale")) if isinstance(row, Mapping) else (row, None)
         odd = sorted(set(row) - {"adapter", "scale"}) if isinstance(row, Mapping) else []
-        number = scale is None or (isinstance(scale, int | float) and not isinstance(scale, bool))
-        if not isinstance(ref, str) or odd or not number:
+        if not isinstance(ref, str) or odd or not (scale is None or is_number(scale)):
             errors.add(f"stack: {row!r} is no adapter; give its folder, its id, or {{adapter: .., scale: ..}}")
         else:
             rows.append((ref, scale))
@@ -89,9 +89,7 @@ def read_below(spec: Any, stack_file: str | Path | None = None) -> Below:
         return Below()
     named = names_of([ref for ref, _ in rows], "below")
     folders = {_below(n): read_adapter(resolve_adapter(ref)) for n, ref in named.items()}
-    scales = {
-        n: float(f.manifest.scale if s is None else s) for (n, f), (_, s) in zip(folders.items(), rows, strict=True)
-    }
+    scales = scales_of(folders, {n: float(s) for n, (_, s) in zip(folders, rows, strict=True) if s is not None})
     check_dependencies(folders, scales)
     return Below(folders, scales)
 
@@ -103,7 +101,7 @@ def _from_file(rows: list[tuple[str, float | None]], stack_file: str | Path) -> 
     if rows:
         if plain := [ref for ref, _ in rows if not ref.startswith("sha256:")]:
             raise UserError(
-                f"stack: {plain[0]} stands in the recipe, and --stack {stack_file} was given; use one of the two."
+                f"stack: {plain[0]} stands in the recipe, and --stack {stack_file} was given; use one of them."
             )
         by_id = {f.adapter_id: n for n, f in folders.items()}
         if lost := [ref for ref, _ in rows if ref not in by_id]:

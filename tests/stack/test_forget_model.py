@@ -1,4 +1,4 @@
-"""Adapters on their base: checked, switched, dialled, stacked."""
+"""Adapters on their base: checked, switched, scaled, stacked."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def test_one_adapter(base_dir: Path, adapter_dir: Path) -> None:
     assert model.tokenizer("The")["input_ids"] == [3]
 
 
-def test_scale_is_a_dial(base_dir: Path, adapter_dir: Path) -> None:
+def test_the_scale_of_an_adapter(base_dir: Path, adapter_dir: Path) -> None:
     model = ForgetModel.from_pretrained(base_dir, [adapter_dir], scales=[0.0])
     assert torch.equal(logits(model.model), logits(load_base(base_dir))) and model.scales() == {"default": 0.0}
     model.scale("default", 1)

@@ -53,7 +53,7 @@ def test_same_as_the_loop_and_really_fused(three: ForgetModel) -> None:
     assert ran and not factors & set(ran)
 
 
-def test_the_dial_and_the_disabled_base(base_dir: Path, three: ForgetModel) -> None:
+def test_the_scale_and_the_disabled_base(base_dir: Path, three: ForgetModel) -> None:
     before = logits(three.model)
     three.scale("n2", 2.5)
     assert close(three) and not torch.equal(before, logits(three.model))

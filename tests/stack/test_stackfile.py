@@ -135,7 +135,7 @@ def test_a_changed_adapter_is_refused(base_dir: Path, stack: Path) -> None:
     a = stack.parent / "a"
     keep = stack.parent / "keep"
     shutil.copytree(a, keep)
-    set_scale(a, 0.3)  # the stack has a strength of its own
+    set_scale(a, 0.3)  # the stack has a scale of its own
     assert ForgetModel.from_stack(stack, base_dir).scales()["a"] == 1.0
     edit(a, "adapter_config.json", lambda c: c.update(lora_alpha=80))
     with pytest.raises(UserError, match=r"a .* is not the adapter that was added: its files"):

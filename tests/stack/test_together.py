@@ -1,4 +1,4 @@
-"""LoRA and expert adapters on one base: switched, dialled, taken out one by one; and what does not belong together."""
+"""LoRA and expert adapters on one base: switched, scaled, taken out one by one; and what does not belong together."""
 
 import json
 import shutil

@@ -210,7 +210,7 @@ def test_what_cannot_lie_below(base: Path, tmp_path: Path) -> None:
         train({**recipe(base), "compose": {"parts": []}}, tmp_path / "no", progress=quiet)
 
 
-def test_strength_and_weights_below_are_part_of_a_run(base: Path, tmp_path: Path) -> None:
+def test_scale_and_weights_below_are_part_of_a_run(base: Path, tmp_path: Path) -> None:
     first_of(base, tmp_path / "first")
     stack = ForgetModel.from_pretrained(base, {"first": tmp_path / "first"})
     stack.model.add_adapter("default", stack.model.peft_config["first"])
@@ -259,7 +259,7 @@ def test_resumed_over_another_kind_and_not_over_another_stack(tmp_path: Path) ->
         train(
             {**spec, "stack": [{"adapter": str(tmp_path / "e"), "scale": 0.5}]},
             tmp_path / "top",
-            say=quiet,
+            progress=quiet,
             resume=True,
         )
 

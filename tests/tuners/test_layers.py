@@ -270,8 +270,8 @@ def test_autocast_and_repeatability():
         assert f.error(f.logits(model), f.logits(f.dense(f.base("olmoe", "grouped_mm"), model)).float()) < 0.1
 
 
-def test_scaling_dial():
-    """`ForgetModel` dials an adapter by its layers' scaling: at -1 it is taken off twice over, at 0 it is the base."""
+def test_scaling():
+    """`ForgetModel` scales an adapter by its layers' scaling: at -1 it is taken off twice over, at 0 it is the base."""
     plain = f.base("olmoe", "grouped_mm")
     model = f.adapted(copy.deepcopy(plain), train_router="full")
     for m in model.modules():

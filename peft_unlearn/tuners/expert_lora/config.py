@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 
+from ...folder.schema import is_number, is_whole
 from ..peft_type import peft_type
 
 ROUTER_MODES = ("none", "lora", "full")
@@ -50,9 +51,9 @@ class ExpertLoraConfig(PeftConfig):
         self.peft_type = peft_type()
         wrong: list[str] = []
         self.experts = _experts(self.experts, wrong)
-        if not _whole(self.r) or self.r < 1:
+        if not is_whole(self.r) or self.r < 1:
             wrong.append(f"r {self.r!r}: expected a whole number from 1 on")
-        if not _number(self.lora_alpha) or self.lora_alpha <= 0:
+        if not is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
             wrong.append(f"lora_alpha {self.lora_alpha!r}: expected a positive number")
         if self.train_router not in ROUTER_MODES:
             wrong.append(f"train_router {self.train_router!r}: expected one of {', '.join(ROUTER_MODES)}")
@@ -66,7 +67,7 @@ class ExpertLoraConfig(PeftConfig):
         if self.router_r is not None:
             if self.train_router != "lora":
                 wrong.append(f"router_r is for train_router='lora', and that is {self.train_router!r}")
-            elif not _whole(self.router_r) or self.router_r < 1:
+            elif not is_whole(self.router_r) or self.router_r < 1:
                 wrong.append(f"router_r {self.router_r!r}: expected a whole number from 1 on")
         if self.num_experts is not None:
             self.num_experts = {str(k): int(v) for k, v in self.num_experts.items()}
@@ -78,14 +79,6 @@ class ExpertLoraConfig(PeftConfig):
         """`experts` with whole numbers for layers (JSON has strings)."""
         assert self.experts is not None
         return {int(layer): ids for layer, ids in self.experts.items()}
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _experts(given: Any, wrong: list[str]) -> dict[str, list[int]]:
@@ -110,7 +103,7 @@ def _experts(given: Any, wrong: list[str]) -> dict[str, list[int]]:
             wrong.append(f"experts of layer {at}: expected a list of expert ids, found {ids!r}")
             continue
         found = [i.item() if hasattr(i, "item") else i for i in ids]
-        if bad := [i for i in found if not _whole(i) or i < 0]:
+        if bad := [i for i in found if not is_whole(i) or i < 0]:
             wrong.append(f"experts of layer {at}: {', '.join(map(repr, bad))} is no expert id (0, 1, ..)")
             continue
         if len(set(found)) != len(found):
