@@ -20,7 +20,7 @@ from ..evaluation.subjects import check_data
 from ..folder.base import load_base, load_tokenizer
 from ..folder.digest import digest_checkpoint
 from ..folder.read import WEIGHTS, AdapterFolder, read_adapter
-from ..folder.results import write_file
+from ..folder.results import check_place, write_file
 from ..folder.yaml_io import parse_yaml
 from ..forward import Reference
 from ..gradients.parse import SCOPES, parse_method, parse_terms
@@ -114,14 +114,21 @@ class RunEffects(Result):
 
     def write(self, out: str | Path) -> list[Path]:
         """effect.json and its pictures in the folder `out`; returns their paths."""
-        folder = Path(out).expanduser()
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder}: is a file; name a folder")
+        folder = check_out(out)
         found = self.to_dict()
         content: dict[str, bytes | str] = {"effect.json": json.dumps(found, indent=1, allow_nan=False)}
         content |= {f"{name}.png": png for name, png in pictures(found).items()}
-        self.files = [write_file(folder / name, some) for name, some in content.items()]
+        places = {check_place(folder / name): some for name, some in content.items()}
+        self.files = [write_file(place, some) for place, some in places.items()]
         return self.files
+
+
+def check_out(out: str | Path) -> Path:
+    """The folder for effect.json and its pictures; refuses what is none, before any work."""
+    folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: is a file; name a folder")
+    return check_place(folder / "effect.json").parent
 
 
 def effect(

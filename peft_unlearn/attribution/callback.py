@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from ..data.collate import PairedRows, collate, padding_id
 from ..errors import UserError
-from ..folder.atomic import write_text
+from ..folder.results import write_file
 from ..forward import Reference
 from ..gradients.terms import Term
 from .effect import Effects, measure, plain
@@ -124,8 +124,7 @@ class EffectRecorder(TrainerCallback):
         )  # fmt: skip
         self.points.append(point)
         if self.out is not None and state.is_world_process_zero:
-            Path(self.out).parent.mkdir(parents=True, exist_ok=True)
-            write_text(Path(self.out), json.dumps(self.to_dict(), allow_nan=False))
+            write_file(self.out, json.dumps(self.to_dict(), allow_nan=False))
 
 
 def own(terms: Sequence[Term]) -> dict[str, list[Term]]:

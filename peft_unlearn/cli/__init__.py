@@ -25,9 +25,10 @@ def main() -> None:
     if not sys.stderr.isatty():  # the bars of the libraries underneath are for a terminal
         os.environ.setdefault("TQDM_DISABLE", "1")
     from ..errors import Interrupted, UserError
+    from ..reporting.text import printable
 
     # Where in the program a warning was given is nothing to the user
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"note: {printable(str(message))}\n"
     # PEFT looks for the base on the Hub when it saves; embedded and local ones are not there, and nothing is missing.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
     # Deprecations between the libraries underneath are nothing a user of this command can mend.
@@ -41,10 +42,10 @@ def main() -> None:
         lost = e.code == 130 or isinstance(e.__context__, BrokenPipeError)
         sys.exit(3 if lost else e.code)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(str(e))}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Interrupted) as e:
-        print(f"interrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
+        print(printable(f"interrupted{f': {e}' if str(e) else ''}"), file=sys.stderr)
         sys.exit(3)
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         sys.stderr.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as _json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn
 
@@ -13,11 +12,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Forget adapters: train, judge, share, merge and remove small PEFT adapters that make a language model forget.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-)
+)  # fmt: skip
 
 Folder = Annotated[str, typer.Argument(help="A forget adapter's folder.")]
 Adapter = Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or its Hub id.")]
@@ -40,24 +37,31 @@ Cascade = Annotated[bool, typer.Option("--cascade", help="Also those that were t
 
 
 def finish(result: Result, json: bool, out: str | None = None) -> NoReturn:
-    """Write the result as a document where `out` says, print it, and leave with its exit code."""
-    if out is not None:
+    """Print the result, write it as a document where `out` says, and leave with its exit code."""
+    from ..reporting.text import printable
+
+    for remark in result.remarks():
+        print(printable(remark), file=sys.stderr)
+    emit(result.to_dict()) if json else show(str(result))
+    if out is not None:  # afterwards: what took its time is seen even where it cannot be written
         from ..folder.results import save
 
         save(result, out)
-    for remark in result.remarks():
-        print(remark, file=sys.stderr)
-    emit(result.to_dict()) if json else show(str(result))
     raise typer.Exit(result.exit_code)
 
 
 def emit(value: Any) -> None:
     """JSON on standard output; a number that JSON does not have is a defect and raises."""
-    print(_json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
+    from ..reporting.text import json_text
+
+    print(json_text(value))
 
 
 def show(text: str) -> None:
     """Text on standard output; on a terminal, headings within tables stand out and answers have a color."""
+    from ..reporting.text import printable
+
+    text = printable(text)
     if not sys.stdout.isatty():
         print(text)
         return
@@ -67,11 +71,8 @@ def show(text: str) -> None:
 
     class Looks(RegexHighlighter):
         highlights: ClassVar = [
-            r"(?m)^(?P<yes>yes)\b",
-            r"(?m)^(?P<no>no|NO)\b",
-            r"(?m)^(?P<within>-- .*)",
-            r"(?m)^(?P<why>– .*)",
-        ]
+            r"(?m)^(?P<yes>yes)\b", r"(?m)^(?P<no>no|NO)\b", r"(?m)^(?P<within>-- .*)", r"(?m)^(?P<why>– .*)",
+        ]  # fmt: skip
 
     theme = Theme({"yes": "green", "no": "bold red", "within": "bold", "why": "dim"})
     Console(theme=theme, highlighter=Looks()).print(text, markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import embedded
+from ..folder.results import write_file
 from ..reporting.document import Heading, Lines, Part, Picture, Text
 from .story import PAGE, PICTURE, SUPPRESSES, Script, Stage, Story, say
 from .story import run as tell
@@ -43,7 +44,7 @@ def choose_experts(stage: Stage, recipe: dict[str, Any]) -> Sequence[Any]:
     recipe["eval"] = {"every": 10, "n": 60, **recipe.get("eval", {})}
     with stage.chapter("attribution", "the experts that serve chemistry: affinity, and its lift over the other fields"):
         found, known = experts(recipe["base"], str(recipe["data"]["bundle"])), planted()
-        (stage.out / AFFINITY).write_bytes(found.picture(known))
+        write_file(stage.out / AFFINITY, found.picture(known))
         say(str(found))
     right = sum(known["chem"].get(k) in ids for k, ids in found.chosen.items())
     what = f"attribution picked the planted expert in {right} of {len(found.chosen)} blocks"

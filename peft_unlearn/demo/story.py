@@ -18,10 +18,12 @@ from typing import Any
 
 from ..data import embedded
 from ..errors import UserError
+from ..folder.results import check_place, write_file
 from ..reporting import pictures
 from ..reporting.document import Checks, Heading, Items, Lines, Part, Picture, Text, to_html
 from ..reporting.result import Result
 from ..reporting.tables import Table, of_report, report_reasons, report_text, to_text
+from ..reporting.text import printable
 
 ADAPTER, PICTURE, PAGE = "adapter", "picture.png", "report.html"
 TOLERANCE = 1e-4
@@ -76,12 +78,10 @@ class Story(Result):
     def to_dict(self) -> dict[str, Any]:
         same = ("seed", "seconds", "ok", "met", "samples", "curve", "elsewhere", "report", "files")
         return {
-            "format": 1,
-            **{key: getattr(self, key) for key in same},
-            "checks": [{"held": held, "what": what} for held, what in self.checks],
-            "removal": self.removal.to_dict(),
+            "format": 1, **{key: getattr(self, key) for key in same},
+            "checks": [{"held": held, "what": what} for held, what in self.checks], "removal": self.removal.to_dict(),
             **self.more,
-        }
+        }  # fmt: skip
 
     def __str__(self) -> str:
         checks = [f"{'yes' if held else 'NO '} {what}" for held, what in self.checks]
@@ -187,6 +187,8 @@ def run(
     if stage.out.exists() and not stage.out.is_dir():
         raise UserError(f"{stage.out}: is a file; name a folder for the demo's results.")
     script.check_out(stage.out)
+    for name in (PICTURE, PAGE):
+        check_place(stage.out / name)
     stage.out.mkdir(parents=True, exist_ok=True)
     adapter = stage.out / ADAPTER
     with _hushed(), _one_thread():
@@ -206,7 +208,7 @@ def run(
             removal = _remove(stage, adapter)
         ends = {s: _point(report, s, script.watched) for s in ("base", "retain_only", "adapter")}
         png = pictures.story(curve, ends, script.labels)
-        (stage.out / PICTURE).write_bytes(png)
+        write_file(stage.out / PICTURE, png)
         stage.seconds["total"] = round(time.perf_counter() - stage.started, 1)
     missed = script.missed(report)
     story = Story(
@@ -280,15 +282,10 @@ def pick_samples(report: Any, kinds: Mapping[str, str]) -> list[dict[str, str]]:
         if not rows or name not in report.answers["base"]:
             continue
         i = next((i for i in range(len(rows)) if right is not None and right[i] == 1.0), 0)
-        before, after = (printable(report.answers[s][name][i]) for s in ("base", "adapter"))
+        before, after = (printable(report.answers[s][name][i], breaks=False) for s in ("base", "adapter"))
         question, prompt = str(rows[i]["question"]), to_text(rows[i])[0]
         out.append({"kind": kind, "question": question, "prompt": prompt, "before": before, "after": after})
     return out
-
-
-def printable(text: str) -> str:
-    """`text` with control characters written out: a model that lost its answer may give any byte."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _elsewhere(stage: Stage, adapter: Path, prompts: list[str]) -> dict[str, Any]:
@@ -326,8 +323,6 @@ def _point(report: Mapping[str, Any], subject: str, retain: str) -> dict[str, fl
 
 
 def _write_page(path: Path, story: Story) -> None:
-    from ..folder.results import write_file
-
     write_file(path, to_html(story.title, story.parts(), tab="peft-unlearn demo"))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 FORMAT = 1
 NEUTRAL_PROMPTS = ("The", "Question: What is the capital of France?\nAnswer:", "Once upon a time", "1 2 3 4")
 """Prompts about nothing in particular: a probe must not carry the forget set into a published file."""
+PROMPT_POOL = (
+    *NEUTRAL_PROMPTS, "Hello, my name is", "The weather today", "Question: How many days does a week have?\nAnswer:", "a b c d e",
+    "In the beginning", "Red, green, blue and", "10 9 8 7", "Dear Sir or Madam,", "Question: Which color has the sky?\nAnswer:",
+    "It was a dark night", "x = 1", "North, east, south and",
+)  # fmt: skip
+"""`NEUTRAL_PROMPTS` first; the others stand in for those that a forget set holds itself."""
 PROBE_TOP = 16
+MAX_PROMPTS, MAX_PROMPT, MAX_ROW = 64, 2000, 1024  # of a manifest: probe prompts, characters of one, logits of one
 
 _EMBEDDED = re.compile(r"embedded:[A-Za-z0-9_.-]+(\?[A-Za-z0-9_=&.-]*)?")
 _LOCAL = re.compile(r"local:[0-9a-f]{12}")
@@ -141,7 +148,9 @@ _DATA = {
     "sha256": _SHA, "n": s.shape("the number of rows", s.is_whole), "ref": s.ANY, "revision": s.ANY, "format": s.ANY,
 }  # fmt: skip
 _TOKEN = s.shape("a token id", lambda v: s.is_whole(v) and v >= 0)
-_ROWS = s.list_of(s.record({"ids": s.list_of(_TOKEN), "logits": s.list_of(s.NUMBER)}, ("ids", "logits")))
+_PROMPT = s.shape(f"text of at most {MAX_PROMPT:,} characters", lambda v: isinstance(v, str) and len(v) <= MAX_PROMPT)
+_ROW = {"ids": s.few(_TOKEN, MAX_ROW), "logits": s.few(s.NUMBER, MAX_ROW)}
+_ROWS = s.few(s.record(_ROW, ("ids", "logits")), MAX_PROMPTS)
 _MANIFEST = s.record(
     {
         "base": s.record(
@@ -157,7 +166,10 @@ _MANIFEST = s.record(
         "depends_on": s.list_of(s.matching("sha256:[0-9a-f]{64}", "an adapter id (sha256:..)")),
         "scale": s.NUMBER,
         "probes": s.maybe(
-            s.record({"prompts": s.LIST, "base": _ROWS, "adapter": _ROWS}, ("prompts", "base", "adapter"))
+            s.record(
+                {"prompts": s.few(_PROMPT, MAX_PROMPTS), "base": _ROWS, "adapter": _ROWS},
+                ("prompts", "base", "adapter"),
+            )
         ),
         "targets": s.LIST,
         "files": s.mapping_of(s.maybe(_SHA)),
@@ -212,6 +224,22 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, f"{place}[{i}]")
     else:
         yield place, value
+
+
+def plain_words(text: str) -> str:
+    """Lower-case words of a text, everything else a space: two texts that read alike are equal then."""
+    return " ".join(re.sub(r"[\W_]+", " ", text).casefold().split())
+
+
+def neutral_prompts(forget: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """As many prompts as `NEUTRAL_PROMPTS` has, none of which a row to be forgotten asks or answers: its logits would tell of it."""
+    texts = {plain_words(v) for row in forget for _, v in _leaves(row, "") if isinstance(v, str)} - {""}
+
+    def free(prompt: str) -> bool:
+        words = plain_words(prompt.removeprefix("Question: ").removesuffix("\nAnswer:"))
+        return not any(words == t or (" " in words and words in t) or (t.count(" ") >= 2 and t in words) for t in texts)
+
+    return tuple([p for p in PROMPT_POOL if free(p)][: len(NEUTRAL_PROMPTS)]) or NEUTRAL_PROMPTS[:1]
 
 
 def probe_logits(model: nn.Module, tokenizer: Any, prompts: list[str] | tuple[str, ...]) -> Any:

@@ -51,7 +51,6 @@ def read_adapter(folder: str | Path, check_hashes: bool = True) -> AdapterFolder
     config = read_json(folder / CONFIG)
     if not isinstance(config.get("peft_type"), str):
         raise UserError(f"{folder / CONFIG}: no `peft_type`; this is not the configuration of a PEFT adapter.")
-    check_asked(folder, config)
     check_weights(folder / WEIGHTS, config)
     manifest = Manifest.from_text(read_text(folder / MANIFEST, limit=MAX_JSON + 1), str(folder / MANIFEST))
     recipe = parse_recipe(read_text(folder / RECIPE), str(folder / RECIPE))
@@ -69,6 +68,7 @@ def read_adapter(folder: str | Path, check_hashes: bool = True) -> AdapterFolder
             raise UserError(f"{folder}: {name} is missing; the manifest lists it.")
         if check_hashes and sha is not None and file_sha256(folder / name) != sha:
             raise UserError(f"{folder / name}: is not the file that was written (its sha256 differs from {MANIFEST}).")
+    check_asked(folder, config)
     return AdapterFolder(folder, manifest, recipe, config, evaluation)
 
 

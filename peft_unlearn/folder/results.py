@@ -56,7 +56,9 @@ def check_place(path: Path, ours: Callable[[Path], bool] | None = None) -> Path:
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"{path}: cannot be written ({above} is {'read-only' if above.is_dir() else 'a file'}).")
     if path.suffix.lower() not in (".html", ".png") and (what := _whose(real.parent)):
-        raise UserError(f"{path}: is in the folder of {what}, among its files; nothing was written. Name another place.")
+        raise UserError(
+            f"{path}: is in the folder of {what}, among its files; nothing was written. Name another place."
+        )
     if real.exists() and not (ours or is_result)(real):
         raise UserError(
             f"{path}: is there already, and is no earlier result of peft-unlearn; nothing was written. Name another file, or "
@@ -160,7 +162,10 @@ def save(result: Result, out: str | Path, parts: Sequence[Part] = ()) -> list[Pa
     if kind == ".md":
         text, beside = to_markdown(result.title, parts, path.stem)
         pictures = {check_place(path.parent / name): png for name, png in beside.items()}
-        return [write_file(path, f"{text}\n{MARKDOWN_MARK}\n"), *(write_file(name, png) for name, png in pictures.items())]
+        return [
+            write_file(path, f"{text}\n{MARKDOWN_MARK}\n"),
+            *(write_file(name, png) for name, png in pictures.items()),
+        ]
     picture = next((p.png for p in parts if isinstance(p, Picture)), None)
     if picture is None:
         raise UserError(f"{path}: there is nothing to draw here")

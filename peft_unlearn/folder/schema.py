@@ -87,6 +87,14 @@ def list_of(inner: Shape) -> Shape:
     return check
 
 
+def few(inner: Shape, most: int) -> Shape:
+    """A list of at most `most`; of a longer one nothing else is looked at."""
+    whole, short = list_of(inner), shape(f"a list of at most {most:,}", lambda v: len(v) <= most)
+    return lambda value, place, errors: (short if isinstance(value, list) and len(value) > most else whole)(
+        value, place, errors
+    )
+
+
 def mapping_of(inner: Shape) -> Shape:
     """Any keys, each with a value of one shape."""
 

@@ -84,7 +84,9 @@ def check_destination(out: str | Path, inputs: Iterable[str | Path] = ()) -> Non
     """
     out = Path(out).expanduser()
     if any(out.resolve() == Path(place).expanduser().resolve() for place in inputs):
-        raise UserError(f"{out}: is itself one of the adapters that go into it; nothing was written. Name another folder.")
+        raise UserError(
+            f"{out}: is itself one of the adapters that go into it; nothing was written. Name another folder."
+        )
     check_free(out.resolve() if out.is_symlink() else out, why_not_replaceable)
 
 

@@ -1,6 +1,6 @@
 """A document as a list of parts, written as one HTML file that loads nothing, or as Markdown with its pictures beside it.
 
-Every text is escaped: rows of a forget set may hold markup.
+Every text is escaped: rows of a forget set may hold markup, and control characters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from html import escape
 
 from . import tables
 from .tables import Table
-from .text import plain
+from .text import plain, printable
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Picture:
 
 Part = Heading | Text | Lines | Items | Checks | Table | Picture
 
+HTML_MARK = '<meta name="generator" content="peft-unlearn">'  # how a page of ours is known on a disk
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: #222; background: #fff;
@@ -94,11 +95,11 @@ table.words td { border-bottom: 1px solid #eee; } .words td:first-child { color:
 def to_html(title: str, parts: Sequence[Part], tab: str = "") -> str:
     """The document as one HTML file. tab: what stands in the browser's tab, default the title."""
     head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta charset="utf-8">{HTML_MARK}<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(tab or title)}</title><style>{STYLE}</style>"
     )
     body = "\n".join([f"<h1>{escape(title)}</h1>", *(html(p) for p in parts)])
-    return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
+    return printable(f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n')
 
 
 def html(part: Part) -> str:
@@ -148,4 +149,4 @@ def to_markdown(title: str, parts: Sequence[Part], prefix: str) -> tuple[str, di
             name = f"{prefix}-{part.name}.png"
             pictures[name] = part.png
             out.append(f"![{plain(part.alt)}]({name})" + (f"\n\n{plain(part.caption)}" if part.caption else ""))
-    return "\n\n".join(out) + "\n", pictures
+    return printable("\n\n".join(out)) + "\n", pictures

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 DASH = "–"
 SUBJECTS = {"base": "base", "adapter": "with adapter", "retain_only": "retain model"}
+
+
+_STEERING = (
+    re.compile(  # control, bidi and other invisible format characters, halves of surrogates; not the joiners of scripts
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+        "\ud800-\udfff\U000e0000-\U000e007f]"
+    )
+)
+_BREAKS = str.maketrans({"\n": "\\n", "\t": "\\t"})
+
+
+def printable(text: str, breaks: bool = True) -> str:
+    """Text for a terminal, a page or a document: what steers a terminal, turns the direction of a line or hides is written out
+    (``\\x1b``). Whatever was written by others passes here before it is shown. breaks: line breaks and tabs stay."""
+    out = _STEERING.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
+    return out if breaks else out.translate(_BREAKS)
+
+
+def json_text(value: Any) -> str:
+    """JSON as commands print and store it. Raises `ValueError` for a number that JSON does not have, a defect."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
+    return _STEERING.sub(lambda c: json.dumps(c[0])[1:-1], text)  # such characters stand in strings alone
 
 
 def named(key: str) -> str:

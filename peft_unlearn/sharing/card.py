@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..folder.atomic import write_text
 from ..folder.card import ForgetCard, card_of, render
 from ..folder.read import CARD, read_adapter
-from ..folder.yaml_io import read_text
+from ..folder.yaml_io import MAX_CHARACTERS, read_text
 from ..reporting.result import Result
 from .outgoing import leaks
 
@@ -45,7 +45,7 @@ def card(folder: str | Path, write: bool = False, description: str = "", license
     """
     found = read_adapter(folder)
     path = found.path / CARD
-    existing = read_text(path) if path.is_file() else None
+    existing = read_text(path, limit=MAX_CHARACTERS + 1) if path.is_file() else None
     text = render(card_of(found, description, license), existing)
     if problems := leaks(text, found.path.resolve()):
         raise UserError(f"{path}: {'; '.join(problems)}; nothing was written.")

@@ -13,10 +13,11 @@ from ..data.bundle import ForgetRetain
 from ..data.embedded import is_embedded
 from ..errors import Errors, UserError
 from ..folder.card import card_of, current, portable_front, split
-from ..folder.manifest import path_like
+from ..folder.manifest import PROMPT_POOL, path_like, plain_words
 from ..folder.read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder
 from ..folder.safetensors_io import plain_name
 from ..folder.yaml_io import parse_yaml, read_text
+from ..reporting.text import printable
 
 SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".txt", ".jinja", ".model")
 _TEXTS = (CARD, EVAL, RECIPE, MANIFEST, CONFIG, "expert_lora/adapter_config.json", "tokenizer_config.json")
@@ -27,7 +28,13 @@ _PLACE = re.compile(
     r"|(?<![A-Za-z])[A-Za-z]:(?:\\\\?|/)(?:Users|home|tmp|temp|data|work|Projects|Documents|Windows)\b"
 )
 _SECRET = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"\b(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}"  # Hugging Face
+    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"  # GitHub, GitLab
+    r"|sk-[A-Za-z0-9_-]{20,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}"  # OpenAI and alike, Stripe
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}|ya29\.[\w-]{20,}"  # AWS, Google
+    r"|xox[abeoprs]-[A-Za-z0-9-]{10,}|xapp-[\w-]{20,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{40,}|dckr_pat_[\w-]{20,}"  # Slack, registries
+    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,})"  # JSON web tokens
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 _ACTIVE = re.compile(
     r"<\s*/?\s*(?:script|iframe|object|embed|form|style|meta|link|base)\b|<[^>]*\son\w+\s*=|javascript:", re.I
@@ -66,6 +73,11 @@ def pack(found: AdapterFolder, data: Any = None) -> Parcel:
     for name, text in texts.items():
         for problem in leaks(text, root):
             errors.add(f"{name} {problem}")
+    for name in (n for n in names if n not in texts and not n.endswith(".safetensors")):
+        # vocabularies: what looks like a place may be a word of theirs, a key is none
+        for problem in secrets_in((root / name).read_bytes().decode("latin-1")):
+            errors.add(f"{name} {problem}")
+    texts |= {n: _added_tokens(root / n) for n in names if n == "tokenizer.json"}
     for name in (n for n in (CONFIG, RECIPE, "expert_lora/adapter_config.json") if n in texts):
         for place, value in _leaves(parse_yaml(texts[name], name) if name == RECIPE else json.loads(texts[name])):
             if path_like(value):
@@ -89,9 +101,12 @@ def leaks(text: str, folder: Path | None = None) -> list[str]:
         out.append(f"names a place on a machine ({hit[0]!r}); take it out")
     elif here:
         out.append(f"names a place on this machine ({here!r}); take it out")
-    if hit := _SECRET.search(text):
-        out.append(f"holds what looks like a secret key ({hit[0][:6]}..); take it out, and revoke it")
-    return out
+    return out + secrets_in(text)
+
+
+def secrets_in(text: str) -> list[str]:
+    hit = _SECRET.search(text)
+    return [f"holds what looks like a secret key ({hit[0][:6]}..); take it out, and revoke it"] if hit else []
 
 
 def _check_card(found: AdapterFolder, errors: Errors) -> list[str]:
@@ -109,6 +124,8 @@ def _check_card(found: AdapterFolder, errors: Errors) -> list[str]:
         return []
     for key in portable_front(front):
         errors.add(f"{CARD}: `{key}` in its front matter holds a path (saving with PEFT writes one there); {mend}")
+    if printable(text) != text:
+        errors.add(f"{CARD} holds control characters, which steer a terminal or hide what is written; take them out")
     if hit := _ACTIVE.search(text):
         errors.add(f"{CARD} holds active HTML ({hit[0]!r}); take it out")
     if state is False:
@@ -127,20 +144,32 @@ def _check_texts(found: AdapterFolder, texts: dict[str, str], data: Any, errors:
         return []
     phrases = sorted(_phrases(bundle.forget), key=len, reverse=True)
     for name, text in texts.items():
-        plain = _plain(text)
+        plain = plain_words(_without_probes(text) if name == MANIFEST else text)
         if hit := next((p for p in phrases if p in plain), None):
             errors.add(f"{name} holds a text of the forget set ({hit[:40]!r}..); take it out")
     return []
 
 
+def _without_probes(manifest: str) -> str:
+    """The manifest without the prompts that this package chose itself: that a row is one of them tells nothing of the row."""
+    found = json.loads(manifest)
+    if isinstance(probes := found.get("probes"), dict):
+        probes["prompts"] = [p for p in probes["prompts"] if p not in PROMPT_POOL]
+    return json.dumps(found, ensure_ascii=False)
+
+
+def _added_tokens(path: Path) -> str:
+    """What was added to a vocabulary, which may hold names of the forget set."""
+    try:
+        return json.dumps(json.loads(read_text(path))["added_tokens"], ensure_ascii=False)
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return ""  # no tokenizer.json of a fast tokenizer, which loading it will say
+
+
 def _phrases(rows: Iterable[dict[str, Any]]) -> set[str]:
     """Questions, answers and documents; not what is as short as ordinary words."""
-    out = {_plain(v) for row in rows for v in row.values() if isinstance(v, str)}
+    out = {plain_words(v) for row in rows for v in row.values() if isinstance(v, str)}
     return {p for p in out if len(p) >= 16 and p.count(" ") >= 2}
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[\W_]+", " ", text).casefold().split())
 
 
 def _metadata(path: Path) -> str:

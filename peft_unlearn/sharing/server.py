@@ -8,13 +8,8 @@ the server gives log-probabilities: its most probable first tokens against the l
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,6 +20,8 @@ from typing import Any, Literal
 from ..errors import UserError, nearest
 from ..folder.manifest import NEUTRAL_PROMPTS, Probes
 from ..reporting.result import Result, fields_of
+from ..reporting.text import printable
+from .endpoint import Endpoint
 
 Scores = Mapping[str, float]  # by token text
 Continuation = tuple[list[int], list[float]]  # token ids, and at each the gap to the second best
@@ -32,6 +29,7 @@ Served = Literal["applied", "base is being served", "cannot tell"]
 MARGIN = 0.25
 """Smallest gap, in logits, between the best and the second best token for a prompt to count: bfloat16 was seen to move logits by .08."""
 TOKENS, WANTED, TRIED, ROUND = 16, 6, 96, 8
+SHOWN = 300  # characters of a server's answer in the report
 
 
 @dataclass(frozen=True)
@@ -79,56 +77,6 @@ class ServerReport(Result):
     def __str__(self) -> str:
         lines = [f"{self.served_as} at {self.url}: {self.verdict} ({self.reason})"]
         return "\n".join(lines + [f"  {e.like:<8} {e.prompt!r} -> {e.answer!r}" for e in self.evidence])
-
-
-class Endpoint:
-    """An OpenAI-compatible server. Raises `UserError` with what it answered where it refuses. OPENAI_API_KEY is sent if set."""
-
-    def __init__(self, url: str, model: str, timeout: float = 120.0) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise UserError(f"--server {url!r}: expected the address of a server, e.g. http://localhost:8000")
-        if parts.username or parts.password:
-            raise UserError("--server: no credentials in the address; put the key into OPENAI_API_KEY")
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.model, self.timeout = model, timeout
-
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                return json.loads(reply.read())
-        except urllib.error.HTTPError as e:
-            why = e.read(300).decode("utf-8", "replace").strip() or e.reason
-            raise UserError(f"{self.url}{path}: the server answered {e.code} for {self.model!r}: {why}") from None
-        except (urllib.error.URLError, OSError) as e:
-            raise UserError(f"{self.url}: the server cannot be reached ({getattr(e, 'reason', e)})") from None
-        except ValueError:
-            raise UserError(f"{self.url}{path}: the answer is not JSON; is this an OpenAI-compatible server?") from None
-
-    def offered(self) -> list[str] | None:
-        """Names that the server lists, None where it does not say."""
-        try:
-            return [str(row["id"]) for row in self._call("/v1/models")["data"]]
-        except (UserError, KeyError, TypeError):
-            return None
-
-    def complete(self, prompt: str, tokens: int, logprobs: int | None = None) -> tuple[str, dict[str, float] | None]:
-        """Greedy continuation, and the first token's alternatives with their log-probabilities where the server gives them."""
-        body: dict[str, Any] = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-        if logprobs is not None:
-            body["logprobs"] = logprobs
-        reply = self._call("/v1/completions", body)
-        try:
-            choice = reply["choices"][0]
-            top = ((choice.get("logprobs") or {}).get("top_logprobs") or [None])[0]
-            return str(choice["text"]), {str(k): float(v) for k, v in top.items()} if isinstance(top, dict) else None
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise UserError(f"{self.url}: a completion without choices; is this an OpenAI-compatible server?") from None
 
 
 def verify_server(
@@ -245,7 +193,7 @@ def check_canaries(endpoint: Endpoint, canaries: Sequence[Canary]) -> ServerRepo
         answer = endpoint.complete(c.prompt, c.tokens + 4)[0].strip()  # a server may split a word otherwise than we do
         like = "adapter" if answer.startswith(c.adapter) else "base" if answer.startswith(c.base) else "neither"
         facts = {k: v for k, v in asdict(c).items() if k != "prompt"}
-        report.evidence.append(Evidence(c.prompt, answer, like, facts))
+        report.evidence.append(Evidence(c.prompt, printable(answer[:SHOWN]), like, facts))
     return _weigh(report, "prompts on which base and adapter differ")
 
 
@@ -262,7 +210,7 @@ def check_probes(endpoint: Endpoint, probes: Probes, tokenizer: Any) -> ServerRe
         if facts := _distances(top, *_by_text((base, adapter), tokenizer)):
             near = facts["apart"] / 4
             like = "base" if facts["from_base"] < near else "adapter" if facts["from_adapter"] < near else "neither"
-            report.evidence.append(Evidence(prompt, answer, like, {**facts}))
+            report.evidence.append(Evidence(prompt, printable(answer[:SHOWN]), like, {**facts}))
     return _weigh(report, "probe prompts whose logits differ")
 
 

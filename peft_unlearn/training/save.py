@@ -14,7 +14,7 @@ from ..data.formats import layout_of
 from ..errors import UserError
 from ..folder.base import base_reference, peft_base_name, resolve_base
 from ..folder.digest import digest_checkpoint, targeted_names
-from ..folder.manifest import BaseRef, Manifest, probes
+from ..folder.manifest import BaseRef, Manifest, neutral_prompts, probes
 from ..folder.read import AdapterFolder
 from ..folder.versions import versions
 from ..folder.write import write_adapter
@@ -86,7 +86,7 @@ def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any],
         },
         seeds={"seed": config.seed},
         versions=versions(),
-        probes=probes(model, trainer.processing_class),
+        probes=probes(model, trainer.processing_class, neutral_prompts(data.forget or ())),
         targets=adapted(model, trainer.trained_adapter),
         depends_on=depends_on,
         name=str(recipe.get("name", "")),

@@ -11,9 +11,8 @@ from typing import Any
 from ..attribution.experts import attribute
 from ..attribution.selection import SelectionOverlap
 from ..data.formats import to_text
-from ..evaluation.quick import ForgetAtFloor, StopOn
 from ..evaluation.generate import other_answers
-from ..evaluation.quick import make_score
+from ..evaluation.quick import ForgetAtFloor, StopOn, make_score
 from ..folder.atomic import room_for
 from ..folder.base import load_base, load_tokenizer
 from ..folder.read import AdapterFolder
@@ -60,7 +59,7 @@ def train(
     """
     run, below = prepare(recipe, out, base, data), read_below(recipe.get("stack"), stack)
     below.check(run.base_dir)
-    check_destination(out)
+    check_destination(out, (folder.path for folder in below.folders.values()))
     model, tokenizer = _adapted_model(run, below, progress)
     scorer, judges = _judges(run, model, tokenizer)
     trainer = UnlearnTrainer(
