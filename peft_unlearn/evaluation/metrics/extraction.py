@@ -110,18 +110,13 @@ def continuations(
         s.require(measured)
         rows = [answer_ids(*plan.pairs[i], plan.tokenizer) for i in s.answer]
         given = [prefixes(len(answer), n, prefixes_per_row) for _, answer in rows]
-        overlap = [[1.0] * len(lengths) for lengths in given]
+        overlap = [[1.0] * len(ks) for ks in given]
         # from how many true tokens on the arg-max is known to be right; the whole answer where it is not greedy's choice
         known = [_known_from(measured, i) if greedy else len(a) for i, (_, a) in zip(s.answer, rows, strict=True)]
         left = [(r, j, k) for r, ks in enumerate(given) for j, k in enumerate(ks) if k < known[r]]
-        found = continue_ids(
-            model,
-            plan.tokenizer,
-            [rows[r][0] + rows[r][1][:k] for r, _, k in left],
-            [len(rows[r][1]) - k for r, _, k in left],
-            token_budget=GENERATION_BUDGET,
-            progress=context.progress_of("continuing answers"),
-        )
+        starts = [rows[r][0] + rows[r][1][:k] for r, _, k in left]
+        lengths, progress = [len(rows[r][1]) - k for r, _, k in left], context.progress_of("continuing answers")
+        found = continue_ids(model, plan.tokenizer, starts, lengths, token_budget=GENERATION_BUDGET, progress=progress)
         for (r, j, k), ids in zip(left, found, strict=True):
             overlap[r][j] = ngram_overlap(ids, rows[r][1][k:], n)
         return Ragged.of(overlap)

@@ -61,13 +61,9 @@ def empty_answer(generation: Sequence[str]) -> Array:
 
 
 @metric(
-    "answer_nll_under_base",
-    source=OPEN_UNLEARNING,
-    title="NLL of its answers under the base, in nats",
-    better=LOWER,
-    needs=("generation", "base"),
-    reference="base",
-)
+    "answer_nll_under_base", source=OPEN_UNLEARNING, title="NLL of its answers under the base, in nats", better=LOWER,
+    needs=("generation", "base"), reference="base",
+)  # fmt: skip
 def answer_nll_under_base(answer_nll: Array) -> Array | Estimate:
     """Answer quality: mean token NLL, in nats, that the base gives to this model's own greedy answer, the question before it.
 
