@@ -17,7 +17,9 @@ from .safetensors_io import TensorEntry
 from .yaml_io import MAX_JSON, parse_json, read_text
 
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".exe", ".sh", ".js")
-_WITH_CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".exe", ".sh", ".js")
+_WITH_CODE = ("config.json", "adapter_config.json", "expert_lora/adapter_config.json", "tokenizer_config.json",
+              "processor_config.json", "preprocessor_config.json", "generation_config.json")  # fmt: skip
+_SIZES = ("r", "init_r", "target_r", "router_r", "num_virtual_tokens")
 _MOST_ITEMS, _MOST_LAYERS, _MOST_PATTERN = 10_000, 4096, 4000
 _NAME, _STEPS = 60, 3_000_000  # characters of a module's name, and the ways of matching one that are still quick
 _OPS: Any = re._constants  # type: ignore[attr-defined]
