@@ -17,9 +17,11 @@ from ..errors import Errors, UserError, nearest
 from . import embedded
 from .chat import Template, parse_template
 from .collate import encode
-from .formats import SUFFIXES, identity, load_rows, to_text
+from .files import SUFFIXES
+from .formats import LAYOUTS, identity, load_rows, to_text
 
 SETS = ("forget", "retain", "holdout")
+FIELDS = tuple(dict.fromkeys(f for fields in LAYOUTS.values() for f in fields))
 # modules of this room that know a benchmark's own layout: recognizes(spec) -> bool, load(spec, template) -> ForgetRetain
 LAYOUT_MODULES = ("tofu", "muse", "mcq")
 
@@ -49,9 +51,11 @@ class ForgetRetain:
         self._check_overlap()
 
     @classmethod
-    def load(cls, spec: Any, template: Template = "qa") -> ForgetRetain:
+    def load(cls, spec: Any, template: Template = "qa", fields: Mapping[str, str] | None = None) -> ForgetRetain:
         """A bundle from ``embedded:people``, a folder with forget, retain and holdout files, a benchmark in its own layout
-        (`tofu`), or a mapping of sources."""
+        (`tofu`), or a mapping of sources; names of one's own beside forget, retain and holdout become further sets (`extra`).
+
+        fields: as in `formats.load_rows`."""
         if isinstance(spec, ForgetRetain):
             return spec
         if isinstance(spec, str) and spec.startswith("embedded:"):
@@ -67,15 +71,17 @@ class ForgetRetain:
                 f"data: a {type(spec).__name__} is no bundle; give a folder, embedded:NAME, or forget and retain"
             )
         errors = Errors()
-        for name in spec:
-            if name not in SETS:
-                errors.add(f"there is no set {name!r}.{nearest(str(name), SETS)}")
+        for name in spec:  # a name of one's own is a further set; a misspelt one is not
+            if name not in SETS and "Did you mean" in (meant := nearest(str(name), SETS)):
+                errors.add(f"there is no set {name!r}.{meant}")
+        for name in fields or ():
+            if name not in FIELDS:
+                errors.add(f"data.fields: there is no field {name!r}.{nearest(str(name), FIELDS)}")
         if spec.get("forget") is None:
             errors.add("the forget set is missing")
         errors.raise_if_any("data")
         sets, refs = {}, {}
-        for name in SETS:
-            source = spec.get(name)
+        for name, source in spec.items():
             if source is None:
                 continue
             if isinstance(source, str) and source.startswith("embedded:"):
@@ -86,10 +92,11 @@ class ForgetRetain:
                     raise UserError(f"data.{name}: {base} has no set {which!r}.{nearest(which, found)}")
                 sets[name], refs[name] = found[which], source
             else:
-                sets[name] = load_rows(source, name=f"{name} set")
+                sets[name] = load_rows(source, f"{name} set", fields)
                 if isinstance(source, str) and not Path(source).expanduser().exists():
                     refs[name] = source  # a Hub id; local files are known by their hash alone
-        return cls(**sets, refs=refs, template=template)
+        known = {name: sets.pop(name) for name in SETS if name in sets}
+        return cls(**known, extra=sets, refs=refs, template=template)
 
     @classmethod
     def _from_embedded(cls, spec: str, template: Template) -> ForgetRetain:

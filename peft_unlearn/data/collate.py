@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,10 @@ def encode(
         step = max_length - 1
         return [_labelled(ids[i : i + max_length], 0) for i in range(0, len(ids) - 1, step)]
     room = max_length - first
-    return [_labelled(ids[:first] + ids[i : i + room], first) for i in range(first, len(ids), room)]
+    starts = list(range(first, len(ids), room))
+    if room > 1 and len(starts) > 1 and starts[-1] == len(ids) - 1:  # an end token alone says nothing of the answer
+        starts[-1] -= 1
+    return [_labelled(ids[:first] + ids[i:j], first) for i, j in pairwise([*starts, len(ids)])]
 
 
 def adds_special(text: str, tokenizer: Any) -> bool:

@@ -1,21 +1,18 @@
-"""Rows from wherever users keep them, and the text a row stands for.
+"""What a row is, and the text it stands for.
 
-A row is a plain dict in one of four layouts; `LAYOUTS` names their fields. Files are jsonl, json, csv or parquet; a
-`datasets` object, a Hub id (``owner/name``, ``owner/name@revision:split``) and a list work too. Every mistake names file, row and field.
+A row is a plain dict in one of four layouts; `LAYOUTS` names their fields. Every mistake names file, row and field.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import Errors, UserError
 from .chat import Template, chat_text, parse_template
+from .files import pairs_of
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "question/answer": ("question", "answer"),
@@ -24,9 +21,14 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "text": ("text",),
 }
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_OPTIONS = ("anchor", "per_anchor", "max_length", "on_overflow", "template", "template_args", "fields")
+"""Keys of a recipe's ``data`` part that name no set."""
 QA_PROMPT = "Question: {question}\nAnswer:"
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w.\[\]%-]+)?$")
+_KNOWN = {
+    "conversations": "{messages: conversations}",
+    "instruction": "{question: instruction, answer: output}",
+}
+"""A field that tells of a layout people have -> the mapping that reads it."""
 
 
 def layout_of(row: Mapping[str, Any]) -> str | None:
@@ -41,12 +43,15 @@ def complaint(row: Any) -> str | None:
     layout = layout_of(row)
     if layout is None:
         have = ", ".join(map(repr, row)) or "none"
-        return f"has fields {have}; wanted one of: {'; '.join('+'.join(f) for f in LAYOUTS.values())}"
+        hint = next((f"; data.fields: {fields} reads these" for mark, fields in _KNOWN.items() if mark in row), "")
+        return f"has fields {have}; wanted one of: {'; '.join('+'.join(f) for f in LAYOUTS.values())}{hint}"
     if layout == "messages":
         return _complaint_messages(row["messages"])
     for name in LAYOUTS[layout]:
         if not isinstance(row[name], str):
             return f"field {name!r} is {type(row[name]).__name__}, not text"
+        if wrong := _broken(row[name]):
+            return f"field {name!r} {wrong}"
     target = LAYOUTS[layout][-1]
     if not row[target].strip():
         return f"field {target!r} is empty: there is nothing to learn or to forget in it"
@@ -59,26 +64,32 @@ def _complaint_messages(messages: Any) -> str | None:
     for i, m in enumerate(messages):
         if not isinstance(m, Mapping) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
             return f"field 'messages': message {i} needs text in 'role' and 'content'"
+        if wrong := _broken(m["content"]):
+            return f"field 'messages': message {i} {wrong}"
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         return "field 'messages' must end with a non-empty assistant message: that is the text to train on"
     return None
 
 
-def load_rows(source: Any, name: str = "") -> list[dict[str, Any]]:
-    """Rows of a file, a Hub id, a `datasets` object or a list, each checked.
+def _broken(text: str) -> str | None:
+    """Half of a surrogate pair is no character: no file, no tokenizer and no hash takes it."""
+    at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+    return (
+        None if at is None else f"holds half a character (a lone surrogate, {text[at]!r}, at {at}): a broken emoji, say"
+    )
+
+
+def load_rows(source: Any, name: str = "", fields: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Rows of whatever `files.pairs_of` reads, each checked.
+
+    fields: field of ours -> the name it has there, e.g. ``{question: instruction, answer: output}``; a column of ``from`` and
+        ``value`` turns (ShareGPT) may stand for ``messages``.
 
     Raises:
         UserError: unreadable source, no rows, or malformed rows (all of them listed, up to ten).
     """
     origin = str(source) if isinstance(source, (str, Path)) else (name or f"{type(source).__name__} given")
-    if isinstance(source, (str, Path)):
-        pairs = list(read_file(source))
-    elif isinstance(source, Mapping):
-        raise UserError(f"{origin}: a mapping is not a list of rows; name one split")
-    elif isinstance(source, Iterable):
-        pairs = [(f"row {i}", {"text": r} if isinstance(r, str) else r) for i, r in enumerate(source)]
-    else:
-        raise UserError(f"{origin}: cannot read rows from a {type(source).__name__}")
+    pairs = [(where, _tidy(row, fields or {})) for where, row in pairs_of(source, origin)]
     if not pairs:
         raise UserError(f"{origin}: holds no rows; a set needs at least one")
     errors = Errors()
@@ -89,94 +100,37 @@ def load_rows(source: Any, name: str = "") -> list[dict[str, Any]]:
     return [dict(row) for _, row in pairs]
 
 
-def read_file(source: str | Path) -> Iterator[tuple[str, Any]]:
-    path = Path(source).expanduser()
-    suffix = path.suffix.lower()
-    try:
-        there = path.exists()
-    except OSError:  # e.g. a name longer than a file system takes
-        there = False
-    if not there:
-        if isinstance(source, str) and suffix not in SUFFIXES and _HUB_ID.match(source):
-            rest, _, split = source.partition(":")
-            repo, _, revision = rest.partition("@")
-            rows = hub_rows(source, repo, revision=revision, split=split or "train")
-            yield from ((f"row {i}", row) for i, row in enumerate(rows))
-            return
-        raise UserError(f"{source}: no such file, and not a Hub id (owner/name, owner/name@revision:split)")
-    if path.is_dir():
-        raise UserError(f"{source}: is a folder; a set is a file ({', '.join(SUFFIXES)})")
-    if suffix not in SUFFIXES:
-        raise UserError(f"{source}: unknown kind of file {suffix!r}; wanted {', '.join(SUFFIXES)}")
-    if suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{source}: is not UTF-8 text (byte {e.start})") from e
-    except OSError as e:
-        raise UserError(f"{source}: cannot be read ({e.strerror})") from e
-    if suffix == ".jsonl":
-        # Not splitlines(): a JSON string may hold U+2028 and its like unescaped.
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"line {i}", _json(line, f"{source}: line {i}")
-    elif suffix == ".json":
-        rows = _json(text, str(source))
-        if not isinstance(rows, list):
-            raise UserError(f"{source}: holds one {type(rows).__name__}, not a list of rows")
-        yield from ((f"row {i}", row) for i, row in enumerate(rows))
-    else:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(f"{source}: line {reader.line_num} has not as many columns as the header")
-                yield f"line {reader.line_num}", row
-        except csv.Error as e:
-            raise UserError(f"{source}: line {reader.line_num} is not valid csv: {e}") from e
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 
 
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where} is not valid JSON: {e.msg} (column {e.colno})") from e
-    except (ValueError, RecursionError) as e:  # a number of too many digits, or too deep a nesting
-        raise UserError(f"{where} is not valid JSON: {e}") from e
+def _tidy(row: Any, fields: Mapping[str, str]) -> Any:
+    """A row under our names, without the nulls that columns of other rows leave in it."""
+    if not isinstance(row, Mapping):
+        return row
+    out = {k: v for k, v in row.items() if v is not None}
+    for ours, theirs in fields.items():
+        if theirs in out:
+            out[ours] = out[theirs]
+    turns = out.get("messages")
+    if isinstance(turns, Sequence) and not isinstance(turns, str):
+        out["messages"] = [_turn(m) for m in turns]
+    return out
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as e:
-        raise UserError(f"{path}: parquet needs pyarrow: pip install 'peft-unlearn[data]'") from e
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except Exception as e:  # pyarrow has no one error class for foreign and truncated files
-        raise UserError(f"{path}: is not a readable parquet file: {e}") from e
-    yield from ((f"row {i}", row) for i, row in enumerate(rows))
-
-
-def hub_rows(
-    ref: str, repo: str, config: str | None = None, revision: str = "", split: str = "train"
-) -> list[dict[str, Any]]:
-    """Rows of a data set on the Hub; `ref` is what the user called it."""
-    try:
-        import datasets
-    except ImportError as e:
-        raise UserError(f"{ref}: a Hub data set needs datasets: pip install 'peft-unlearn[data]'") from e
-    try:
-        rows = datasets.load_dataset(repo, config, revision=revision or None, split=split)
-    except Exception as e:  # the Hub client raises a dozen unrelated classes
-        raise UserError(f"{ref}: could not be loaded from the Hub: {e}") from e
-    return [dict(row) for row in rows]
-
-
-def find_file(folder: Path, *names: str) -> Path | None:
-    """The first ``NAME.jsonl``, ``.json``, ``.csv`` or ``.parquet`` in a folder."""
-    return next((f for name in names for s in SUFFIXES if (f := folder / f"{name}{s}").is_file()), None)
+def _turn(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    out = {k: v for k, v in message.items() if v is not None}
+    if "role" not in out and out.get("from") in _SPEAKERS and "value" in out:
+        return {"role": _SPEAKERS[out["from"]], "content": out["value"]}
+    return {**out, "content": ""} if out.get("tool_calls") and "content" not in out else out
 
 
 def to_text(row: Mapping[str, Any], tokenizer: Any = None, template: Template = "qa") -> tuple[str, str]:

@@ -8,8 +8,7 @@ from typing import Any
 from ..errors import UserError
 from .bundle import ForgetRetain
 from .chat import Template
-
-DATA_OPTIONS = ("anchor", "per_anchor", "max_length", "on_overflow", "template", "template_args")
+from .formats import DATA_OPTIONS as DATA_OPTIONS
 
 
 def template_of(spec: Any) -> Template:
@@ -41,7 +40,10 @@ def load_data(spec: Any, override: str | None = None) -> ForgetRetain:
         )
     if override is None and not sets:
         raise UserError("no data are named; give data in the recipe or --data (a folder, or embedded:people)")
-    bundle = ForgetRetain.load(sets if override is None else override, template=template)
+    names = spec.get("fields") if isinstance(spec, Mapping) else None
+    if names is not None and not (isinstance(names, Mapping) and all(isinstance(v, str) for v in names.values())):
+        raise UserError(f"data.fields: names of columns, e.g. {{question: instruction, answer: output}}, not {names!r}")
+    bundle = ForgetRetain.load(sets if override is None else override, template, names)
     for name, wanted in hashed.items():
         if bundle.sha256.get(name) != str(wanted).removeprefix("sha256:"):
             raise UserError(f"--data {override}: its {name} set is not the one this recipe was run on (other sha256)")

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 from ..errors import Errors, UserError, nearest
 from .bundle import SETS, ForgetRetain
 from .chat import Template
-from .formats import SUFFIXES, find_file, hub_rows, read_file
+from .files import SUFFIXES, find_file, hub_rows, read_file
 
 PREFIX = "mcq:"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -18,7 +18,8 @@ from typing import Any
 from ..errors import UserError
 from .bundle import ForgetRetain
 from .chat import Template
-from .formats import find_file, load_rows, read_file
+from .files import find_file, read_file
+from .formats import load_rows
 
 # set of the suite -> the file's places, first found
 FILES = {

@@ -16,7 +16,8 @@ from typing import Any
 from ..errors import UserError, nearest
 from .bundle import SETS, ForgetRetain
 from .chat import Template
-from .formats import find_file, hub_rows, identity, load_rows
+from .files import find_file, hub_rows
+from .formats import identity, load_rows
 
 SPLITS = {f"forget{n:02}": (f"retain{100 - n}", f"holdout{n:02}") for n in (10, 5, 1)}
 # further sets of the suite, by the file each comes from

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..data.formats import DATA_OPTIONS
 from ..errors import Errors, UserError, nearest
 from .manifest import path_like
 from .yaml_io import dump_yaml, parse_yaml, read_yaml
@@ -86,7 +87,8 @@ def portable_recipe(recipe: dict[str, Any], base_ref: str, data_hashes: dict[str
     if isinstance(data, str) and is_file_reference(data):
         out["data"] = hashed
     elif isinstance(data, dict):
-        files = [k for k, v in data.items() if isinstance(v, str) and is_file_reference(v)]
+        # Rows given in Python, and lists of files, are known by their hash as one file is.
+        files = [k for k, v in data.items() if (is_file_reference(v) if isinstance(v, str) else k not in DATA_OPTIONS)]
         found = {k: hashed[k] if k in files else v for k, v in data.items() if k not in files or k in hashed}
         out["data"] = found | (hashed if "bundle" in files else {})
     return _without_paths(out)
