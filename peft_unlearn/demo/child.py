@@ -39,8 +39,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 ask = json.load(open(request, encoding="utf-8"))
 torch.set_num_threads(ask["threads"])
-tokenizer = AutoTokenizer.from_pretrained(ask["adapter"])
-model = AutoModelForCausalLM.from_pretrained(ask["base"], dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(ask["adapter"], trust_remote_code=False)
+model = AutoModelForCausalLM.from_pretrained(ask["base"], dtype=torch.float32, trust_remote_code=False)
 model = PeftModel.from_pretrained(model, ask["adapter"]).eval()
 logits = []
 with torch.no_grad():

@@ -82,9 +82,11 @@ def load_base(path: str | Path, dtype: str | torch.dtype = "float32") -> Any:
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise UserError(f"dtype {dtype!r}: expected float32, bfloat16 or float16.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=kind, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=kind, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as e:
-        raise UserError(f"base {path}: transformers cannot load it ({_first_line(e)}).") from None
+        raise UserError(f"base {path}: transformers cannot load it ({_why(e)}).") from None
     return model.eval()
 
 
@@ -95,11 +97,23 @@ def load_tokenizer(*places: str | Path) -> Any:
     for place in places:
         if any((Path(place) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
             try:
-                return AutoTokenizer.from_pretrained(str(place))
+                return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
             except (OSError, ValueError) as e:
-                raise UserError(f"tokenizer in {place}: cannot be loaded ({_first_line(e)}).") from None
+                raise UserError(f"tokenizer in {place}: cannot be loaded ({_why(e)}).") from None
     raise UserError(f"No tokenizer files in {' or '.join(str(p) for p in places)}.")
 
 
-def _first_line(e: Exception) -> str:
+def load_config(path: str | Path) -> Any:
+    """transformers' configuration of the model at `path`; no remote code."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise UserError(f"base {path}: transformers cannot read its configuration ({_why(e)}).") from None
+
+
+def _why(e: Exception) -> str:
+    if "trust_remote_code" in str(e):
+        return "it needs code of its own (auto_map), which is never run; only what transformers itself knows is loaded"
     return next(iter(str(e).strip().splitlines()), type(e).__name__)

@@ -161,8 +161,9 @@ def _save_tokenizer(tokenizer: Any, stage: Path) -> None:
         return
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {
-        k: v for k, v in config.items() if not (isinstance(v, str) and path_like(v) and k.endswith(("path", "file")))
-    }
+        k: v for k, v in config.items()
+        if k != "auto_map" and not (isinstance(v, str) and path_like(v) and k.endswith(("path", "file")))
+    }  # fmt: skip
     if kept != config:
         path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

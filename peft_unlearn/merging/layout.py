@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..folder.base import load_config
 from ..folder.safetensors_io import TensorEntry
 
 Product = tuple[Tensor, Tensor | None]
@@ -216,14 +217,14 @@ class Layout:
 
 def meta_model(base_dir: Path) -> nn.Module:
     """The causal language model at `base_dir` without its weights. Raises `UserError` for quantized files."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(str(base_dir))
+        config = load_config(base_dir)
         quantized = getattr(config, "quantization_config", None)
         if quantized is None:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config).eval()
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
     except (OSError, ValueError, KeyError) as e:
         why = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise UserError(f"base {base_dir}: transformers cannot build its model ({why}).") from None

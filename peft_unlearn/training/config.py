@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -33,6 +33,8 @@ _REFUSED = {
     "torch_compile": "torch_compile is not supported: hooks on the model's head break the graph at every step",
     "label_smoothing_factor": "label_smoothing_factor has no meaning here: terms are the losses",
 }
+_PUBLISHES = "push_to_hub", "hub_"  # what the names of such arguments begin with
+_REPORTS = {"none", "tensorboard"}  # to files of the run; all others send it to somebody
 _HAS_ACTIVATION_CHECKPOINTING = hasattr(TrainingArguments, "activation_checkpointing")  # transformers 5.23
 
 
@@ -110,6 +112,7 @@ class UnlearnConfig(TrainingArguments):
         self.averaging_method, _ = parse_method("averaging", self.averaging, errors)
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if self._rule_sets_norm() else 1.0
+        reports = self.report_to = "none" if self.report_to is None else self.report_to
         super().__post_init__()
         self.work_dir: str = self.output_dir.rstrip("/") + WORK
         have = {t.gradient for t in self.term_list}
@@ -120,6 +123,7 @@ class UnlearnConfig(TrainingArguments):
         self._check_alternates(errors)
         self._check_reference(errors)
         self._check_arguments(errors)
+        self._check_publishing(reports, errors)
         errors.raise_if_any("configuration")
 
     @property
@@ -243,6 +247,22 @@ class UnlearnConfig(TrainingArguments):
         given: Any = self.activation_checkpointing_kwargs or {}
         if given.get("use_reentrant"):
             errors.add("gradient_checkpointing with use_reentrant=True hides named gradients; leave it at False")
+
+    def _check_publishing(self, reports: Any, errors: Errors) -> None:
+        """Nothing of a run leaves the machine: its checkpoints hold pickles, paths and log-probabilities of the forget set."""
+        given = [f.name for f in fields(self) if f.name.startswith(_PUBLISHES) and getattr(self, f.name) != f.default]
+        if given:
+            errors.add(
+                f"{', '.join(given)}: refused: a run would publish its checkpoints, which hold pickles, paths of this machine and "
+                "what was cached of the forget set, in a public repository; publish the finished adapter with peft-unlearn push"
+            )
+        if foreign := [
+            str(r) for r in (reports if isinstance(reports, list | tuple) else [reports]) if r not in _REPORTS
+        ]:
+            errors.add(
+                f"report_to: {', '.join(foreign)}: refused: it sends the configuration and the losses to a service; tensorboard writes "
+                "files, and the finished adapter is published with peft-unlearn push"
+            )
 
 
 def encode_set(config: UnlearnConfig, data: ForgetRetain, name: str, tokenizer: Any) -> list[dict[str, Any]]:

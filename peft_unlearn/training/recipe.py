@@ -11,7 +11,7 @@ from typing import Any
 from ..data.bundle import ForgetRetain
 from ..data.load import DATA_OPTIONS, load_data
 from ..errors import Errors, UserError, nearest
-from ..folder.base import resolve_base
+from ..folder.base import load_config, resolve_base
 from ..folder.schema import COUNT, NUMBER, POSITIVE, is_number, is_whole, maybe, one_of, shape
 from .adapt import peft_config
 from .config import METHODS, UnlearnConfig, require_sets
@@ -108,12 +108,10 @@ def _as_run(recipe: Mapping[str, Any], data: str | None) -> dict[str, Any]:
 
 def _check_layers(config: UnlearnConfig, base_dir: Path) -> None:
     """Refuse block numbers that the base does not have (module names are looked up once the model is there)."""
-    from transformers import AutoConfig
-
     numbers = [(t.objective.name, k) for t in config.term_list for k in t.layers if isinstance(k, int)]
     if not numbers:
         return
-    n = AutoConfig.from_pretrained(str(base_dir)).get_text_config().num_hidden_layers
+    n = load_config(base_dir).get_text_config().num_hidden_layers
     errors = Errors()
     for name, k in numbers:
         if not -n <= k < n:

@@ -241,6 +241,13 @@ class UnlearnTrainer(Trainer):
         assert self.state.best_model_checkpoint is not None
         load_adapter(self.bare, self.state.best_model_checkpoint, self.trained_adapter)
 
+    def push_to_hub(self, *_: Any, **__: Any) -> Any:  # the Trainer's sends checkpoints and training_args.bin
+        raise UserError(
+            "push_to_hub: a run is not published; save the adapter, and publish that with peft_unlearn.push"
+        )
+
+    init_hf_repo = push_to_hub
+
     def _fingerprint(self) -> str:
         c = self.config
         rows = [[(r["input_ids"], r["labels"]) for r in rows] for _, rows in sorted(self.rows.sets.items())]
