@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.chat import Template
 from ..errors import Errors, UserError
 from ..evaluation import suites
 from ..evaluation.numbers import numbers_of
@@ -206,7 +207,7 @@ def at_scale(stack: ForgetModel, name: str) -> Callable[[float], AbstractContext
 
 
 def make_read(
-    data: Any, tokenizer: Any, metric: str = METRIC, n: int | None = None, template: str | None = None
+    data: Any, tokenizer: Any, metric: str = METRIC, n: int | None = None, template: Template | None = None
 ) -> Callable[[Any], Levels]:
     """A function model -> Levels. The rows are tokenized once, here; a reading is one forward for each answer, no generation.
 

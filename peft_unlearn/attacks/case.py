@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..data.bundle import normal
+from ..data.chat import Template
 from ..data.formats import identity
 from ..evaluation.measured import Array
 from ..evaluation.plan import Progress
@@ -38,7 +39,7 @@ class Case:
     rows: Rows
     shown: Rows
     subject: Callable[[], AbstractContextManager[Any]]
-    template: str = "qa"
+    template: Template = "qa"
     seed: int = 0
     on_progress: Progress | None = None
     max_new_tokens: int = 32

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..data.chat import Template
 from ..data.collate import adds_special, encode, pad
 from ..data.formats import layout_of, to_text
 from ..evaluation.measured import Unmeasured
@@ -48,7 +49,7 @@ class PromptSlot:
     row: Mapping[str, Any]
 
     @classmethod
-    def of(cls, row: Mapping[str, Any], tokenizer: Any, template: str) -> PromptSlot:
+    def of(cls, row: Mapping[str, Any], tokenizer: Any, template: Template) -> PromptSlot:
         """The slot at the end of a row's question (of the last user message, or of the prompt).
 
         Raises:

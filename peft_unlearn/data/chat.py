@@ -91,7 +91,7 @@ def _at_day(template: str, day: date) -> str:
     return re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", lambda m: repr(day.strftime(m[2])), template)
 
 
-def end_tokens(tokenizer: Any) -> set[int]:
+def end_tokens(tokenizer: Any) -> frozenset[int]:
     """Ids of the tokens that may end a turn: the end-of-sequence token and every special token but those that begin or pad."""
     special = _special(tokenizer, len(tokenizer)) | set(getattr(tokenizer, "all_special_ids", ()))
     ends = special - {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}

@@ -156,7 +156,7 @@ def hub_rows(
         raise UserError(f"{ref}: a Hub data set needs datasets: pip install 'peft-unlearn[data]'") from e
     # datasets 3 asks on stdin whether to run a script of the repository; 4 knows no scripts
     asks = "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters
-    no_code = {"trust_remote_code": False} if asks else {}
+    no_code: dict[str, Any] = {"trust_remote_code": False} if asks else {}
     try:
         rows = datasets.load_dataset(repo, config, revision=revision or None, split=split, **no_code)
     except Exception as e:  # the Hub client raises a dozen unrelated classes

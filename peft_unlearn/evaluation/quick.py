@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..data.chat import Template
 from ..errors import UserError
 from . import suites
 from .numbers import numbers_of
@@ -27,7 +28,7 @@ def make_score(
     tokenizer: Any,
     suite: str | Path | Mapping[str, Any] | Suite = "people",
     n: int | None = None,
-    template: str | None = None,
+    template: Template | None = None,
 ) -> Callable[[Any], dict[str, float]]:
     """A function model -> {"forget/value_accuracy": .., "forget/probability": .., "retain/..": ..}, for use while
     training.

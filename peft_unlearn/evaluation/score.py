@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..data.chat import Template
 from ..errors import UserError
 from ..folder.versions import installed_versions
 from ..registry import get
@@ -75,7 +76,7 @@ def score(
     *,
     adapter_id: str | None = None,
     base: str | None = None,
-    template: str | None = None,
+    template: Template | None = None,
     token_budget: int = 4096,
 ) -> Report:
     """Evaluate subjects on a suite.

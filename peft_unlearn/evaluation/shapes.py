@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.chat import Template
 from .measured import Array, Unmeasured
 from .teacher import Encoded, TeacherForced
 
@@ -40,7 +41,7 @@ class EvalSet:
     metrics: tuple[str, ...]
     perturbed_rows: int | None = None
     measurable_if: Gate | None = None
-    template: str | None = None
+    template: Template | None = None
     max_new_tokens: int | None = None
     shots: str | None = None
     stop: tuple[str, ...] = ()
@@ -91,7 +92,7 @@ class SetPlan:
 
     spec: EvalSet
     rows: list[dict[str, Any]]
-    template: str = "qa"
+    template: Template = "qa"
     prompts: list[Prompt] = field(default_factory=list)  # one per row
     answers: list[str] = field(default_factory=list)  # the right ones
     answer: list[int] = field(default_factory=list)  # pair of each row's answer

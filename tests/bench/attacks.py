@@ -59,7 +59,9 @@ def main() -> int:
     for part, counted in [*((p, True) for p in TOGETHER), *((p, False) for p in BESIDE)]:
         start = time.process_time()
         one = wanted([part])
-        run_attacks(subjects, one, data, stack.tokenizer)  # alone: baselines and the retain model's loading count each time
+        run_attacks(
+            subjects, one, data, stack.tokenizer
+        )  # alone: baselines and the retain model's loading count each time
         spent = time.process_time() - start
         total += spent if counted else 0.0
         print(f"{one[0].label:<16} {spent:6.1f} s{'' if counted else '   (beside the limit)'}", flush=True)

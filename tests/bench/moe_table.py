@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import TrainerCallback, set_seed
 
-from peft_unlearn.attribution.experts import attribute
+from peft_unlearn.attribution.experts import attribute as attribute_experts
 from peft_unlearn.attribution.selection import SelectionOverlap
 from peft_unlearn.data import domains, embedded
 from peft_unlearn.data.bundle import ForgetRetain
@@ -228,7 +228,7 @@ def affinity(base: str, domain: str) -> Any:
     if (base, domain) not in _affinities:
         path = embedded_base(base)
         data = ForgetRetain.load(f"embedded:domains?forget={domain}")
-        _affinities[base, domain] = attribute(load_base(path), load_tokenizer(path), data, {}).affinity
+        _affinities[base, domain] = attribute_experts(load_base(path), load_tokenizer(path), data, {}).affinity
     return _affinities[base, domain]
 
 

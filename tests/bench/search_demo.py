@@ -6,7 +6,8 @@
 
 `run` trains every candidate of CANDIDATES with the package's own trainer, evaluates it with the whole people suite, and
 appends one line of figures to docs/search.json at once; what is there already is not run again. Failures stay in.
-The first --retain-model is the one that ships; further retain models (same data, other seeds: `python adapters/bases/build people --retain-models N`) say
+The first --retain-model is the one that ships; further retain models (same data, other seeds:
+`python adapters/bases/build people --retain-models N`) say
 what a p of forget quality can mean at all: the p of each against the first is written beside.
 """
 
