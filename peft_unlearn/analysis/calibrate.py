@@ -33,6 +33,7 @@ from ..reporting import calibrate as shown
 from ..reporting.document import Part
 from ..reporting.result import Result
 from ..stack.model import ForgetModel
+from ..tuners.delta import changes_base
 from .search import FLOOR, Calibration, Levels, search
 
 FORMAT = 1
@@ -150,7 +151,7 @@ def _store(found: AdapterFolder, block: Mapping[str, Any]) -> None:
         attacks = stored.get("attacks")
         if isinstance(attacks, dict) and isinstance(attacks.get("scale"), dict):
             stored["attacks"] = {**attacks, "scale": {k: v / unit for k, v in attacks["scale"].items()}}
-    update_eval(found.path, {**stored, BLOCK: block})
+    update_eval(found.path, {**stored, BLOCK: block}, measured=(BLOCK,))
 
 
 # -- one adapter, one scale -------------------------------------------------------------------------------------------
@@ -170,12 +171,11 @@ def check_exact(folder: AdapterFolder) -> None:
         errors.add("it is a DoRA adapter, which re-normalizes the weights: half the scale is not half the change")
     if config.get("bias") not in (None, "none"):
         errors.add(f"it trained biases (bias={config['bias']!r}), which are there at any scale")
-    for key in ("modules_to_save", "trainable_token_indices", "kasa_config", "layer_replication"):
+    for key in ("modules_to_save", "trainable_token_indices"):
         if config.get(key):
             errors.add(f"it has {key}={config[key]!r}, which the scale does not reach")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
-        errors.add(f"init_lora_weights={start!r} changes the base's own weights")
+    if changes := changes_base(config):
+        errors.add(f"{changes} changes the base's own weights")
     if folder.manifest.depends_on:
         errors.add("it was trained on top of other adapters: at scale 0 those are left, not the base")
     if not errors.messages:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import Errors, UserError, nearest
 from ..folder.card import add_tags
-from ..folder.digest import targeted_names
+from ..folder.digest import base_tensors, targeted_names
 from ..stack.attach import add
+from ..tuners.delta import changes_base
 from ..tuners.names import belongs
 from ..tuners.registration import register
 
@@ -35,6 +39,9 @@ _LORA_KEYS = [
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
     "use_rslora", "use_dora", "lora_dropout", "init_lora_weights", "target_parameters", "bias",
 ]  # fmt: skip
+
+
+ALL_LINEAR = "all-linear"
 
 
 def peft_config(spec: Mapping[str, Any] | None) -> Any:
@@ -67,7 +74,11 @@ def peft_config(spec: Mapping[str, Any] | None) -> Any:
             errors.add(f"adapter: {kind.lower()} has no {key!r}.{nearest(str(key), known)}")
     errors.raise_if_any("recipe")
     if kind == "LORA":
-        spec = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **spec}
+        spec = {"r": 16, "lora_alpha": 32, "target_modules": ALL_LINEAR, **spec}
+        if spec.get("layers_to_transform") is not None and spec["target_modules"] == ALL_LINEAR:
+            spec["target_modules"] = [
+                ALL_LINEAR
+            ]  # PEFT takes layers with a list of names only; the base gives the names
     try:
         config = cls(task_type="CAUSAL_LM", **spec)
     except (TypeError, ValueError, ImportError) as e:
@@ -87,6 +98,11 @@ def _refuse(config: Any) -> None:
     if bias not in ("none", False, None):
         raise UserError(
             f"adapter: bias {bias!r} is refused: it trains the base's own biases, which stay changed when the adapter is off"
+        )
+    if changes := changes_base(vars(config)):
+        raise UserError(
+            f"adapter: {changes} is refused: it rewrites the base's own weights, so that with the adapter off the model is no longer "
+            "the base: the reference would be wrong, and removing the adapter would not give the base back. Start from the default"
         )
 
 
@@ -108,9 +124,14 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
         config = peft_config(config)
     _refuse(config)
     refuse_base(base)
+    check_causal(base)
+    if list(getattr(config, "target_modules", None) or ()) == [ALL_LINEAR]:
+        config = replace(config, target_modules=linear_leaves(base))
     # PEFT rewrites the config in place on mixture-of-experts bases: what was asked for has to be kept.
     wanted = getattr(config, "target_modules", None), bool(getattr(config, "target_parameters", None))
     fused = set(getattr(getattr(base, "base_model", None), "targeted_parameter_names", []))  # of adapters below
+    check_targets(base, config)
+    before = _checksums(base)
     if isinstance(base, PeftModel) and adapter_name in base.peft_config:
         raise UserError(f"the model already has an adapter {adapter_name!r}; train under another name")
     try:
@@ -121,6 +142,11 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as e:
         raise UserError(f"adapter: PEFT refuses this configuration: {e}") from e
     _assert_adapted(model, adapter_name, fused, *wanted)
+    if changed := sorted(n for n, value in _checksums(model).items() if before.get(n, value) != value):
+        raise UserError(
+            f"adapter: putting this adapter on changed {len(changed)} of the base's own tensors, first {changed[0]}: with the adapter "
+            "off the model is no longer the base. Use a configuration that leaves the base as it is"
+        )
     add_tags(model)
     if not quiet:
         print(describe(model, adapter_name), file=sys.stderr)
@@ -146,12 +172,106 @@ def refuse_base(model: Any) -> None:
             f"the base is quantized ({getattr(method, 'value', method)}): its digest cannot be compared with the released files and "
             "adapters trained on rounded weights behave otherwise on the real ones; load the base unquantized"
         )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UserError(
+            "the base is an encoder-decoder; unlearning here is of causal language models, which predict the next token"
+        )
     if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
         raise UserError("the base is spread over several devices (device_map); load it on one: adapters fit beside it")
     if getattr(model, "_tp_size", None) or getattr(getattr(model, "config", None), "_is_expert_parallel", False):
         raise UserError(
             "tensor- and expert-parallel bases are not supported yet; load the base on one device per process"
         )
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Refuse a base whose earlier logits see later tokens (BERT and its kin): its log-probabilities mean nothing here.
+
+    One forward over two rows of four tokens that differ in the last one.
+    """
+    weight = next(iter(model.parameters()), None)
+    if weight is None or weight.is_meta:
+        return
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=weight.device)
+    training = model.training
+    try:
+        logits = model.eval()(input_ids=ids, use_cache=False).logits[:, :3].float()
+    finally:
+        model.train(training)
+    gap, size = float((logits[0] - logits[1]).abs().max()), float(logits.abs().max())
+    if gap > (1e-2 if weight.dtype != torch.float32 else 1e-4) * max(size, 1e-6):
+        raise UserError(
+            f"the base ({type(model).__name__}) is not causal: changing the last token moves the logits before it (by {gap:.2g}); "
+            "unlearning here is of causal language models, which predict the next token"
+        )
+
+
+def check_targets(base: Any, config: Any) -> None:
+    """Refuse targets, exclusions, layers and patterns that match nothing in the base: PEFT leaves them without effect.
+
+    Raises:
+        UserError: all of them, each with the nearest name that there is.
+    """
+    names = [n for n, _ in base.named_modules() if n]
+    leaves_ = sorted({n.rpartition(".")[2] for n in names} - {str(k) for k in range(1000)})
+    errors = Errors()
+
+    def named(pattern: str) -> bool:
+        return any(n == pattern or n.endswith(f".{pattern}") for n in names)
+
+    for key in ("target_modules", "exclude_modules"):
+        given = getattr(config, key, None)
+        for t in given if isinstance(given, list | set | tuple) else ():
+            if not named(str(t)):
+                errors.add(f"adapter.{key}: no module is called {t!r}.{nearest(str(t).rpartition('.')[2], leaves_)}")
+    layers = getattr(config, "layers_to_transform", None)
+    text = getattr(base, "config", None)
+    n = getattr(text.get_text_config() if hasattr(text, "get_text_config") else text, "num_hidden_layers", None)
+    for k in [layers] if isinstance(layers, int) else layers or ():
+        if n is not None and not 0 <= k < n:
+            errors.add(f"adapter.layers_to_transform: there is no block {k}: the base has blocks 0 to {n - 1}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key, None) or {}:
+            if not _pattern_matches(pattern, names):
+                errors.add(
+                    f"adapter.{key}: {pattern!r} matches no module.{nearest(re.sub('[^A-Za-z0-9_]', '', pattern), leaves_)}"
+                )
+    errors.raise_if_any("recipe")
+
+
+def linear_leaves(model: Any) -> list[str]:
+    """Last parts of the names of a model's linear layers, the output embeddings left out: what PEFT's all-linear stands for."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    found = {
+        n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head
+    }
+    return sorted(found)
+
+
+def _pattern_matches(pattern: str, names: Sequence[str]) -> bool:
+    """As PEFT looks a pattern up: at the end of a module's name."""
+    try:
+        found = re.compile(rf"(.*\.)?({pattern})$")
+    except re.error:
+        return False
+    return any(found.match(n) for n in names)
+
+
+def _checksums(model: Any) -> dict[str, int]:
+    """Exact checksums of the base's tensors (sums of their bits); empty for a model without weights in memory."""
+    out = {}
+    for name, tensor in base_tensors(model).items():
+        flat = tensor.detach().reshape(-1)
+        if flat.is_meta or flat.element_size() not in _BITS:
+            return {}
+        out[name] = int(flat.contiguous().view(_BITS[flat.element_size()]).sum(dtype=torch.int64))
+    return out
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def adapted(model: Any, adapter_name: str | None = None) -> list[str]:

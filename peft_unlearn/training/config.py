@@ -4,11 +4,13 @@ loaded."""
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..data.alternates import add_alternates
@@ -113,6 +115,8 @@ class UnlearnConfig(TrainingArguments):
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if self._rule_sets_norm() else 1.0
         reports = self.report_to = "none" if self.report_to is None else self.report_to
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # as there is nothing else; several processes then find each other through gloo
         super().__post_init__()
         self.work_dir: str = self.output_dir.rstrip("/") + WORK
         have = {t.gradient for t in self.term_list}
@@ -244,6 +248,16 @@ class UnlearnConfig(TrainingArguments):
                 errors.add(f"{name}={value!r} must be a finite number and at least {low}")
         if isinstance(self.seed, int) and self.seed >= 2**32:
             errors.add(f"seed={self.seed} must be below 2**32")
+        if self.neftune_noise_alpha:
+            errors.add(
+                "neftune_noise_alpha is refused: its noise falls on the pass of the reference model too, and what is compared is then "
+                "two noises; smoothing (sam, rs) is what makes forgetting robust"
+            )
+        if (started := int(os.environ.get("WORLD_SIZE", 1))) != self.world_size:
+            errors.add(
+                f"{started} processes were started and this one trains as {self.world_size}: each would train alone and write into one "
+                "folder; start them with torchrun or accelerate launch so that they form one group"
+            )
         given: Any = self.activation_checkpointing_kwargs or {}
         if given.get("use_reentrant"):
             errors.add("gradient_checkpointing with use_reentrant=True hides named gradients; leave it at False")

@@ -118,7 +118,7 @@ def stock_export(model: Any, name: str, base: BaseRef) -> Callable[[Path], dict[
 def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
     """The recipe that a trainer made in Python amounts to: what differs from the defaults of `UnlearnConfig`."""
     config, adapter = trainer.config, trainer.bare.peft_config[trainer.trained_adapter]
-    theirs = {f.name for f in fields(TrainingArguments)} - {"output_dir", "seed"} | {"router_learning_rate"}
+    theirs = {f.name for f in fields(TrainingArguments)} - {"output_dir", "seed", "use_cpu"} | {"router_learning_rate"}
     train = {}
     for f in fields(UnlearnConfig):
         value = getattr(config, f.name)

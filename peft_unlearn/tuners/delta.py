@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +52,19 @@ class Adapted:
         return len(self.shape) == 3 if self.shape is not None else self.experts > 1
 
 
+def changes_base(config: Mapping[str, Any]) -> str | None:
+    """The setting of a PEFT configuration by which the base is another model while the adapter is off; None where it stays."""
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_REWRITE):
+        return f"init_lora_weights={start!r}"
+    return next(
+        (f"{key}={config[key]!r}" for key in ("layer_replication", "kasa_config", "use_kasa") if config.get(key)), None
+    )
+
+
+_REWRITE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "lora-ga")  # prefixes: pissa_niter_4
+
+
 def plain_sum(folder: AdapterFolder) -> None:
     """Raise `UserError` unless the adapter is a plain sum W + s B A: what can be merged, composed and concatenated."""
     config, where = folder.config, folder.path
@@ -72,11 +85,10 @@ def plain_sum(folder: AdapterFolder) -> None:
             f"{where}: trains biases (bias: {config['bias']}): they replace the base's, so two of them cannot be summed. "
             "Merging or composing it is not supported; serve it unmerged, or train again with bias: none."
         )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    if changes := changes_base(config):
         raise UserError(
-            f"{where}: was started with init_lora_weights: {start}, which also changes the base's weights; the file holds "
-            "only half of what it does. Save it with PEFT's path_initial_model_for_weight_conversion first."
+            f"{where}: was trained with {changes}, which also changes the base; the file holds only half of what it does. "
+            "Save it with PEFT's path_initial_model_for_weight_conversion first, or train again without it."
         )
     odd = [n for n in read_header(where / WEIGHTS) if not _FACTOR.fullmatch(n)]
     if odd:
