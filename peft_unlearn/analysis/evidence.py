@@ -12,8 +12,9 @@ from ..data import embedded
 from ..data.bundle import ForgetRetain
 from ..errors import UserError
 from ..evaluation.plan import Progress
-from ..evaluation.score import FORMAT, Subject, on_one_model, score
+from ..evaluation.score import Subject, on_one_model, score
 from ..evaluation.subjects import bundle_for, embedded_ref, embedded_retain_model, named_folders
+from ..folder.eval_json import not_measured_here, usable
 from ..folder.manifest import Manifest
 from ..folder.read import AdapterFolder
 from ..folder.recipe import dump_recipe
@@ -31,8 +32,6 @@ KINDS = {
     "forget": "to be forgotten", "forget_other": "the same, in other words", "forget_unseen": "to be forgotten, never shown",
     "retain": "to be kept",
 }  # fmt: skip
-BLOCKS = {"attacks": "attack", "calibration": "calibrate"}  # of eval.json -> the command that makes it
-MAPPINGS = ("subjects", "details", "versions", "attacks", "base_levels", "chosen", "as_trained", "retention")
 FILES = (".html", ".md", ".json")
 MAX_ADAPTERS = 3  # whose answers still fit side by side
 
@@ -102,7 +101,7 @@ def report(
     if not found:
         raise UserError("No adapter was given.")
     evidence = [evidence_of(name, folder) for name, folder in found.items()]
-    notes = [f"{name}: {why}" for name, folder in found.items() for why in usable(folder)[1]]
+    notes = [f"{name}: {why}" for name, folder in found.items() for why in _usable(folder)[1]]
     table = None
     if samples:
         try:
@@ -116,7 +115,7 @@ def report(
 
 def evidence_of(name: str, folder: AdapterFolder) -> Evidence:
     """What a folder says of itself. Numbers of other weights than its own are left out."""
-    manifest, evaluation = folder.manifest, usable(folder)[0]
+    manifest, evaluation = folder.manifest, _usable(folder)[0]
     refs = sorted({str(about["ref"]) for about in manifest.data.values() if about.get("ref")})
     method = {k: v for k, v in manifest.method.items() if v is not None}
     shape = {k: folder.config[k] for k in ("peft_type", "r", "lora_alpha", "target_modules") if folder.config.get(k)}
@@ -134,33 +133,16 @@ def evidence_of(name: str, folder: AdapterFolder) -> Evidence:
         evaluation=evaluation, seed=manifest.seeds.get("seed"),
         forget_sha256=str(manifest.data.get("forget", {}).get("sha256", "")),
         about=[(label, text) for label, text in about if text], recipe=dump_recipe(folder.recipe),
+        theirs=not_measured_here({"adapter_id": folder.adapter_id, **evaluation}) if evaluation else (),
     )  # fmt: skip
+
+
+def _usable(folder: AdapterFolder) -> tuple[dict[str, Any], list[str]]:
+    return usable(folder.eval, folder.adapter_id, folder.path.name)
 
 
 def _pairs(found: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in found.items())
-
-
-def usable(folder: AdapterFolder) -> tuple[dict[str, Any], list[str]]:
-    """What of eval.json can be reported, and what is wrong with the rest: its file may be of other weights, of another version of
-    this package, or edited by hand."""
-    stored = folder.eval or {}
-    blocks = {k: stored[k] for k in BLOCKS if stored.get(k)}
-    suite = {k: v for k, v in stored.items() if k not in blocks}
-    kept: dict[str, Any] = {}
-    notes = []
-    for name, block in [("suite", suite), *blocks.items()]:
-        what = f"the {name} numbers of eval.json"
-        again = f"run peft-unlearn {BLOCKS.get(name, 'eval')} {folder.path.name} again"
-        if not isinstance(block, Mapping) or any(not isinstance(block.get(k) or {}, Mapping) for k in MAPPINGS):
-            notes.append(f"{what} are not in a shape that can be read; {again}.")
-        elif block.get("format", FORMAT) != FORMAT:
-            notes.append(f"{what} are of format {block['format']}, this version reads {FORMAT}; {again}.")
-        elif (block.get("adapter_id") or stored.get("adapter_id")) not in (None, folder.adapter_id):
-            notes.append(f"{what} were measured on other weights; {again}.")
-        else:
-            kept |= suite if name == "suite" else {name: block}
-    return kept, notes
 
 
 def seed_spread(manifest: Manifest) -> dict[str, list[float]]:

@@ -64,7 +64,7 @@ def attack(
     result.scale = {subject: stack.scales()[name] for subject, name in subject_of(list(adapters)).items()}
     if write and len(found) == 1 and n is None:
         whole = _with_earlier(result.to_dict(), (found[0].eval or {}).get(BLOCK))
-        store(found[0].path, lambda: update_block(found[0].path, BLOCK, whole))
+        store(found[0].path, lambda: update_block(found[0].path, BLOCK, whole, result.attacks))
     return result
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import Errors
 from .safetensors_io import TensorEntry
+from .schema import is_number
 from .yaml_io import MAX_JSON, parse_json, read_text
 
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".exe", ".sh", ".js")
@@ -37,9 +38,7 @@ def check_code(folder: Path, files: Mapping[str, Any], errors: Errors) -> None:
                 f"{name} has an auto_map, which names code to be run; an adapter needs none, and none is run. Take it out"
             )
     for name in sorted(n for n in files if n.lower().endswith(CODE)):
-        errors.add(
-            f"{name} is listed as one of its files, and is code; an adapter needs none, and none is run"
-        )
+        errors.add(f"{name} is listed as one of its files, and is code; an adapter needs none, and none is run")
 
 
 def check_config(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], errors: Errors) -> None:
@@ -56,7 +55,7 @@ def check_config(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], 
             errors.add(f"{key} has {len(found)} entries, and the file only {len(entries)} tensors")
         for name, value in found.items() if key == "rank_pattern" else ():
             _check_size(f"{key}[{name!r}]", value, most, errors)
-        if any(not isinstance(v, int | float) or not math.isfinite(v) for v in found.values()):
+        if any(not is_number(v) or not math.isfinite(v) for v in found.values()):
             errors.add(f"{key} holds a value that is no finite number")
     for key, pattern in _patterns(config):
         if why := too_slow(pattern):

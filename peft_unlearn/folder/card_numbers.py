@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .eval_json import usable
 from .markdown import code, inline, table
 
 # What is shown, of what the evaluation holds: up to three of the forget set, two of what is to be kept, then summaries.
@@ -41,17 +42,13 @@ def _of_adapter(attack: dict[str, Any], when: str) -> dict[str, Any]:
 
 def numbers(evaluation: dict[str, Any] | None, adapter_id: str | None) -> list[str]:
     """The section's lines."""
-    if not evaluation or not columns(evaluation):
-        return ["Not measured. Run `peft-unlearn eval FOLDER`, then `peft-unlearn card FOLDER --write`.", ""]
-    measured_of = evaluation.get("adapter_id")
-    if measured_of and adapter_id and measured_of != adapter_id:
-        return [
-            "The stored numbers belong to another adapter, so they are not shown: run `peft-unlearn eval FOLDER`.",
-            "",
-        ]
+    evaluation, wrong = usable(evaluation, adapter_id)
+    if not columns(evaluation):
+        measure = "Not measured. Run `peft-unlearn eval FOLDER`, then `peft-unlearn card FOLDER --write`."
+        return [*(f"Not shown: {inline(why)}" for why in wrong), *([] if wrong else [measure]), ""]
     shown = columns(evaluation)
     attacks = _attacks(evaluation)
-    notes: list[str] = []
+    notes = [f"not shown: {inline(why)}" for why in wrong]
     rows = [_subject(evaluation, "base", shown, notes), _subject(evaluation, "adapter", shown, notes)]
     for form, label in QUANTIZED.items():
         found = [r for r in attacks if r.get("attack") == "quantize" and _setting(r, "format") == form]
@@ -155,7 +152,7 @@ def _suite(evaluation: dict[str, Any]) -> str:
             counts.setdefault(metric.partition("/")[0], about["n"])
     rows = ", ".join(f"{inline(k)} {v}" for k, v in counts.items() if k in ("forget", "retain", "general"))
     head = (f"Suite {code(suite, cell=False)}" if suite else "Numbers") + (f" (rows: {rows})" if rows else "")
-    return f"{head}; in parentheses 95 % intervals by bootstrap over rows."
+    return f"{head}, measured by the author of this adapter; in parentheses 95 % intervals by bootstrap over rows."
 
 
 def _settings_of_attacks(attacks: list[dict[str, Any]]) -> list[str]:
@@ -176,7 +173,6 @@ def _settings_of_attacks(attacks: list[dict[str, Any]]) -> list[str]:
 
 def headline(evaluation: dict[str, Any] | None, adapter_id: str | None) -> list[tuple[str, float]]:
     """(metric, value) of the adapter for the front matter's model-index."""
-    if not evaluation or (evaluation.get("adapter_id") or adapter_id) != adapter_id:
-        return []
+    evaluation, _ = usable(evaluation, adapter_id)
     values = ((evaluation.get("subjects") or {}).get("adapter")) or {}
     return [(m, float(values[m])) for m in columns(evaluation) if isinstance(values.get(m), int | float)]

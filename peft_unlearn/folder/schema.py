@@ -23,7 +23,8 @@ def is_whole(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Also not a whole number that no float can hold."""
+    return isinstance(value, float) or (is_whole(value) and abs(value) < 2**1000)
 
 
 def shown(value: Any) -> str:
@@ -106,8 +107,8 @@ def mapping_of(inner: Shape) -> Shape:
     return check
 
 
-def record(fields: Mapping[str, Shape], required: Collection[str] = (), unknown: str = "") -> Shape:
-    """A mapping with known keys; an unknown one is answered with the nearest spelling, or with `unknown`."""
+def record(fields: Mapping[str, Shape], required: Collection[str] = (), unknown: str = "", more: bool = False) -> Shape:
+    """A mapping with known keys; an unknown one is answered with the nearest spelling, or with `unknown`, unless there may be `more`."""
 
     def check(value: Any, place: str, errors: Errors) -> None:
         MAPPING(value, place, errors)
@@ -115,7 +116,7 @@ def record(fields: Mapping[str, Shape], required: Collection[str] = (), unknown:
             return
         lead = f"{place}." if place else ""
         for key in value:
-            if key not in fields:
+            if key not in fields and not more:
                 where = f" in {place}" if place else ""
                 errors.add(f"unknown key {key!r}{where}{unknown or '.' + nearest(str(key), fields)}")
         for key, inner in fields.items():

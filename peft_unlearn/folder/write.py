@@ -22,6 +22,7 @@ from ..errors import UserError
 from .atomic import check_free, staged, write_text
 from .base import peft_base_name
 from .card import ForgetCard, regenerated, render
+from .eval_json import parts_of, record_measured
 from .manifest import Manifest, path_like
 from .read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder, file_sha256, read_adapter
 from .recipe import dump_recipe, portable_recipe
@@ -44,11 +45,11 @@ def write_adapter(
     """Write `out` atomically and return what was read back from it.
 
     peft_model: the PeftModel that holds `adapter_name`. manifest: its `files` are filled here; `recipe` is made
-    portable (base and data files by name or hash). card: README.md's text, a plain one by default. save: writes the
-    adapter's files into the given folder itself and returns the tensors that adapter_model.safetensors has to hold, for
-    adapters whose published form is not what PEFT would save. Raises `UserError`
-    when something else stands at `out`, when the adapter is empty, zero or not finite, or when a machine path would
-    be published.
+    portable (base and data files by name or hash). eval_json: numbers of this very adapter. card: README.md's text, a
+    plain one by default. save: writes the adapter's files into the given folder itself and returns the tensors that
+    adapter_model.safetensors has to hold, for adapters whose published form is not what PEFT would save. Raises
+    `UserError` when something else stands at `out`, when the adapter is empty, zero or not finite, or when a machine path
+    would be published.
     """
     wanted = {} if save is not None else _adapter_tensors(peft_model, adapter_name)
     manifest.check()
@@ -63,6 +64,7 @@ def write_adapter(
         portable = portable_recipe(recipe, manifest.base.ref, hashes)
         (stage / RECIPE).write_text(dump_recipe(portable), encoding="utf-8")
         if eval_json is not None:
+            eval_json = {**eval_json, "adapter_id": f"sha256:{file_sha256(stage / WEIGHTS)}"}
             (stage / EVAL).write_text(_json(eval_json, EVAL), encoding="utf-8")
         _same_as_in_memory(stage / WEIGHTS, wanted)
         names = sorted([CARD, *(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())])
@@ -90,16 +92,20 @@ def check_destination(out: str | Path, inputs: Iterable[str | Path] = ()) -> Non
     check_free(out.resolve() if out.is_symlink() else out, why_not_replaceable)
 
 
-def update_eval(folder: str | Path, eval_json: dict[str, Any], card: str | None = None) -> None:
+def update_eval(
+    folder: str | Path, eval_json: dict[str, Any], card: str | None = None, measured: Iterable[str] | None = None
+) -> None:
     """Replace eval.json (and README.md) of a complete adapter, each file whole; the adapter's id does not change.
 
     What other commands stored beside the suite's numbers (`KEPT`) stays, unless `eval_json` brings its own or it was
-    measured on other weights. README.md follows: `card`, or else its generated block made anew.
+    measured on other weights. README.md follows: `card`, or else its generated block made anew. measured: the parts
+    (`eval_json.parts_of`) that were measured just now, default all of `eval_json`.
     """
     found = read_adapter(folder, check_hashes=False)
     old = found.eval or {}
     kept = {k: old[k] for k in KEPT if k in old and k not in eval_json and _about(old[k], old) == found.adapter_id}
     write_text(found.path / EVAL, _json({**eval_json, **kept}, EVAL))
+    record_measured(eval_json, [n for n, _ in parts_of(eval_json)] if measured is None else measured)
     if card is None:  # a card that somebody broke by hand is theirs to mend; the numbers are safe
         with suppress(UserError):
             card = regenerated(read_adapter(found.path, check_hashes=False))
@@ -107,11 +113,14 @@ def update_eval(folder: str | Path, eval_json: dict[str, Any], card: str | None 
         write_text(found.path / CARD, card)
 
 
-def update_block(folder: str | Path, name: str, block: dict[str, Any]) -> None:
-    """Put `block` under `name` into eval.json and leave the rest of it as it is; an adapter without one gets one."""
+def update_block(folder: str | Path, name: str, block: dict[str, Any], measured: Iterable[str] | None = None) -> None:
+    """Put `block` under `name` into eval.json and leave the rest of it as it is; an adapter without one gets one.
+
+    measured: as of `update_eval`, default all of the block."""
     found = read_adapter(folder, check_hashes=False)
     empty = {"format": 1, "suite": None, "subjects": {}, "details": {}, "metrics": {}, "adapter_id": found.adapter_id}
-    update_eval(found.path, {**(found.eval or empty), name: block})
+    new = [n for n, _ in parts_of({name: block})] if measured is None else measured
+    update_eval(found.path, {**(found.eval or empty), name: block}, measured=new)
 
 
 def _about(block: Any, eval_json: dict[str, Any]) -> Any:

@@ -121,7 +121,7 @@ def _own_pictures(e: Evidence, own: str) -> list[Part]:
     if bars:
         drawn = Picture(pictures.attacks(bars, measure), "Recovery by attack", f"attacks-{e.name}", RECOVERY)
         out += [Heading(f"What brings it back{own}"), drawn, _attack_table(e)]
-    if block := e.blocks("calibration"):
+    if (block := e.blocks("calibration")) and "curve" in block:
         drawn = Picture(calibration_picture(block), "Calibration curve", f"calibration-{e.name}", caption(block))
         out += [Heading(f"Calibration{own}"), drawn]
     return out

@@ -25,7 +25,8 @@ class Evidence:
     """What is known of one adapter. Any of it but the name may be missing.
 
     folder: as the user named it, for commands.   scale, scale_measured: now, and when the suite's numbers were taken.
-    evaluation: eval.json with its blocks "attacks" and "calibration".   about: (label, text) lines on method, data and versions.
+    evaluation: eval.json with its blocks "attacks" and "calibration".   theirs: what of it was not measured by this installation: the
+    suite, the calibration, attacks by name.   about: (label, text) lines on method, data and versions.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Evidence:
     forget_sha256: str = ""
     about: Sequence[tuple[str, str]] = ()
     recipe: str = ""
+    theirs: Sequence[str] = ()
 
     @property
     def scale_measured(self) -> float:
@@ -94,6 +96,7 @@ def _conditions(e: Evidence) -> str:
         f"scale {e.scale_measured:.3g}",
     ]
     conditions += [] if e.seed is None else [f"one training run, seed {e.seed}"]
+    conditions += ["numbers of its author, not measured here"] if "suite" in e.theirs else []
     text = f"{e.name} ({', '.join(conditions)}), for whoever leaves it on:"
     if abs(e.scale_measured - e.scale) > 1e-9:
         text = (
@@ -195,6 +198,11 @@ def missing(e: Evidence) -> list[str]:
     elif e.value("retain_only", e.key("forget")) is None:
         out.append(
             "No retain model was measured, so it is not known what forgetting would look like: peft-unlearn eval with --retain-model."
+        )
+    if e.theirs:
+        out.append(
+            f"Numbers of the author, which came with the adapter and were not measured by this installation: {', '.join(e.theirs)}. "
+            f"To measure them: peft-unlearn eval, attack or calibrate {e.folder}"
         )
     if abs(e.scale_measured - e.scale) > 1e-9:
         out.append(f"The numbers are of another scale than the adapter has now: peft-unlearn eval {e.folder}")

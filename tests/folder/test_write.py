@@ -39,7 +39,7 @@ def test_exactly_these_files_and_no_machine_path(base_dir: Path, tmp_path: Path)
         for place in (base_dir, tmp_path, Path.home(), Path.cwd()):
             assert str(place).encode() + b"/" not in text and f'{place}"'.encode() not in text, (path.name, place)
     assert got.config["base_model_name_or_path"] == "" and got.recipe["base"] == got.manifest.base.ref
-    assert got.recipe["data"]["forget"] == "sha256:" + "a" * 64 and got.eval == EVAL
+    assert got.recipe["data"]["forget"] == "sha256:" + "a" * 64 and got.eval == {**EVAL, "adapter_id": got.adapter_id}
     assert list(tmp_path.iterdir()) == [out]
     card = (out / "README.md").read_text()
     assert "suppresses" in card and "delete" not in card and "| base model | 0.99 |" in card
