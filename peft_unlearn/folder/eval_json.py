@@ -76,7 +76,8 @@ _SHAPES = {
     "calibration": s.record(
         {
             "metric": s.TEXT, "floor": s.FINITE, "wanted": s.FINITE, "scale": _VALUE, "curve": s.list_of(_POINT),
-            "chosen": s.maybe(_POINT), "retention": s.maybe(_NUMBER), "n": s.record({"forget": _COUNT, "retain": _COUNT}, ("forget", "retain")),
+            "chosen": s.maybe(_POINT), "retention": s.maybe(_NUMBER),
+            "n": s.record({"forget": _COUNT, "retain": _COUNT}, ("forget", "retain")),
             "retain_only": s.maybe(s.mapping_of(_NUMBER)), "as_trained": s.maybe(_POINT), "how": s.maybe(s.TEXT),
             "reason": s.maybe(s.TEXT), "max_scale": _SCALE, "baked": _FLAG, "monotone": _FLAG,
         },
