@@ -124,7 +124,7 @@ def _check_card(found: AdapterFolder, errors: Errors) -> list[str]:
         return []
     for key in portable_front(front):
         errors.add(f"{CARD}: `{key}` in its front matter holds a path (saving with PEFT writes one there); {mend}")
-    if printable(text) != text:
+    if printable(words := text.removeprefix("\ufeff")) != words:
         errors.add(f"{CARD} holds control characters, which steer a terminal or hide what is written; take them out")
     if hit := _ACTIVE.search(text):
         errors.add(f"{CARD} holds active HTML ({hit[0]!r}); take it out")
