@@ -6,8 +6,10 @@ of this is checked first.
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ _WITH_CODE = ("config.json", "adapter_config.json", "expert_lora/adapter_config.
 _SIZES = ("r", "init_r", "target_r", "router_r", "num_virtual_tokens")
 _MOST_ITEMS, _MOST_LAYERS, _MOST_PATTERN = 10_000, 4096, 4000
 _NAME, _STEPS = 60, 3_000_000  # characters of a module's name, and the ways of matching one that are still quick
-_OPS: Any = re._constants  # type: ignore[attr-defined]
+_PARSER: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+_OPS: Any = importlib.import_module("re._constants" if sys.version_info >= (3, 11) else "sre_constants")
 _SINGLE = {_OPS.LITERAL, _OPS.NOT_LITERAL, _OPS.ANY, _OPS.IN, _OPS.CATEGORY}
-_REPEATS = {_OPS.MAX_REPEAT, _OPS.MIN_REPEAT, _OPS.POSSESSIVE_REPEAT}
+_REPEATS = {_OPS.MAX_REPEAT, _OPS.MIN_REPEAT, getattr(_OPS, "POSSESSIVE_REPEAT", None)}
 
 
 def check_code(folder: Path, files: Mapping[str, Any], errors: Errors) -> None:
@@ -114,7 +117,7 @@ def too_slow(pattern: str) -> str | None:
     if len(pattern) > _MOST_PATTERN:
         return f"is a pattern of more than {_MOST_PATTERN:,} characters"
     try:
-        repeats, ways = _effort(re._parser.parse(pattern))  # type: ignore[attr-defined]
+        repeats, ways = _effort(_PARSER.parse(pattern))
     except (re.error, RecursionError, OverflowError) as e:
         return f"is no pattern ({e})"
     except _Refused as e:
@@ -145,7 +148,7 @@ def _effort(items: Any) -> tuple[int, int]:
             more, choices = max(r for r, _ in branches), max(w for _, w in branches) * _overlap(arg[1])
         elif op is _OPS.SUBPATTERN:
             more, choices = _effort(arg[3])
-        elif op is _OPS.ATOMIC_GROUP:
+        elif op is getattr(_OPS, "ATOMIC_GROUP", ""):
             more, choices = _effort(arg)
         elif op in (_OPS.ASSERT, _OPS.ASSERT_NOT):
             more, choices = _effort(arg[1])
