@@ -87,7 +87,7 @@ def plain_sum(folder: AdapterFolder) -> None:
         )
     if changes := changes_base(config):
         raise UserError(
-            f"{where}: was trained with {changes}, which also changes the base; the file holds only half of what it does. "
+            f"{where}: was trained with {changes}, which also changes the base's weights; the file holds only half of what it does. "
             "Save it with PEFT's path_initial_model_for_weight_conversion first, or train again without it."
         )
     odd = [n for n in read_header(where / WEIGHTS) if not _FACTOR.fullmatch(n)]
