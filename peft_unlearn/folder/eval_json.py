@@ -99,8 +99,10 @@ def usable(
 ) -> tuple[dict[str, Any], list[str]]:
     """(what of eval.json may be shown, what is wrong with the rest and the command that mends it)."""
     kept: dict[str, Any] = {}
-    notes = []
-    for name, block in blocks_of(stored).items() if stored else ():
+    notes: list[str] = []
+    if not stored:
+        return kept, notes
+    for name, block in blocks_of(stored).items():
         what = f"the {name} numbers of eval.json"
         again = f"run peft-unlearn {BLOCKS.get(name, 'eval')} {folder} again"
         of = (block.get("adapter_id") if isinstance(block, Mapping) else None) or stored.get("adapter_id")

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from .manifest import path_like
 
 FILES: tuple[str, ...] = (
@@ -101,6 +101,7 @@ def snapshot(
 
     Raises:
         UserError: not a Hub id, or neither cached nor given by the Hub.
+        Interrupted: the connection was lost again and again; what was downloaded is kept.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -112,7 +113,7 @@ def snapshot(
             found = Path(get(local_files_only=True))
             if offline or whole(found):
                 return found
-        return Path(get())
+        return Path(_patiently(get))
     except HFValidationError:
         raise UserError(f"{what} {hub_id!r}: neither a folder nor a Hub id{hint}.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
@@ -121,6 +122,24 @@ def snapshot(
             f"{what} {hub_id!r}{at}: no such folder here, not in the local Hub cache, and the Hub could not give it "
             f"({type(e).__name__}){hint}."
         ) from None
+
+
+def cut_off(e: BaseException) -> bool:
+    """Whether an error is of the wire: huggingface_hub 1 speaks through httpx, 2 through httpx2."""
+    return any(c.__name__ == "TransportError" and c.__module__.startswith("httpx") for c in type(e).__mro__)
+
+
+def _patiently(get: Callable[[], str], tries: int = 3) -> str:
+    """Download, going on where a connection was cut: huggingface_hub 1 gives up at the first cut inside a file."""
+    try:
+        return get()
+    except Exception as e:
+        if not cut_off(e):
+            raise
+        if tries > 1:
+            return _patiently(get, tries - 1)
+        again = "run the same command again, it goes on where it stopped"
+        raise Interrupted(f"the connection to the Hub was lost ({type(e).__name__}); {again}") from e
 
 
 def _pinned(found: Path, revision: str | None) -> Path:

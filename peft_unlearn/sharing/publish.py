@@ -8,7 +8,6 @@ it and are kept by the Hub: a push that was interrupted sends only what is missi
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,11 +18,12 @@ from typing import Any
 
 from ..errors import Interrupted, UserError
 from ..folder.atomic import staged
-from ..folder.fetch import commit_of, resolve_adapter, split_reference
+from ..folder.fetch import commit_of, cut_off, resolve_adapter, split_reference
 from ..folder.manifest import Manifest
 from ..folder.read import CARD, EVAL, MANIFEST, WEIGHTS, AdapterFolder, file_sha256, read_adapter
 from ..folder.safetensors_io import plain_name
 from ..folder.write import why_not_replaceable
+from ..folder.yaml_io import MAX_JSON, parse_json, read_text
 from ..reporting.result import Result
 from .outgoing import pack
 
@@ -179,9 +179,9 @@ def _leftovers(api: Any, out: Publication, head: Any, names: list[str]) -> list[
         return []
     path = api.hf_hub_download(out.repo_id, MANIFEST, revision=head.sha)
     try:
-        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+        manifest = parse_json(read_text(Path(path), limit=MAX_JSON + 1), MANIFEST)
         old, ref = manifest["files"], str(manifest["base"]["ref"])
-    except (ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         why = "cannot be read, so what belongs to it is not known; remove it there first"
         raise UserError(f"{out.repo_id}: its {MANIFEST} {why}.") from None
     before = f"sha256:{old.get(WEIGHTS)}"
@@ -225,7 +225,7 @@ def pull(repo_id: str, out: str | Path, revision: str | None = None) -> Pulled:
     source = resolve_adapter(hub_id, commit or at or revision)
     commit = commit or commit_of(source) or ""
     with staged(out, why_not_replaceable) as stage:
-        manifest = Manifest.from_text((source / MANIFEST).read_text(encoding="utf-8"), f"{hub_id}: {MANIFEST}")
+        manifest = Manifest.from_text(read_text(source / MANIFEST, limit=MAX_JSON + 1), f"{hub_id}: {MANIFEST}")
         for name in sorted({*manifest.files, MANIFEST, CARD, EVAL}):
             if plain_name(name) and (source / name).is_file():  # other names are read_adapter's to refuse
                 (stage / name).parent.mkdir(parents=True, exist_ok=True)
@@ -285,9 +285,7 @@ def _as_message(repo_id: str, e: BaseException) -> Exception | None:
     again = "run the same command again, it goes on where it stopped"
     if isinstance(e, hub.HfHubHTTPError):
         return _refused(repo_id, e, again)
-    # huggingface_hub 1 speaks through httpx, 2 through httpx2
-    of_the_wire = any(c.__name__ == "TransportError" and c.__module__.startswith("httpx") for c in type(e).__mro__)
-    if of_the_wire or isinstance(e, ConnectionError | TimeoutError):
+    if cut_off(e) or isinstance(e, ConnectionError | TimeoutError):
         return Interrupted(f"the connection to the Hub was lost ({type(e).__name__}); {again}")
     if isinstance(e, ValueError) and "README.md" in str(e):
         return UserError(f"{repo_id}: the Hub refuses the card. {e}")

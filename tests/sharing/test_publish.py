@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tinyfolder
 import torch
 from client import Clients, environment
 from hub import ATTRIBUTES, Hub
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from peft_unlearn.errors import UserError
@@ -373,8 +375,12 @@ def test_a_connection_that_is_cut(hub: Hub, clients: Clients, folder: Path) -> N
     hub.stored.clear()
     hub.fail("PUT /storage/", after=500)
     hub.fail("POST .*preupload", status=503)
-    assert "error" not in clients("push", str(folder), "me/cut")
-    assert state(hub, "me/cut", folder) == "whole"
+    result = clients("push", str(folder), "me/cut")
+    if Version(huggingface_hub.__version__) < Version("2"):  # it does not send a cut file again by itself
+        assert result["error"][0] == "Interrupted" and "run the same command again" in result["error"][1]
+        assert state(hub, "me/cut", folder) == "empty"
+        result = clients("push", str(folder), "me/cut")
+    assert "error" not in result and state(hub, "me/cut", folder) == "whole"
     # the commit itself fails: nothing is there, what was sent is kept, the next push sends the commit alone
     hub.calm()
     hub.stored.clear()
