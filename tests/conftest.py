@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 
-os.environ["PEFT_UNLEARN_CACHE"] = tempfile.mkdtemp(prefix="peft-unlearn-tests-")  # what was measured here is remembered there
+os.environ["PEFT_UNLEARN_CACHE"] = tempfile.mkdtemp(
+    prefix="peft-unlearn-tests-"
+)  # what was measured here is remembered there
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
