@@ -226,8 +226,9 @@ def check_targets(base: Any, config: Any) -> None:
             if not named(str(t)):
                 errors.add(f"adapter.{key}: no module is called {t!r}.{nearest(str(t).rpartition('.')[2], leaves_)}")
     layers = getattr(config, "layers_to_transform", None)
-    text = getattr(base, "config", None)
-    n = getattr(text.get_text_config() if hasattr(text, "get_text_config") else text, "num_hidden_layers", None)
+    whole: Any = getattr(base, "config", None)
+    text = whole.get_text_config() if hasattr(whole, "get_text_config") else whole
+    n = getattr(text, "num_hidden_layers", None)
     for k in [layers] if isinstance(layers, int) else layers or ():
         if n is not None and not 0 <= k < n:
             errors.add(f"adapter.layers_to_transform: there is no block {k}: the base has blocks 0 to {n - 1}")
