@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.formats import layout_of
 from .measured import Ragged, Unmeasured
 from .metrics.likelihood import truth_log_ratio
 from .provider import PREFIXES, provider_of
@@ -37,6 +38,16 @@ class Reading:
     def forced(self, name: str) -> Ragged:
         return getattr(self.m.forced, name).take([self.s.answer[i] for i in self.select])
 
+    def body(self, name: str) -> Ragged:
+        """The same without the end token, which is there because we put it there."""
+        return self.forced(name).cut(self.forced("correct").lengths)
+
+    def loss(self) -> Ragged:
+        """Log-probabilities that membership by loss reads: of raw text, whose end was never written, those of the text."""
+        raw = np.array([layout_of(self.s.rows[i]) == "text" for i in self.select], dtype=np.bool_)
+        whole = self.forced("logp")
+        return whole.cut(np.where(raw, self.forced("correct").lengths, whole.lengths))
+
     def right_logp(self) -> Any:
         if "perturbed" in self.s.missing:
             raise Unmeasured(self.s.missing["perturbed"])
@@ -61,7 +72,11 @@ INPUTS: dict[str, Callable[[Reading], Any]] = {
     "logp": lambda r: r.forced("logp"),  # Ragged, token log-probabilities of each row's answer, EOS included
     "logp_mean": lambda r: r.forced("logp_mean"),  # Ragged, mean of log p over the vocabulary under p at each target
     "logp_std": lambda r: r.forced("logp_std"),  # Ragged, its standard deviation
-    "correct": lambda r: r.forced("correct"),  # Ragged, 1.0 / 0.0 arg-max right, EOS left out
+    "body_logp": lambda r: r.body("logp"),  # these three without the end token
+    "body_logp_mean": lambda r: r.body("logp_mean"),
+    "body_logp_std": lambda r: r.body("logp_std"),
+    "loss_logp": Reading.loss,  # logp, of raw text rows without the end token
+    "correct": lambda r: r.forced("correct"),  # Ragged, 1.0 / 0.0 arg-max right, without the end token
     "generation": Reading.generation,  # list[str], the greedy answers
     "answer": lambda r: [r.s.answers[i] for i in r.select],  # list[str], the right answers
     "value": lambda r: r.rows("value"),  # list[str], what a right answer must contain

@@ -55,6 +55,12 @@ class Ragged:
         """The rows at these indices, in this order; a row may come twice."""
         return Ragged.of([self[int(i)] for i in rows])
 
+    def cut(self, lengths: NDArray[np.int64]) -> Ragged:
+        """The first `lengths[i]` values of row i."""
+        at = np.arange(len(self.flat)) - self.offsets[self.row_of]
+        kept = np.minimum(lengths, self.lengths)
+        return Ragged(self.flat[at < kept[self.row_of]], np.concatenate([[0], np.cumsum(kept)]).astype(np.int64))
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """(rows,) number of values in each row."""

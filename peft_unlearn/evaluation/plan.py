@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.chat import Template, parse_template
+from ..data.chat import Template, end_tokens, parse_template
 from ..data.collate import encode, prompt_ids, tokens_of
 from ..data.formats import target_of, to_text
 from ..errors import UserError
@@ -121,7 +121,7 @@ def _moments(sets: Mapping[str, SetPlan], count: int) -> NDArray[np.bool_]:
     """Pairs of which some metric wants more than the log-probability: another pass over the logits, so only there."""
     wanted = np.zeros(count, dtype=np.bool_)
     for name, s in inputs_asked(sets):
-        if name in ("logp_mean", "logp_std"):
+        if name in ("body_logp_mean", "body_logp_std", "logp_mean", "logp_std"):
             wanted[s.answer] = True
     return wanted
 
@@ -219,12 +219,12 @@ def measure(
     context: what providers may use; without one they have no base.
     """
     context = context or Context(settings=plan.suite.settings, progress=progress, token_budget=token_budget)
-    pad_id, eos = pad_id_of(plan.tokenizer), plan.tokenizer.eos_token_id
+    pad_id, ends = pad_id_of(plan.tokenizer), end_tokens(plan.tokenizer)
     limit = context_length(model)
     too_long = {} if limit is None else _too_long(plan, limit)
     readable = None if limit is None else np.array([len(e["input_ids"]) <= limit for e in plan.encoded], dtype=np.bool_)
     reading = context.progress_of("reading answers")
-    forced = read_encoded(model, plan.encoded, pad_id, eos, token_budget, reading, plan.moments, readable)
+    forced = read_encoded(model, plan.encoded, pad_id, ends, token_budget, reading, plan.moments, readable)
     measured = Measured(forced, forced.logp.mean(), {}, too_long=too_long)
     measured.answers.update(_greedy_answers(model, plan, measured, context))
     measured.extra = provide(model, plan, measured, context)

@@ -3,7 +3,7 @@ follows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ Encoded = dict[str, list[int]]
 class TeacherForced:
     """What one forward said about each row.
 
-    logp: token log-probabilities of the answer, EOS included.   correct: 1.0 / 0.0 arg-max right, EOS left out; NaN
+    logp: token log-probabilities of the answer, EOS included.   correct: 1.0 / 0.0 arg-max right, without the end token; NaN
     where the logits were not finite.   complete: (rows,) every target right, EOS too: greedy says exactly this answer.
     """
 
@@ -88,7 +88,7 @@ def read_encoded(
     model: Any,
     encoded: Sequence[Encoded],
     pad_id: int,
-    eos_id: int | None,
+    ends: Container[int] = (),
     token_budget: int = 4096,
     progress: Callable[[int, int], None] | None = None,
     moments: NDArray[np.bool_] | None = None,
@@ -96,8 +96,8 @@ def read_encoded(
 ) -> TeacherForced:
     """`teacher_forced` for rows that are tokens already (`data.collate.encode`).
 
+    ends: tokens that are no part of an answer's body where they are its last target (`data.chat.end_tokens`).
     readable: (rows,) False where the model cannot read a row; it stays empty. Default all.
-
     moments: (rows,) where `logp_mean` and `logp_std` are wanted too; they cost two more passes over the logits.
     """
     import torch
@@ -120,11 +120,9 @@ def read_encoded(
                 p = Pass(model, tensors)
                 # (n, 2 or 4), row after row
                 columns = p.map_logits(_with_moments if wanted else _logp_and_correct).double().cpu().numpy()
-                ends = np.cumsum(p.mask.sum(1).cpu().numpy())
-                for i, part in zip(rows, np.split(columns, ends[:-1]), strict=True):
-                    # a row cut at max_length has no EOS to leave out
-                    body = -1 if eos_id is not None and encoded[i]["labels"][-1] == eos_id else None
-                    logp[i], correct[i] = part[:, 0], part[:body, 1]
+                stops = np.cumsum(p.mask.sum(1).cpu().numpy())
+                for i, part in zip(rows, np.split(columns, stops[:-1]), strict=True):
+                    logp[i], correct[i] = part[:, 0], part[: body(encoded[i], ends), 1]
                     complete[i] = bool((part[:, 1] == 1.0).all())
                     if wanted:
                         mean[i], std[i] = part[:, 2], part[:, 3]
@@ -132,6 +130,11 @@ def read_encoded(
                 if progress is not None:
                     progress(done, len(encoded))
     return TeacherForced(Ragged.of(logp), Ragged.of(correct), complete, Ragged.of(mean), Ragged.of(std))
+
+
+def body(row: Encoded, ends: Container[int]) -> int | None:
+    """Where a row's targets end without the end token: -1, or None (a row cut at max_length has none)."""
+    return -1 if row["labels"][-1] in ends else None
 
 
 def pad_id_of(tokenizer: Any) -> int:
@@ -152,7 +155,8 @@ def teacher_forced(
     rows: (prompt, answer) as `data.formats.to_text` makes them.   token_budget: padded tokens in a batch.
     progress: called as progress(done, total). The result is in the order of `rows`.
     """
+    from ..data.chat import end_tokens
     from ..data.collate import encode
 
     encoded = [encode(prompt, answer, tokenizer)[0] for prompt, answer in rows]
-    return read_encoded(model, encoded, pad_id_of(tokenizer), tokenizer.eos_token_id, token_budget, progress)
+    return read_encoded(model, encoded, pad_id_of(tokenizer), end_tokens(tokenizer), token_budget, progress)

@@ -29,7 +29,8 @@ NEEDS = {"logp", "ref_logp", "logits", "ref_logits", "hidden", "ref_hidden", "ro
 NEEDS |= {"generation", "perturbed", "retain_model", "pair", "base", "samples", "continuations", "depth", "gradient"}
 # what a metric needs, by the names of its inputs, and by what such a name begins with
 _FED = {
-    "logp": "logp", "logp_mean": "logp", "logp_std": "logp", "correct": "logits", "letter_logp": "logits",
+    "logp": "logp", "logp_mean": "logp", "logp_std": "logp", "body_logp": "logp", "body_logp_mean": "logp",
+    "body_logp_std": "logp", "loss_logp": "logp", "correct": "logits", "letter_logp": "logits",
     "right_logp": "perturbed", "wrong_logp": "perturbed", "log_ratio": "perturbed", "generation": "generation",
     "overlap": "continuations", "leaks": "samples", "leak_formats": "samples",
     "fact_logp": "depth", "patched_logp": "depth", "gradient_norm": "gradient",

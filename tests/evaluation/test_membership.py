@@ -187,3 +187,37 @@ def test_moments_of_the_vocabulary_come_from_the_same_forward(scale: float) -> N
     np.testing.assert_allclose(plain[sound], got[sound, :2], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(plain[sound, 0], logs[sound, np.arange(50)[sound]], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(plain[sound, 1], (z.argmax(-1) == y).double().numpy()[sound])
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_appended_end_is_no_evidence(raw: bool) -> None:
+    """open-unlearning drops the last target, MUSE's texts have none; its loss attacks count it, but not of raw text."""
+    from eval_helpers import byte_tokenizer, qa, tiny
+
+    from peft_unlearn.evaluation import suites
+    from peft_unlearn.evaluation.feed import Reading, feed
+    from peft_unlearn.evaluation.plan import make_plan, measure
+    from peft_unlearn.registry import get
+
+    rows = {name: [qa(i, name) for i in range(3)] for name in ("forget", "holdout")}
+    if raw:
+        rows = {name: [{"text": r["answer"]} for r in found] for name, found in rows.items()}
+    names = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradnorm", "rel_diff")
+    asked = [*(f"mia_{n}" for n in names), "privleak"]
+    forget = {"role": "forget", "metrics": asked, "against": "holdout"}
+    sets = {"forget": forget, "holdout": {"role": "holdout", "metrics": []}}
+    plan = make_plan(suites.load({"format": 1, "sets": sets}), rows, byte_tokenizer())
+    found = measure(tiny(), plan)
+    reading = Reading(plan.sets["forget"], found, np.arange(3))
+    whole, body, loss = (feed(name, reading) for name in ("logp", "body_logp", "loss_logp"))
+    for i in range(3):
+        np.testing.assert_array_equal(body[i], whole[i][:-1])
+        np.testing.assert_array_equal(loss[i], whole[i][:-1] if raw else whole[i])
+        assert len(feed("against_body_logp_std", reading)[i]) == len(feed("against_logp", reading)[i]) - 1
+    for name in asked:
+        method = get("metric", name)
+        assert method.extra["version"] == 2
+        bodied = name in ("mia_min_k", "mia_min_k_plus_plus", "mia_rel_diff", "privleak")
+        assert ("body_logp" in method.inputs, "loss_logp" in method.inputs) == (
+            bodied, name in ("mia_loss", "mia_zlib", "mia_reference"),
+        )  # fmt: skip

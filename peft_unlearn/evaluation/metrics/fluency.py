@@ -109,7 +109,7 @@ def base_nll(model: Any, plan: Plan, measured: Measured, context: Context) -> di
         nll = np.full(len(s.rows), np.nan)
         if read:
             with opened() as base:
-                nll[where] = -read_encoded(base, read, pad_id_of(tokenizer), None, context.token_budget).logp.mean()
+                nll[where] = -read_encoded(base, read, pad_id_of(tokenizer), (), context.token_budget).logp.mean()
         return nll
 
     return {"answer_nll": context.per_set(nll_of)}

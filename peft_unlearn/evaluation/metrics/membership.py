@@ -19,7 +19,7 @@ from ...registry import Range, metric
 from ..measured import Array, Estimate, Ragged, Unmeasured, resampled
 from ..provider import Context, provider
 from ..shapes import Measured, Plan
-from ..teacher import evaluating, pad_id_of
+from ..teacher import body, evaluating, pad_id_of
 from .sources import CARLINI, LOSS, MIN_K, MIN_K_PLUS, MUSE, OPEN_UNLEARNING
 
 CLOSEST = {"forget": "reference"}  # best is neither high nor low but where the retain model is
@@ -110,34 +110,36 @@ def standardized(logp: Ragged, mean: Ragged, std: Ragged) -> Ragged:
 # --- attacks ----------------------------------------------------------------------------------------------------------
 
 
-@metric("mia_loss", source=LOSS, title="membership by loss (AUC)", better=CLOSEST)
-def mia_loss(logp: Ragged, against_logp: Ragged) -> Estimate:
-    """AUC of the LOSS attack: score = mean negative log-probability of the answer, EOS included."""
-    return auc_estimate(nll(logp), nll(against_logp))
+@metric("mia_loss", source=LOSS, title="membership by loss (AUC)", better=CLOSEST, version=2)
+def mia_loss(loss_logp: Ragged, against_loss_logp: Ragged) -> Estimate:
+    """AUC of the LOSS attack: score = mean negative log-probability of the answer, end token included but for raw text."""
+    return auc_estimate(nll(loss_logp), nll(against_loss_logp))
 
 
-@metric("mia_zlib", source=CARLINI, title="membership by zlib (AUC)", better=CLOSEST)
-def mia_zlib(logp: Ragged, answer: Sequence[str], against_logp: Ragged, against_answer: Sequence[str]) -> Estimate:
+@metric("mia_zlib", source=CARLINI, title="membership by zlib (AUC)", better=CLOSEST, version=2)
+def mia_zlib(
+    loss_logp: Ragged, answer: Sequence[str], against_loss_logp: Ragged, against_answer: Sequence[str]
+) -> Estimate:
     """AUC of the ZLib attack: score = mean negative log-probability / bytes of the zlib-compressed answer."""
-    return auc_estimate(zlib_score(logp, answer), zlib_score(against_logp, against_answer))
+    return auc_estimate(zlib_score(loss_logp, answer), zlib_score(against_loss_logp, against_answer))
 
 
-@metric("mia_reference", source=CARLINI, title="membership by reference (AUC)", better=CLOSEST)
+@metric("mia_reference", source=CARLINI, title="membership by reference (AUC)", better=CLOSEST, version=2)
 def mia_reference(
-    logp: Ragged, reference_logp: Ragged, against_logp: Ragged, reference_against_logp: Ragged
+    loss_logp: Ragged, reference_loss_logp: Ragged, against_loss_logp: Ragged, reference_against_loss_logp: Ragged
 ) -> Estimate:
     """AUC of the Reference attack: score = mean negative log-probability minus that of the retain model.
 
     Raises Unmeasured where the model says the same as its reference on every row: it is that model, and there is nothing to
     calibrate.
     """
-    mine, theirs = nll(logp) - nll(reference_logp), nll(against_logp) - nll(reference_against_logp)
+    mine, theirs = nll(loss_logp) - nll(reference_loss_logp), nll(against_loss_logp) - nll(reference_against_loss_logp)
     if not np.any(mine) and not np.any(theirs):
         raise Unmeasured("the model and the reference of the attack are one and the same")
     return auc_estimate(mine, theirs)
 
 
-@metric("mia_gradnorm", source=OPEN_UNLEARNING, title="membership by gradient norm (AUC)", better=CLOSEST)
+@metric("mia_gradnorm", source=OPEN_UNLEARNING, title="membership by gradient norm (AUC)", better=CLOSEST, version=2)
 def mia_gradnorm(gradient_norm: Array, against_gradient_norm: Array) -> Estimate:
     """AUC of the GradNorm attack: score = mean over the base's weight tensors of the norm of the loss's gradient.
 
@@ -146,27 +148,27 @@ def mia_gradnorm(gradient_norm: Array, against_gradient_norm: Array) -> Estimate
     return auc_estimate(gradient_norm, against_gradient_norm)
 
 
-@metric("mia_min_k", source=MIN_K, title="membership by Min-K% (AUC)", better=CLOSEST)
-def mia_min_k(logp: Ragged, against_logp: Ragged, *, k: Share = 0.4) -> Estimate:
-    """AUC of Min-K% Prob: score = minus the mean of the answer's lowest k log-probabilities."""
-    return auc_estimate(min_k_score(logp, k), min_k_score(against_logp, k))
+@metric("mia_min_k", source=MIN_K, title="membership by Min-K% (AUC)", better=CLOSEST, version=2)
+def mia_min_k(body_logp: Ragged, against_body_logp: Ragged, *, k: Share = 0.4) -> Estimate:
+    """AUC of Min-K% Prob: score = minus the mean of the answer's lowest k log-probabilities, end token left out."""
+    return auc_estimate(min_k_score(body_logp, k), min_k_score(against_body_logp, k))
 
 
-@metric("mia_min_k_plus_plus", source=MIN_K_PLUS, title="membership by Min-K%++ (AUC)", better=CLOSEST)
+@metric("mia_min_k_plus_plus", source=MIN_K_PLUS, title="membership by Min-K%++ (AUC)", better=CLOSEST, version=2)
 def mia_min_k_plus_plus(
-    logp: Ragged,
-    logp_mean: Ragged,
-    logp_std: Ragged,
-    against_logp: Ragged,
-    against_logp_mean: Ragged,
-    against_logp_std: Ragged,
+    body_logp: Ragged,
+    body_logp_mean: Ragged,
+    body_logp_std: Ragged,
+    against_body_logp: Ragged,
+    against_body_logp_mean: Ragged,
+    against_body_logp_std: Ragged,
     *,
     k: Share = 0.4,
 ) -> Estimate:
     """AUC of Min-K%++: as Min-K% on log-probabilities standardized by their mean and spread over the vocabulary."""
     return auc_estimate(
-        min_k_score(standardized(logp, logp_mean, logp_std), k),
-        min_k_score(standardized(against_logp, against_logp_mean, against_logp_std), k),
+        min_k_score(standardized(body_logp, body_logp_mean, body_logp_std), k),
+        min_k_score(standardized(against_body_logp, against_body_logp_mean, against_body_logp_std), k),
     )
 
 
@@ -194,29 +196,43 @@ def _relative(
         )
 
 
-@metric("privleak", source=MUSE, title="PrivLeak in percent", better=CLOSEST)
+@metric("privleak", source=MUSE, title="PrivLeak in percent", better=CLOSEST, version=2)
 def privleak(
-    logp: Ragged, against_logp: Ragged, reference_logp: Ragged, reference_against_logp: Ragged, *, k: Share = 0.4
+    body_logp: Ragged,
+    against_body_logp: Ragged,
+    reference_body_logp: Ragged,
+    reference_against_body_logp: Ragged,
+    *,
+    k: Share = 0.4,
 ) -> Estimate:
     """MUSE's PrivLeak in percent, from Min-K%: 0 = as the retain model, toward -100 = memorized, over 0 = over-forgotten.
 
     100 (A - A_retain) / A_retain in MUSE's orientation, A = 1 - the AUC of `mia_min_k`. A missing retain model gives
     null; open-unlearning then puts 0.5 in its place.
     """
-    return _relative(logp, against_logp, reference_logp, reference_against_logp, k, flip=True)
+    return _relative(body_logp, against_body_logp, reference_body_logp, reference_against_body_logp, k, flip=True)
 
 
 @metric(
-    "mia_rel_diff", source=OPEN_UNLEARNING, title="Min-K% AUC against the retain model's, in percent", better=CLOSEST
+    "mia_rel_diff",
+    source=OPEN_UNLEARNING,
+    title="Min-K% AUC against the retain model's, in percent",
+    better=CLOSEST,
+    version=2,
 )
 def mia_rel_diff(
-    logp: Ragged, against_logp: Ragged, reference_logp: Ragged, reference_against_logp: Ragged, *, k: Share = 0.4
+    body_logp: Ragged,
+    against_body_logp: Ragged,
+    reference_body_logp: Ragged,
+    reference_against_body_logp: Ragged,
+    *,
+    k: Share = 0.4,
 ) -> Estimate:
     """Relative difference in percent of the Min-K% AUC from the retain model's: 100 (AUC - AUC_retain) / AUC_retain.
 
     0 = as the retain model; its sign is against that of `privleak`: over 0 = still known as members.
     """
-    return _relative(logp, against_logp, reference_logp, reference_against_logp, k, flip=False)
+    return _relative(body_logp, against_body_logp, reference_body_logp, reference_against_body_logp, k, flip=False)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -226,22 +242,26 @@ def mia_rel_diff(
 def gradient_norm(
     model: Any, plan: Plan, measured: Measured, context: Context, *, p: Annotated[float, Range(1.0)] = 2.0
 ) -> dict[str, dict[str, Any]]:
-    """(rows,) mean over weight tensors of the p-norm of d(mean negative log-probability of the answer) / d(weights).
+    """(rows,) mean over weight tensors of the p-norm of d(mean negative log-probability of the answer) / d(weights); the
+    end token is left out.
 
     The tensors are those of the model under its adapters: a LoRA adapter only adds to them, so their gradient is that of the
     merged weights, and base, adapter and retain model are compared over the same tensors. One forward and backward for each row.
     """
     import torch
 
-    from ...data.collate import pad
+    from ...data.chat import end_tokens
+    from ...data.collate import IGNORE, pad
     from ...forward import Pass
 
     pairs = sorted({i for s in context.sets.values() for i in s.answer})
     device = model.get_input_embeddings().weight.device
-    norms: dict[int, float] = {}
+    ends, norms = end_tokens(plan.tokenizer), {}
     with evaluating(model), _weights(model) as weights, torch.enable_grad():
         for done, i in enumerate(pairs, 1):
             batch = {k: v.to(device) for k, v in pad([plan.encoded[i]], pad_id_of(plan.tokenizer)).items()}
+            if body(plan.encoded[i], ends) is not None:
+                batch["labels"][0, -1] = IGNORE
             found = torch.autograd.grad(-Pass(model, batch).logp.mean(), weights, allow_unused=True)
             norms[i] = float(torch.stack([g.float().norm(p) for g in found if g is not None]).mean())
             if context.progress is not None and (done % 50 == 0 or done == len(pairs)):
