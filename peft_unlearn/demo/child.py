@@ -46,7 +46,7 @@ logits = []
 with torch.no_grad():
     for text in ask["prompts"]:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        logits.append(model(input_ids=ids).logits[0, -1].tolist())
+        logits.append(model(input_ids=ids, use_cache=False).logits[0, -1].tolist())
 foreign = sorted(m for m in sys.modules if m.partition(".")[0] == "peft_unlearn")
 assert not foreign, foreign
 with open(answer, "w", encoding="utf-8") as f:

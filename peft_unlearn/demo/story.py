@@ -300,7 +300,7 @@ def _elsewhere(stage: Stage, adapter: Path, prompts: list[str]) -> dict[str, Any
     with torch.no_grad():
         for text, theirs in zip(prompts, there["logits"], strict=True):
             ids = stack.tokenizer(text, return_tensors="pt")["input_ids"]
-            ours = stack.model(input_ids=ids).logits[0, -1]
+            ours = stack.model(input_ids=ids, use_cache=False).logits[0, -1]
             gap = max(gap, float((ours - torch.tensor(theirs)).abs().max()))
     same = "the same logits, bit for bit" if gap == 0 else f"logits that differ by at most {gap:.1e}"
     what = f"plain PEFT {there['peft']}, in a process where peft_unlearn cannot be found, gives {same}"

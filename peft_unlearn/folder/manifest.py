@@ -254,7 +254,9 @@ def probe_logits(model: nn.Module, tokenizer: Any, prompts: list[str] | tuple[st
         with torch.no_grad():
             for prompt in prompts:
                 ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
-                rows.append(model(input_ids=torch.tensor([ids], device=device)).logits[0, -1].float().cpu())
+                rows.append(
+                    model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float().cpu()
+                )
     finally:
         model.train(was_training)
     return torch.stack(rows)

@@ -15,8 +15,10 @@ from torch import nn
 from ..errors import Errors, UserError, nearest
 from ..folder.card import add_tags
 from ..folder.digest import base_tensors, targeted_names
+from ..head import held
 from ..stack.attach import add
 from ..tuners.delta import changes_base
+from ..tuners.linear import ALL_LINEAR, linear_modules
 from ..tuners.names import belongs
 from ..tuners.registration import register
 
@@ -39,9 +41,6 @@ _LORA_KEYS = [
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
     "use_rslora", "use_dora", "lora_dropout", "init_lora_weights", "target_parameters", "bias",
 ]  # fmt: skip
-
-
-ALL_LINEAR = "all-linear"
 
 
 def peft_config(spec: Mapping[str, Any] | None) -> Any:
@@ -124,9 +123,12 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
         config = peft_config(config)
     _refuse(config)
     refuse_base(base)
-    check_causal(base)
-    if list(getattr(config, "target_modules", None) or ()) == [ALL_LINEAR]:
-        config = replace(config, target_modules=linear_leaves(base))
+    called = check_causal(base)
+    given = getattr(config, "target_modules", None)
+    if given == ALL_LINEAR or list(given or ()) == [ALL_LINEAR]:
+        resolved = linear_modules(base, called)
+        if given != ALL_LINEAR or not resolved.everything:
+            config = replace(config, target_modules=resolved.names)
     # PEFT rewrites the config in place on mixture-of-experts bases: what was asked for has to be kept.
     wanted = getattr(config, "target_modules", None), bool(getattr(config, "target_parameters", None))
     fused = set(getattr(getattr(base, "base_model", None), "targeted_parameter_names", []))  # of adapters below
@@ -185,18 +187,21 @@ def refuse_base(model: Any) -> None:
 
 
 @torch.no_grad()
-def check_causal(model: Any) -> None:
+def check_causal(model: Any) -> set[str] | None:
     """Refuse a base whose earlier logits see later tokens (BERT and its kin): its log-probabilities mean nothing here.
 
-    One forward over two rows of four tokens that differ in the last one.
+    One forward over two rows of four tokens that differ in the last one. Returns the names of the modules that it called; None
+    for a model without weights in memory.
     """
     weight = next(iter(model.parameters()), None)
     if weight is None or weight.is_meta:
-        return
+        return None
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=weight.device)
-    training = model.training
+    training, called = model.training, set()
+    hooks = [m.register_forward_pre_hook(lambda *_, name=n: called.add(name)) for n, m in model.named_modules()]
     try:
-        logits = model.eval()(input_ids=ids, use_cache=False).logits[:, :3].float()
+        with held(*hooks):
+            logits = model.eval()(input_ids=ids, use_cache=False).logits[:, :3].float()
     finally:
         model.train(training)
     gap, size = float((logits[0] - logits[1]).abs().max()), float(logits.abs().max())
@@ -205,6 +210,7 @@ def check_causal(model: Any) -> None:
             f"the base ({type(model).__name__}) is not causal: changing the last token moves the logits before it (by {gap:.2g}); "
             "unlearning here is of causal language models, which predict the next token"
         )
+    return called
 
 
 def check_targets(base: Any, config: Any) -> None:
@@ -239,17 +245,6 @@ def check_targets(base: Any, config: Any) -> None:
                     f"adapter.{key}: {pattern!r} matches no module.{nearest(re.sub('[^A-Za-z0-9_]', '', pattern), leaves_)}"
                 )
     errors.raise_if_any("recipe")
-
-
-def linear_leaves(model: Any) -> list[str]:
-    """Last parts of the names of a model's linear layers, the output embeddings left out: what PEFT's all-linear stands for."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
-    found = {
-        n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head
-    }
-    return sorted(found)
 
 
 def _pattern_matches(pattern: str, names: Sequence[str]) -> bool:

@@ -1,0 +1,55 @@
+"""What ``all-linear`` stands for on a base: the linear layers that text passes through."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from torch import nn
+
+ALL_LINEAR = "all-linear"
+
+
+class Linears(NamedTuple):
+    """names: last parts of module names, whole names where others end alike. everything: PEFT's own all-linear is the same."""
+
+    names: list[str]
+    everything: bool
+
+
+def linear_modules(model: Any, called: set[str] | None = None) -> Linears:
+    """The linear modules of a base, or of one with adapters on it, the output embeddings left out.
+
+    Left out too, because PEFT would break them or nothing would train there: subclasses of nn.Linear that compute something else
+    (routers), and what a forward over text never calls (vision towers, projectors, cross-attention).
+
+    Args:
+        called: names of the modules that such a forward called; None: not known.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.pytorch_utils import Conv1D
+
+    head, inside = model.get_output_embeddings(), ""
+    plain: dict[str, str] = {}  # name in the base -> name here
+    linear: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        inside = f"{name}." if isinstance(module, BaseTunerLayer) else ""
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        short = name.removeprefix("base_model.model.")
+        plain[short] = name
+        if isinstance(base, nn.Linear | Conv1D) and base is not head and module is not head:
+            linear[short] = base
+    seen = None if called is None else {_numberless(n) for n in called}  # experts: one of a kind stands for all
+    wanted = [
+        n for n, m in linear.items()
+        if type(m).forward in (nn.Linear.forward, Conv1D.forward) and (seen is None or _numberless(plain[n]) in seen)
+    ]  # fmt: skip
+    others = {n.rpartition(".")[2] for n in plain.keys() - set(wanted)}
+    names = {n if (leaf := n.rpartition(".")[2]) in others else leaf for n in wanted}
+    return Linears(sorted(names), len(wanted) == len(linear))
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
