@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import Errors, UserError
 from .head import Head, causal_lm, held
 from .tuners.expert_lora.blocks import moe_blocks
 
@@ -157,6 +157,54 @@ def dropouts(model: nn.Module) -> list[str]:
 
 
 _DROPPING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+# --- what a model can read -------------------------------------------------------------------------------------------
+
+
+def context_length(model: Any) -> int | None:
+    """How many positions a model has a learned table for; None where positions are computed (rotary and their kin read on, if
+    badly, beyond what they were made for)."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    return limit if any(t.num_embeddings in (limit, limit + 2) for t in tables) else None  # OPT's begins at 2
+
+
+def check_rows(model: Any, sets: Mapping[str, Sequence[Mapping[str, Any]]], pad_id: int) -> None:
+    """Refuse token rows that the model has no positions or no embeddings for, by set and number.
+
+    Raises:
+        UserError: everything at once, at most ten rows a set.
+    """
+    limit, errors = context_length(model), Errors()
+    for name, rows in sets.items():
+        check_ids(model, rows, pad_id)
+        sizes = [max(len(r["input_ids"]), len(r.get("alternate", r)["input_ids"])) for r in rows]
+        for i in [i for i, n in enumerate(sizes) if limit is not None and n > limit][:10]:
+            errors.add(
+                f"{name} set: row {i} has {sizes[i]} tokens, and the model has positions for {limit}; set max_length to at most "
+                "that, and on_overflow to truncate or chunk"
+            )
+    errors.raise_if_any("data")
+
+
+def check_ids(model: Any, rows: Sequence[Mapping[str, Any]], pad_id: int) -> None:
+    """Refuse a tokenizer with tokens, the padding included, that the model has no embedding for."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if pad_id >= known:
+        raise UserError(
+            f"the tokenizer pads with token {pad_id}, and the model has embeddings for {known}: set its pad_token to one that the "
+            "model has (the end-of-sequence token, say), and save it with the base"
+        )
+    if (most := max((max(r["input_ids"], default=0) for r in rows), default=0)) >= known:
+        raise UserError(
+            f"the tokenizer gives token {most}, and the model has embeddings for {known}: it belongs to another model, or tokens "
+            "were added to it and the model was not resized"
+        )
 
 
 # --- the pass ---------------------------------------------------------------------------------------------------------

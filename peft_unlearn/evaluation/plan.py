@@ -178,20 +178,6 @@ def _known_answers(
     return known
 
 
-def context_length(model: Any) -> int | None:
-    """How many positions a model has a learned table for; None where positions are computed (rotary and their kin read on, if
-    badly, beyond what they were made for)."""
-    import torch
-
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
-        return None
-    words = model.get_input_embeddings()
-    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words]
-    return limit if any(t.num_embeddings in (limit, limit + 2) for t in tables) else None  # OPT's begins at 2
-
-
 def _too_long(plan: Plan, limit: int) -> dict[str, str]:
     """Sets of which a row, or a prompt with its longest answer, does not fit into `limit` tokens, each with the reason."""
     sizes, out = [len(e["input_ids"]) for e in plan.encoded], {}
@@ -219,8 +205,11 @@ def measure(
     context: what providers may use; without one they have no base.
     """
     context = context or Context(settings=plan.suite.settings, progress=progress, token_budget=token_budget)
+    from ..forward import check_ids, context_length
+
     pad_id, ends = pad_id_of(plan.tokenizer), end_tokens(plan.tokenizer)
     limit = context_length(model)
+    check_ids(model, plan.encoded, pad_id)
     too_long = {} if limit is None else _too_long(plan, limit)
     readable = None if limit is None else np.array([len(e["input_ids"]) <= limit for e in plan.encoded], dtype=np.bool_)
     reading = context.progress_of("reading answers")

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from ..data.bundle import ForgetRetain
 from ..data.collate import PairedRows, StreamSampler, collate, padding_id
 from ..errors import UserError
-from ..forward import Reference, dropouts
+from ..forward import Reference, check_rows, dropouts
 from ..gradients.step_size import peeked_update
 from ..gradients.terms import with_experts
 from ..gradients.vector import Space, Vec
@@ -29,7 +29,16 @@ from ..gradients.window import Window
 from ..tuners.names import belongs
 from ..tuners.peft_type import PREFIX
 from .adapt import describe, get_forget_model, refuse_base
-from .checkpoints import STATE, fingerprint, last_checkpoint, load_adapter, read_state, write_state
+from .checkpoints import (
+    STATE,
+    best_beside,
+    fingerprint,
+    last_checkpoint,
+    load_adapter,
+    read_state,
+    stopped,
+    write_state,
+)
 from .config import UnlearnConfig, encode_set, require_sets
 from .reference import precompute, stack_digest
 from .untrained import Untrained
@@ -76,6 +85,7 @@ class UnlearnTrainer(Trainer):
         _refuse_dropout(model, args)
         self.pad_id = padding_id(processing_class)
         sets = {name: encode_set(args, self.data, name, processing_class) for name in args.sets}
+        check_rows(model, sets, self.pad_id)
         self.score = score
         self.trained_adapter = _trained_adapter(model)
         adapter: Any = model.peft_config[self.trained_adapter]  # type: ignore[index]
@@ -148,9 +158,11 @@ class UnlearnTrainer(Trainer):
                 raise UserError(f"{self.config.work_dir} holds no whole checkpoint to resume from")
         self.window, self._pending, self._restored, self.average_state = None, [], None, {}
         self._sums.clear()
+        self._ended = False
         if resume_from_checkpoint:
+            self._resumed = resume_from_checkpoint
             self._restored = read_state(resume_from_checkpoint, self._fingerprint())
-            self.average_state = self._restored["average"]
+            self.average_state, self._ended = self._restored["average"], stopped(resume_from_checkpoint)
         space = Space.trainable(self.bare)
         self._untrained = Untrained(self.bare, space, self.config.allow_untrained)
         if self.config.reference == "precomputed":
@@ -163,7 +175,10 @@ class UnlearnTrainer(Trainer):
                 pad_id=self.pad_id,
                 write=self.is_world_process_zero(),
             )
-        out = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        try:
+            out = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        except _NothingLeft:
+            out = self._end()
         if "averaged" in self.average_state:
             averaged = [t.to(p.device) for t, p in zip(self.average_state["averaged"], space.params, strict=True)]
             space.write(Vec(averaged))
@@ -171,7 +186,17 @@ class UnlearnTrainer(Trainer):
             self._untrained.after_run()
         return out
 
+    def _end(self) -> TrainOutput:
+        """What the Trainer does after its last step, of a run that was resumed there."""
+        self.is_in_train = False
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, 0.0, {})
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if self._ended or self.state.global_step >= self.state.max_steps:
+            raise _NothingLeft  # the Trainer resumes in the middle of an epoch, and would take one more step
         model.train()
         if self.window is None:
             self.window = self.config.window(
@@ -237,6 +262,11 @@ class UnlearnTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self.bare, resume_from_checkpoint, self.trained_adapter)
 
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        if best := best_beside(Path(self._resumed)):  # the Trainer forgets it where the folder was moved
+            self.state.best_model_checkpoint = str(best)
+
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         load_adapter(self.bare, self.state.best_model_checkpoint, self.trained_adapter)
@@ -254,6 +284,10 @@ class UnlearnTrainer(Trainer):
         method = (c.terms, c.rule, c.smoothing, c.step_size, c.averaging, c.reference)
         below = stack_digest(self.bare, self.trained_adapter)
         return fingerprint(method, c.anchor, c.per_anchor, c.seed, c.rows_per_step, rows, *([below] if below else []))
+
+
+class _NothingLeft(Exception):
+    """The checkpoint that a run was resumed from is its last."""
 
 
 class _AfterStep(TrainerCallback):

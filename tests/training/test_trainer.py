@@ -663,3 +663,32 @@ def test_a_refusal_writes_nothing(tmp_path):
         with pytest.raises(UserError):
             make(tmp_path / "a", **wrong)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_the_model_cannot_read_are_named_before_the_first_step(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt = GPT2Config(
+        vocab_size=320, n_positions=48, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    long = [*DATA["forget"][:3], {**DATA["forget"][3], "answer": "w1 " * 40}]
+    padded, odd = tiny.tokenizer(), tiny.tokenizer()
+    padded.add_special_tokens({"pad_token": "<|PAD|>"})  # as tutorials do, without resizing the model
+    odd.add_tokens([" new"])
+    for tokenizer, forget, message in (
+        (tiny.tokenizer(), long, r"forget set: row 3 has \d+ tokens, and the model has positions for 48"),
+        (padded, DATA["forget"], r"pads with token (\d+), and the model has embeddings for"),
+        (odd, [{"question": "a new b?", "answer": "a new b"}], r"gives token (\d+), and the model has embeddings for"),
+    ):
+        gpt.vocab_size = len(tokenizer) - (tokenizer in (padded, odd))
+        with pytest.raises(UserError, match=message):
+            UnlearnTrainer(
+                GPT2LMHeadModel(gpt), config(tmp_path), data={**DATA, "forget": forget},
+                processing_class=tokenizer, peft_config=lora,
+            )  # fmt: skip
+    UnlearnTrainer(
+        GPT2LMHeadModel(gpt), config(tmp_path, max_length=48, on_overflow="truncate"), data={**DATA, "forget": long},
+        processing_class=tiny.tokenizer(), peft_config=lora,
+    )  # fmt: skip
