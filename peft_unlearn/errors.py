@@ -1,7 +1,7 @@
 """What a user did wrong, said so that they can mend it.
 
-`UserError` is the only exception the command line turns into a plain message (exit code 2). A defect of this package
-keeps its traceback, so that nobody mistakes one for the other.
+`UserError` is what is raised for a user's mistake (exit code 2 of the command line). A defect of this package keeps its own
+class, its traceback and another exit code, so that nobody mistakes one for the other.
 """
 
 from __future__ import annotations

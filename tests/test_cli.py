@@ -355,15 +355,56 @@ def test_exit_codes_of_what_is_no_mistake(here, run, monkeypatch, raised, code):
     assert got[0] == code and got[1] == ""
 
 
-def test_a_defect_of_ours_keeps_its_traceback(here, run, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ZeroDivisionError(), 4, "did not expect (ZeroDivisionError)"),
+        (KeyError("x"), 4, "did not expect (KeyError: 'x')"),
+        (PermissionError(13, "Permission denied", "/data/x"), 2, "/data/x: the system refused it (Permission denied)"),
+        (OSError(28, "No space left on device"), 2, "the system refused it (No space left on device)"),
+        (
+            ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes"),
+            2,
+            "needs the library bitsandbytes",
+        ),
+        (MemoryError(), 3, "out of memory"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, Exception) else "",
+)
+@pytest.mark.parametrize("place", ["cache", "temporary", "nowhere", "shown"])
+def test_what_nobody_expected_is_a_sentence_and_its_traceback_a_file(
+    here, run, monkeypatch, tmp_path_factory, error, code, message, place
+):
+    """A defect keeps its traceback; whose terminal is it to fill?"""
+    import tempfile
+
     from peft_unlearn.training import train as room
 
     def fails(*a: Any, **k: Any) -> None:
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(room, "train", fails)
-    with pytest.raises(ZeroDivisionError):
-        run("train", "recipe.yaml")
+    there = tmp_path_factory.mktemp("there")
+    (there / "file").touch()
+    monkeypatch.setenv("PEFT_UNLEARN_CACHE", str(there / ("cache" if place == "cache" else "file/no")))
+    monkeypatch.setattr(tempfile, "tempdir", str(there / ("tmp" if place == "temporary" else "file/no")))
+    if place == "shown":
+        monkeypatch.setenv("PEFT_UNLEARN_TRACEBACK", "1")
+        with pytest.raises(type(error)):
+            run("train", "recipe.yaml")
+        return
+    for _ in range(2):
+        got, out, err = run("train", "recipe.yaml")
+        assert (got, out) == (code, "") and message in one_line(err) and "Traceback" not in err and err.count("\n") == 1
+    logs = list(there.rglob("error-*.log"))
+    assert len(logs) == (0 if place == "nowhere" else 2)
+    for log in logs:
+        assert (
+            log.stat().st_mode & 0o777 == 0o600
+            and "Traceback" in log.read_text()
+            and "train recipe.yaml" in log.read_text()
+        )
+    assert any(str(log) in err for log in logs) or place == "nowhere"
 
 
 def test_plan_shows_the_one_copy_of_base_weights(capsys, monkeypatch):
@@ -381,3 +422,25 @@ def test_plan_shows_the_one_copy_of_base_weights(capsys, monkeypatch):
     assert seen[0]["host_copy_bytes"] == 0
     assert 0 < seen[1]["host_copy_bytes"] <= seen[1]["base_bytes"]
     assert seen[1]["total_bytes"] - seen[0]["total_bytes"] == seen[1]["host_copy_bytes"]
+
+
+@pytest.mark.parametrize("how", ["raise ImportError('no such thing\\n in line 2')", "raise SystemExit(3)", "def ("])
+def test_a_broken_plug_in_costs_its_own_methods_only(run, tmp_path, monkeypatch, how):
+    import importlib.metadata as metadata
+
+    from peft_unlearn import registry
+    from peft_unlearn.errors import UserError
+
+    (tmp_path / "broken_plugin.py").write_text(how)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    points = [metadata.EntryPoint("mine", "broken_plugin", "peft_unlearn.plugins")]
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: points)
+    monkeypatch.setattr(registry, "_loaded", False)
+    monkeypatch.setattr(registry, "_BROKEN", {})
+    registry._load_plugins.cache_clear()
+    with pytest.warns(UserWarning, match=r"plug-in mine \(broken_plugin\) cannot be loaded"):
+        code, out, _ = run("methods", "objective")
+    assert code == 0 and "npo" in out
+    with pytest.raises(UserError, match="The plug-in mine could not be loaded"):
+        registry.get("objective", "theirs")
+    registry._load_plugins.cache_clear()

@@ -1,6 +1,6 @@
 """The command line: thin. Results go to standard output, everything else to standard error.
 
-Exit codes: 0 done; 1 a check answered no; 2 the user's input; 3 interrupted or a resource lost.
+Exit codes: 0 done; 1 a check answered no; 2 the user's input; 3 interrupted or a resource lost; 4 a defect of ours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .options import app as app
 
 
 def main() -> None:
-    """Entry point: a user's mistake is a message, a defect of ours a traceback."""
+    """Entry point: every error is a message; a defect's traceback is in a log file (or shown, with PEFT_UNLEARN_TRACEBACK set)."""
     import os
     import warnings
 
@@ -50,3 +50,11 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         sys.stderr.close()
         sys.exit(3)
+    except Exception as e:
+        if os.environ.get("PEFT_UNLEARN_TRACEBACK"):
+            raise
+        from .unexpected import explain
+
+        text, code = explain(e)
+        print(printable(text), file=sys.stderr)
+        sys.exit(code)

@@ -236,6 +236,11 @@ def not_measured_here(stored: Mapping[str, Any]) -> list[str]:
     return [name for name, sha in parts_of(stored) if sha not in known]
 
 
-def _ledger() -> Path:
+def cache_dir() -> Path:
+    """Where this installation keeps what it knows of its own doing; need not exist."""
     own, home = os.environ.get("PEFT_UNLEARN_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return (Path(own) if own else (Path(home) if home else Path.home() / ".cache") / "peft-unlearn") / "measured"
+    return Path(own) if own else (Path(home) if home else Path.home() / ".cache") / "peft-unlearn"
+
+
+def _ledger() -> Path:
+    return cache_dir() / "measured"

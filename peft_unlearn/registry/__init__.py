@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -112,6 +113,7 @@ class Method:
 
 
 _METHODS: dict[str, dict[str, Method]] = {kind: {} for kind in KINDS}
+_BROKEN: dict[str, str] = {}  # plug-ins that could not be loaded, and why
 _loaded = False
 
 
@@ -276,7 +278,16 @@ def _load_plugins() -> None:
     from importlib.metadata import entry_points  # slow to import, and only look-ups need it
 
     for point in entry_points(group=_ENTRY_POINTS):
-        point.load()
+        try:
+            point.load()
+        except (Exception, SystemExit) as e:  # somebody else's code, which must not take our own methods along
+            why = next(iter(str(e).strip().splitlines()), "") or "no reason given"
+            _BROKEN[point.name] = f"{type(e).__name__}: {why}"
+            warnings.warn(
+                f"plug-in {point.name} ({point.value}) cannot be loaded, so its methods are missing ({_BROKEN[point.name]}); "
+                "mend or uninstall it",
+                stacklevel=2,
+            )
 
 
 def title(name: str) -> str:
@@ -308,5 +319,6 @@ def get(kind: str, name: str) -> Method:
     _load()
     found = _METHODS[kind].get(str(name).replace("-", "_"))
     if found is None:
-        raise UserError(f"there is no {kind} {name!r}.{nearest(str(name), _METHODS[kind])}")
+        broken = "".join(f" The plug-in {k} could not be loaded ({why})." for k, why in _BROKEN.items())
+        raise UserError(f"there is no {kind} {name!r}.{nearest(str(name), _METHODS[kind])}{broken}")
     return found
