@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,24 +71,44 @@ def peft_base_name(ref: str) -> str:
     return "" if ref.startswith("local:") else ref
 
 
-def load_base(path: str | Path, dtype: str | torch.dtype = "float32") -> Any:
+def load_base(path: str | Path, dtype: str | torch.dtype = "float32", fits: Iterable[str] = ()) -> Any:
     """The causal language model at `path`, in evaluation mode; safetensors only, no remote code.
 
-    float32 by default whatever the files hold: embedded bases are bfloat16 files, always computed in float32.
+    float32 by default whatever the files hold: embedded bases are bfloat16 files, always computed in float32. fits: of
+    `model_class`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise UserError(f"dtype {dtype!r}: expected float32, bfloat16 or float16.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        model = model_class(config, fits).from_pretrained(
             str(path), dtype=kind, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as e:
         raise UserError(f"base {path}: transformers cannot load it ({_why(e)}).") from None
     return model.eval()
+
+
+def model_class(config: Any, fits: Iterable[str] = ()) -> Any:
+    """The auto class that has a model of this configuration: of causal language models, or of those that see images as well.
+
+    fits: modules of an adapter, which decide where both have one (Llama 4, Qwen3.5): those call their modules differently.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    found = [c for c in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in c._model_mapping]
+    wanted = next(iter(fits), None)
+    if wanted is not None and len({c._model_mapping[type(config)] for c in found}) > 1:
+        with torch.device("meta"):
+            model = found[0].from_config(config, trust_remote_code=False)
+        if wanted not in {n for n, _ in [*model.named_modules(), *model.named_parameters()]}:
+            return found[1]
+    return found[0] if found else AutoModelForCausalLM
 
 
 def load_tokenizer(*places: str | Path) -> Any:

@@ -41,14 +41,15 @@ def write_adapter(
     card: str | None = None,
     adapter_name: str = "default",
     save: Callable[[Path], dict[str, torch.Tensor]] | None = None,
+    check: Callable[[Path], None] = lambda _: None,
 ) -> AdapterFolder:
     """Write `out` atomically and return what was read back from it.
 
     peft_model: the PeftModel that holds `adapter_name`. manifest: its `files` are filled here; `recipe` is made
     portable (base and data files by name or hash). eval_json: numbers of this very adapter. card: README.md's text, a
     plain one by default. save: writes the adapter's files into the given folder itself and returns the tensors that
-    adapter_model.safetensors has to hold, for adapters whose published form is not what PEFT would save. Raises
-    `UserError` when something else stands at `out`, when the adapter is empty, zero or not finite, or when a machine path
+    adapter_model.safetensors has to hold, for adapters whose published form is not what PEFT would save. check: raises for
+    a folder that must not be written, as it stands before it is swapped in. Raises `UserError` when something else stands at `out`, when the adapter is empty, zero or not finite, or when a machine path
     would be published.
     """
     wanted = {} if save is not None else _adapter_tensors(peft_model, adapter_name)
@@ -67,6 +68,7 @@ def write_adapter(
             eval_json = {**eval_json, "adapter_id": f"sha256:{file_sha256(stage / WEIGHTS)}"}
             (stage / EVAL).write_text(_json(eval_json, EVAL), encoding="utf-8")
         _same_as_in_memory(stage / WEIGHTS, wanted)
+        check(stage)
         names = sorted([CARD, *(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())])
         files = {n: None if n in _EDITABLE else file_sha256(stage / n) for n in names}
         complete = replace(manifest, files=files)

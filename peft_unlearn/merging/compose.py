@@ -275,7 +275,7 @@ def _probed(manifest: Manifest, stage: Path, base_dir: Path, tokenizer: Any) -> 
     The base is loaded with it by PEFT's own means first, as anyone would; every tensor has to arrive.
     """
     try:
-        model = load_by_peft(load_base(base_dir), "default", stage)
+        model = load_by_peft(load_base(base_dir, fits=manifest.targets), "default", stage)
     except ValueError as e:
         raise RuntimeError(f"PEFT does not load what was composed: {e}") from None
     found = probes(model.eval(), tokenizer)

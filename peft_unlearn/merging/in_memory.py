@@ -27,7 +27,7 @@ def merge_in_memory(job: Job, min_cosine: float) -> None:
     """As the streamed merge, through the model in float32."""
     job.was_read(digest_checkpoint(job.base_path))
     with staged(job.out, lambda _: KEEP) as stage:
-        model = load_base(job.base_path, torch.float32)
+        model = load_base(job.base_path, torch.float32, job.targets)
         overlay = job.overlay(model)
         dtype = DTYPES[job.dtype]
         wide = wide_patterns(model, dtype)

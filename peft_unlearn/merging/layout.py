@@ -12,7 +12,7 @@ forward direction; names for which that fails are refused.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..folder.base import load_config
+from ..folder.base import load_config, model_class
 from ..folder.safetensors_io import TensorEntry
 
 Product = tuple[Tensor, Tensor | None]
@@ -59,9 +59,9 @@ class _Group:
 class Layout:
     """Of the checkpoint in `base_dir`, whose tensors are `entries`. `model`: the base on the meta device."""
 
-    def __init__(self, base_dir: Path, entries: Mapping[str, TensorEntry]) -> None:
+    def __init__(self, base_dir: Path, entries: Mapping[str, TensorEntry], fits: Iterable[str] = ()) -> None:
         self.entries = entries
-        self.model = meta_model(base_dir)
+        self.model = meta_model(base_dir, fits)
         self.memory: dict[str, str] = {}  # name on disk -> (first) name in memory
         self._groups: dict[str, _Group] = {}
         self._products: OrderedDict[Any, dict[str, Product]] = OrderedDict()
@@ -215,16 +215,14 @@ class Layout:
         return tensors
 
 
-def meta_model(base_dir: Path) -> nn.Module:
-    """The causal language model at `base_dir` without its weights. Raises `UserError` for quantized files."""
-    from transformers import AutoModelForCausalLM
-
+def meta_model(base_dir: Path, fits: Iterable[str] = ()) -> nn.Module:
+    """As `load_base`, without the weights. Raises `UserError` for quantized files."""
     try:
         config = load_config(base_dir)
         quantized = getattr(config, "quantization_config", None)
         if quantized is None:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+                return model_class(config, fits).from_config(config, trust_remote_code=False).eval()
     except (OSError, ValueError, KeyError) as e:
         why = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise UserError(f"base {base_dir}: transformers cannot build its model ({why}).") from None

@@ -136,7 +136,7 @@ def _given(adapters: Adapters, scale: Any) -> tuple[dict[str, AdapterFolder], di
 
 def _stream(job: Job, min_cosine: float, progress: Callable[[str, int, int], None]) -> None:
     entries = checkpoint_tensors(job.base_path)
-    layout = Layout(job.base_path, entries)
+    layout = Layout(job.base_path, entries, job.targets)
     stream = Stream(layout, job.overlay(layout.model), job.dtype, job.rounding, job.seed)
     by_shard = {p.relative_to(job.base_path).as_posix(): es for p, es in shards(entries.values()).items()}
     about = {

@@ -132,6 +132,11 @@ class Job:
     def tokenizers(self) -> list[Path]:
         return [*(f.path for f in self.folders.values()), self.base_path]
 
+    @property
+    def targets(self) -> list[str]:
+        """What the first adapter is on."""
+        return next(iter(self.folders.values())).manifest.targets
+
     def overlay(self, model: Any) -> Overlay:
         """The deltas, checked against the model's shapes. Raises `UserError` also for a weight that is tied to another."""
         found = Overlay([(Deltas(f, model), self.scales[n]) for n, f in self.folders.items()])
@@ -182,7 +187,7 @@ class Job:
         with stack.disabled() as plain:
             off = probe_logits(plain, tokenizer, prompts)
         del stack, plain
-        now = probe_logits(load_base(self.out), tokenizer, prompts)
+        now = probe_logits(load_base(self.out, fits=self.targets), tokenizer, prompts)
         same_top = int((now.argmax(-1) == on.argmax(-1)).sum())
         difference, effect = float((now - on).abs().max()), float((on - off).abs().max())
         self.report.check = ProbeCheck(len(prompts), difference, effect, same_top)

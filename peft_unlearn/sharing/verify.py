@@ -128,7 +128,7 @@ def _against_base(found: AdapterFolder, base: str | Path | None, result: Verific
         result.add("probes", "cannot tell", why)
         return
     try:
-        model = stack.put_on(load_base(base_dir))
+        model = stack.put_on(load_base(base_dir, fits=found.manifest.targets))
     except UserError as e:
         result.add("loading", "failed", str(e))
         return

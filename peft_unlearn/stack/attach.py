@@ -157,6 +157,37 @@ def _check_loaded(model: Any, name: str, where: Path) -> None:
             raise ValueError(f"its tensor {key} did not arrive as it is in the file")
 
 
+def check_reloads(where: Path, base: Any) -> None:
+    """Raise a `UserError` unless plain PEFT puts the LoRA in folder `where` onto `base` tensor for tensor.
+
+    It renames keys for families whose checkpoints are named otherwise, and for some of them wrongly. `base` is a model on the
+    meta device, which is enough to tell: nothing but the adapter takes memory.
+    """
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    name = "default"
+    config = PeftConfig.from_pretrained(str(where))
+    if getattr(config.peft_type, "value", config.peft_type) != "LORA":  # PEFT renames nothing of other types
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what did not arrive, which is told below
+            model: Any = get_peft_model(base, config, name, low_cpu_mem_usage=True)
+            for key, p in list(model.named_parameters()):
+                if belongs(key, name):  # in memory, and no number until the file's arrives
+                    owner, _, last = key.rpartition(".")
+                    there = torch.full(p.shape, torch.nan, dtype=p.dtype)
+                    model.get_submodule(owner)._parameters[last] = torch.nn.Parameter(there, requires_grad=False)
+            set_peft_model_state_dict(model, load_peft_weights(str(where), device="cpu"), name)
+        _check_loaded(model, name, where)
+    except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as e:
+        raise UserError(
+            f"nothing was written: plain PEFT would not load this adapter as it was trained ({_brief(e)}). It renames the tensors "
+            f"of {getattr(base.config, 'model_type', 'this family')} while loading. Adapt other modules, e.g. attention alone"
+        ) from None
+
+
 def _check_compact(model: Any, name: str, folder: Path) -> None:
     from safetensors.torch import load_file
 

@@ -114,7 +114,8 @@ class ForgetModel:
         for folder in folders.values():
             check_base(folder, base_dir, digest)
             check_tokenizer(folder.path, base_dir)
-        model = attach(load_base(base_dir, dtype), folders)
+        fits = next(iter(folders.values())).manifest.targets
+        model = attach(load_base(base_dir, dtype, fits), folders)
         add_tags(model)
         stack = cls(model, base_dir, folders, digest, fused)
         for name, value in wanted.items():

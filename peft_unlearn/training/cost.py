@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..folder.base import load_config, load_tokenizer
+from ..folder.base import load_config, load_tokenizer, model_class
 from ..gradients.vector import Space
 from ..reporting.result import Result
 from ..reporting.text import size
@@ -97,11 +97,9 @@ def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = 
 
 def _empty_model(run: Run) -> Any:
     """The adapted model without storage for its weights."""
-    from transformers import AutoModelForCausalLM
-
     config = load_config(run.base_dir)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        base = model_class(config).from_config(config, trust_remote_code=False)
         if run.auto is not None:  # attribution chooses which experts; how many is known
             n = run.auto.get("top", run.auto.get("per_layer", 1))
             blocks = [k for k in moe_blocks(base) if k in run.auto.get("layers", [k])]

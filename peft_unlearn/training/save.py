@@ -18,6 +18,8 @@ from ..folder.manifest import BaseRef, Manifest, neutral_prompts, probes
 from ..folder.read import AdapterFolder
 from ..folder.versions import versions
 from ..folder.write import write_adapter
+from ..merging.layout import meta_model
+from ..stack.attach import check_reloads
 from ..tuners.names import belongs
 from ..tuners.peft_type import PEFT_TYPE
 from .adapt import adapted
@@ -43,7 +45,7 @@ def save_adapter(
 
     Raises:
         UserError: other adapters are active and `depends_on` does not name them; something else stands at `out`; or the
-            adapter is zero or not finite.
+            adapter is zero or not finite, or plain PEFT would load it otherwise.
     """
     model, config = trainer.bare, trainer.config
     model.eval()
@@ -63,6 +65,7 @@ def save_adapter(
         tokenizer=trainer.processing_class,
         adapter_name=trainer.trained_adapter,
         save=stock_export(model, trainer.trained_adapter, manifest.base),
+        check=lambda stage: check_reloads(stage, meta_model(resolve_base(base), manifest.targets)),
     )
 
 
