@@ -30,10 +30,10 @@ from ..reporting.effect_pictures import pictures
 from ..reporting.result import Result
 from ..stack.fits import check_base
 from ..training.adapt import get_forget_model
+from ..training.checkpoints import STATE, damage
 from ..training.config import WORK, encode_set
 from ..training.recipe import Run, prepare
 from ..training.train import generate_alternates
-from ..training.trainer import STATE
 
 ADAPTER = "default"
 Progress = Callable[[str, int, int], None]
@@ -284,7 +284,7 @@ def _points(found: AdapterFolder) -> tuple[list[_Point], list[str]]:
 def _checkpoints(work: Path) -> Iterator[_Point]:
     for p in work.glob("checkpoint-*"):
         number = p.name.rpartition("-")[2]
-        if number.isdigit() and (p / STATE).is_file() and (p / WEIGHTS).is_file():
+        if number.isdigit() and damage(p) is None and (p / WEIGHTS).is_file():
             yield _Point(int(number), p / WEIGHTS, p / STATE)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..data.collate import pad
 from ..forward import Pass, Reference
@@ -40,17 +41,28 @@ def precompute(
         if all("ref_logp" in r for r in both):
             continue
         path = folder / f"reference-{cache_key(model, both, reference.trained)[:16]}.safetensors"
-        if path.is_file():
-            values = list(load_file(path)["ref_logp"].split([n_targets(r) for r in both]))
-        else:
+        values = _cached(path, [n_targets(r) for r in both])
+        if values is None:
             values = reference_logp(model, both, reference, pad_id)
             if write:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                stage = path.with_suffix(f".{os.getpid()}.part")
-                save_file({"ref_logp": torch.cat(values)}, stage)
+                stage, whole = path.with_suffix(f".{os.getpid()}.part"), torch.cat(values)
+                save_file({"ref_logp": whole}, stage, metadata={"sha256": hashlib.sha256(raw_bytes(whole)).hexdigest()})
                 os.replace(stage, path)
         for row, v in zip(both, values, strict=True):
             row["ref_logp"] = v
+
+
+def _cached(path: Path, lengths: list[int]) -> list[torch.Tensor] | None:
+    """What an earlier run wrote to `path`; None where there is nothing, or not all of it as it was written."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            whole, sha = f.get_tensor("ref_logp"), (f.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError):
+        return None
+    if whole.shape != (sum(lengths),) or hashlib.sha256(raw_bytes(whole)).hexdigest() != sha:
+        return None
+    return list(whole.split(lengths))
 
 
 def reference_logp(
