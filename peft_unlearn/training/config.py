@@ -3,15 +3,15 @@ loaded."""
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import trainer_log_levels
 
 from ..data.alternates import add_alternates
 from ..data.bundle import ForgetRetain
@@ -26,13 +26,24 @@ METHODS = ("rule", "smoothing", "step_size", "averaging")  # recipe keys that na
 _DEFAULT_TERMS = {"forget": {"npo": {"beta": 0.1}}, "retain": {"nll": {"weight": 5.0}}}
 _AT_LEAST = {
     "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1, "max_length": 2, "seed": 0,
+    "gradient_accumulation_steps": 1, "max_length": 2, "seed": 0, "data_seed": 0, "max_steps": -1, "num_train_epochs": 0,
+    "adam_epsilon": 0, "router_learning_rate": 0, "dataloader_num_workers": 0, "save_total_limit": 1, "logging_steps": 0,
+    "save_steps": 0, "eval_steps": 0,
 }  # fmt: skip
+_TYPED = {
+    "lr_scheduler_kwargs": (dict, type(None)), "accelerator_config": (dict, type(None)), "allow_untrained": (list, tuple),
+    "activation_checkpointing_kwargs": (dict, type(None)), "gradient_checkpointing_kwargs": (dict, type(None)),
+    "label_names": (list, type(None)),
+}  # fmt: skip
+"""What transformers would take for the name of a JSON file, or fail on only inside a run."""
 _REFUSED = {
     "fp16": "fp16 is refused: its loss scaling changes what gradient rules see; use bf16",
     "deepspeed": "deepspeed is not supported yet: its engine owns the gradients that unlearning rewrites",
     "fsdp": "fsdp is not supported yet; use torchrun with plain data parallelism, the adapter is small",
     "torch_compile": "torch_compile is not supported: hooks on the model's head break the graph at every step",
+    "use_liger_kernel": "use_liger_kernel is not supported: its kernels hide the hidden states that terms read",
+    "parallelism_config": "parallelism_config is not supported; use torchrun with plain data parallelism, the adapter is small",
+    "remove_unused_columns": "remove_unused_columns is refused: batches are nested, and nothing of them would be left",
     "label_smoothing_factor": "label_smoothing_factor has no meaning here: terms are the losses",
 }
 _PUBLISHES = "push_to_hub", "hub_"  # what the names of such arguments begin with
@@ -93,6 +104,8 @@ class UnlearnConfig(TrainingArguments):
     output_dir: str = "forget-adapter"  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        errors = Errors()
+        self._check_types(errors)
         if self.gradient_checkpointing:  # the name that users of every transformers release know
             self.activation_checkpointing, self.gradient_checkpointing = True, False
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
@@ -103,7 +116,6 @@ class UnlearnConfig(TrainingArguments):
         if not _HAS_ACTIVATION_CHECKPOINTING:
             self.gradient_checkpointing = bool(self.activation_checkpointing)
             self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
-        errors = Errors()
         self.terms = dict(_DEFAULT_TERMS) if self.terms is None else self.terms
         self.term_list = parse_terms(self.terms, errors)
         self.rule_method, options = parse_method("rule", self.rule, errors, scope=SCOPES)
@@ -117,7 +129,12 @@ class UnlearnConfig(TrainingArguments):
         reports = self.report_to = "none" if self.report_to is None else self.report_to
         if not torch.accelerator.is_available():
             self.use_cpu = True  # as there is nothing else; several processes then find each other through gloo
-        super().__post_init__()
+        whole = True
+        try:
+            super().__post_init__()
+        except Exception as e:  # transformers' own validation, whose classes of errors are many
+            errors.add(f"train: {next(iter(str(e).strip().splitlines()), type(e).__name__)}")
+            whole = False
         self.work_dir: str = self.output_dir.rstrip("/") + WORK
         have = {t.gradient for t in self.term_list}
         self._check_rule(have, errors)
@@ -128,6 +145,12 @@ class UnlearnConfig(TrainingArguments):
         self._check_reference(errors)
         self._check_arguments(errors)
         self._check_publishing(reports, errors)
+        if whole:
+            self._check_world(errors)
+            if not any(
+                name in m for m in errors.messages for name in ("learning_rate", "weight_decay", "adam_epsilon")
+            ):
+                self._try_optimizer(errors)
         errors.raise_if_any("configuration")
 
     @property
@@ -239,13 +262,22 @@ class UnlearnConfig(TrainingArguments):
                 errors.add(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.per_anchor < 1:
             errors.add(f"per_anchor={self.per_anchor} must be at least 1")
-        for name, why in _REFUSED.items():
-            if getattr(self, name):
-                errors.add(why)
+        if self.torch_compile:  # also asked for by naming a backend
+            errors.add(_REFUSED["torch_compile"])
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
-            if isinstance(value, (int, float)) and not low <= value < math.inf:
+            if isinstance(value, (int, float)) and not low <= value < 2**53:
                 errors.add(f"{name}={value!r} must be a finite number and at least {low}")
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            errors.add("the run has no steps: max_steps must be at least 1, or -1 with num_train_epochs above 0")
+        if str(getattr(self.save_strategy, "value", self.save_strategy)) == "best":
+            errors.add(
+                "save_strategy=best saves by a metric that a run has not; keep the best checkpoint with eval.keep_best"
+            )
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            errors.add("dataloader_persistent_workers needs dataloader_num_workers above 0")
+        if self.log_level not in trainer_log_levels or self.log_level_replica not in trainer_log_levels:
+            errors.add(f"log_level={self.log_level!r} is not one of {', '.join(trainer_log_levels)}")
         if isinstance(self.seed, int) and self.seed >= 2**32:
             errors.add(f"seed={self.seed} must be below 2**32")
         if self.neftune_noise_alpha:
@@ -253,14 +285,49 @@ class UnlearnConfig(TrainingArguments):
                 "neftune_noise_alpha is refused: its noise falls on the pass of the reference model too, and what is compared is then "
                 "two noises; smoothing (sam, rs) is what makes forgetting robust"
             )
+        given: Any = self.activation_checkpointing_kwargs or {}
+        if given.get("use_reentrant"):
+            errors.add("gradient_checkpointing with use_reentrant=True hides named gradients; leave it at False")
+
+    def _check_types(self, errors: Errors) -> None:
+        """What transformers must not see: each is named, and set to its default so that the rest can be checked too."""
+        for f in fields(self):
+            value, kinds = getattr(self, f.name, None), _TYPED.get(f.name)
+            if f.name in _REFUSED and value:
+                errors.add(_REFUSED[f.name])
+            elif kinds and not isinstance(value, kinds):
+                errors.add(f"{f.name} must be {'a mapping' if dict in kinds else 'a list'}, not {value!r}")
+            else:
+                continue
+            setattr(self, f.name, f.default if f.default_factory is MISSING else f.default_factory())
+
+    def _try_optimizer(self, errors: Errors) -> None:
+        """Build optimizer and schedule of one number: both have demands of their own, on libraries and on values."""
+        weight = torch.nn.Parameter(torch.zeros(1))
+        name = str(getattr(self.optim, "value", self.optim))
+        schedule: Any = self.lr_scheduler_type
+        try:
+            cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(self)
+            optimizer = cls([weight], **kwargs)
+        except Exception as e:
+            errors.add(
+                f"train: the optimizer {name} cannot be made: {next(iter(str(e).splitlines()), type(e).__name__)}"
+            )
+            return
+        try:
+            get_scheduler(schedule, optimizer, 0, 10, scheduler_specific_kwargs=self.lr_scheduler_kwargs)
+        except Exception as e:
+            what = getattr(schedule, "value", schedule)
+            errors.add(
+                f"train: the schedule {what} cannot be made: {next(iter(str(e).splitlines()), type(e).__name__)}"
+            )
+
+    def _check_world(self, errors: Errors) -> None:
         if (started := int(os.environ.get("WORLD_SIZE", 1))) != self.world_size:
             errors.add(
                 f"{started} processes were started and this one trains as {self.world_size}: each would train alone and write into one "
                 "folder; start them with torchrun or accelerate launch so that they form one group"
             )
-        given: Any = self.activation_checkpointing_kwargs or {}
-        if given.get("use_reentrant"):
-            errors.add("gradient_checkpointing with use_reentrant=True hides named gradients; leave it at False")
 
     def _check_publishing(self, reports: Any, errors: Errors) -> None:
         """Nothing of a run leaves the machine: its checkpoints hold pickles, paths and log-probabilities of the forget set."""
@@ -271,7 +338,7 @@ class UnlearnConfig(TrainingArguments):
                 "what was cached of the forget set, in a public repository; publish the finished adapter with peft-unlearn push"
             )
         if foreign := [
-            str(r) for r in (reports if isinstance(reports, list | tuple) else [reports]) if r not in _REPORTS
+            str(r) for r in (reports if isinstance(reports, list | tuple) else [reports]) if str(r) not in _REPORTS
         ]:
             errors.add(
                 f"report_to: {', '.join(foreign)}: refused: it sends the configuration and the losses to a service; tensorboard writes "

@@ -18,6 +18,7 @@ from .config import METHODS, UnlearnConfig, require_sets
 
 AUTO = "auto"
 _EVAL_KEYS = ("suite", "every", "n", "keep_best", "retain_floor", "stop_below")
+OWN_CHECK = ("terms", "reference", "anchor", "on_overflow")  # say more of what they want than their type
 BEST = "forget_at_floor"  # the metric that evaluation adds for keep_best
 _BLOCKS = shape("a list of blocks, e.g. [1, 2]", lambda v: isinstance(v, list) and v != [] and all(map(is_whole, v)))
 # options of experts: auto
@@ -122,13 +123,16 @@ def _check_layers(config: UnlearnConfig, base_dir: Path) -> None:
 def wrong_type(name: str, value: Any) -> str | None:
     """What the field `name` of `UnlearnConfig` wants, e.g. "a number", where `value` is nothing of the kind."""
     annotation = next(str(f.type) for f in fields(UnlearnConfig) if f.name == name)
-    words = set(re.findall(r"[A-Za-z_]+", annotation)) - {"class"}
-    if not words <= {"bool", "int", "float", "None", "NoneType", "Optional", "Union", "typing"}:
-        return None  # texts, lists and mappings have checks of their own
-    fits = {"bool": isinstance(value, bool), "int": is_whole(value), "float": is_number(value)}
-    if any(fits[k] for k in fits if k in words) or (value is None and words & {"None", "NoneType", "Optional"}):
+    words = set(re.findall(r"[A-Za-z_]+", re.sub(r"\[.*\]", "", annotation))) - {"class"}
+    names = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "dict": "a mapping",
+             "list": "a list of texts"}  # fmt: skip
+    if name in OWN_CHECK or not words <= {*names, "None", "NoneType"}:
         return None
-    names = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+    texts = isinstance(value, list) and all(isinstance(v, str) for v in value)
+    fits = {"bool": isinstance(value, bool), "int": is_whole(value), "float": is_number(value), "str": isinstance(value, str),
+            "dict": isinstance(value, Mapping), "list": texts}  # fmt: skip
+    if any(fits[k] for k in fits if k in words) or (value is None and words & {"None", "NoneType"}):
+        return None
     return " or ".join(v for k, v in names.items() if k in words and not (k == "int" and "float" in words))
 
 
@@ -172,8 +176,6 @@ def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
         config = UnlearnConfig(output_dir=output_dir, **values)
     except UserError as e:
         errors.absorb(e)
-    except (TypeError, ValueError) as e:  # TrainingArguments' own validation
-        errors.add(f"train: {e}")
     errors.raise_if_any(f"recipe {recipe.get('name') or ''}".strip())
     assert config is not None
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 from typing import Annotated, Any, Literal
 
@@ -234,3 +235,27 @@ def test_errors_and_nearest():
         e.raise_if_any("x")
     assert nearest("sim-npo", ["simnpo", "npo"]) == " Did you mean 'simnpo'?"
     assert nearest("zzz", ["b", "a"]) == " Known: a, b." and nearest("z", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("train", "parts"),
+    [
+        ({"adam_beta1": 1.5, "report_to": "wandb", "save_strategy": "best", "deepspeed": "x.json", "typo": 1},
+         ("beta parameter at index 0: 1.5", "report_to: wandb", "save_strategy=best", "deepspeed is not", "no 'typo'")),
+        ({"optim": "adamw_8bit", "deepspeed": {"a": 1}, "max_steps": 0}, ("bitsandbytes", "deepspeed is not", "no steps")),
+        ({"optim": "galore_adamw", "report_to": {}}, ("the optimizer galore_adamw cannot be made", "report_to: {}")),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "accelerator_config": "x"}, ("the schedule cosine_with", "a mapping, not 'x'")),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": "x"}, ("kwargs must be a mapping, not 'x'",)),
+        ({"num_train_epochs": float("nan"), "per_device_train_batch_size": 2**80}, ("num_train_epochs=nan", "batch_size=")),
+        ({"allow_untrained": [5], "log_level": "x", "label_names": 5}, ("a list of texts, not [5]", "log_level", "label_names")),
+        ({"optim": "nope", "deepspeed": "x"}, ("nope is not a valid", "deepspeed is not")),
+        ({"use_liger_kernel": True, "remove_unused_columns": True}, ("use_liger_kernel", "remove_unused_columns")),
+    ],
+)  # fmt: skip
+def test_values_that_would_fail_far_inside_a_run_are_told_together(train, parts):
+    if train.get("optim") == "adamw_8bit" and importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is there")
+    with pytest.raises(UserError) as e:
+        from_recipe({"terms": {"forget": {"npo": {"beta": 0.1}}, "retain": {"nll": {}}}, "train": train}, "out")
+    for part in parts:
+        assert part in str(e.value), str(e.value)

@@ -78,7 +78,7 @@ def test_noise_on_embeddings_is_refused(tmp_path):
 def test_processes_that_would_train_alone_are_refused(tmp_path, monkeypatch):
     config, errors = UnlearnConfig(str(tmp_path)), Errors()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    config._check_arguments(errors)
+    config._check_world(errors)
     assert "2 processes were started and this one trains as 1" in errors.messages[0]
 
 
