@@ -187,9 +187,10 @@ def primal_dual(
     slack: Annotated[float, Range(1, None)] = 1.1,
     warmup: Annotated[int, Range(0, None)] = 0,
 ) -> Vec:
-    """Forget subject to a bound on the retain loss: g_f + lambda g_r, lambda <- max(0, lambda + step (loss_r - bound)).
+    """Forget subject to a bound on the retain loss: g_f + lambda g_r, then lambda <- max(0, lambda + step (loss_r - bound)).
 
-    The retain term wants weight 1, so that ``values["retain"]`` is the loss itself.
+    In the order of open-unlearning's code: a step's gradient is weighted with the lambda from before it, and its loss moves the
+    lambda of the next. The retain term wants weight 1, so that ``values["retain"]`` is the loss itself.
 
     Args:
         dual: lambda at the start; step: of its ascent; warmup: optimizer steps before it moves.
@@ -197,8 +198,9 @@ def primal_dual(
     """
     if "lambda" not in state:
         state.update({"lambda": dual, "bound": slack * values["retain"] if bound is None else bound, "steps": 0})
-    elif state["steps"] >= warmup:
-        state["lambda"] = max(0.0, state["lambda"] + step * (values["retain"] - state["bound"]))
+    now = state["lambda"]
+    if state["steps"] >= warmup:
+        state["lambda"] = max(0.0, now + step * (values["retain"] - state["bound"]))
     state["steps"] += 1
     rest = {n: v for n, v in g.items() if n != "retain"}
-    return total(rest, space).add_(g["retain"], state["lambda"])
+    return total(rest, space).add_(g["retain"], now)

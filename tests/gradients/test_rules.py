@@ -336,17 +336,17 @@ def test_primal_dual(seed, losses, warmup):
     hyper = {"dual": 2.0, "step": 3.0, "bound": 1.0, "warmup": warmup}
     for i, loss in enumerate(losses):
         d = apply("primal_dual", {"forget": f, "retain": r}, state, {"forget": 0.0, "retain": loss}, **hyper)
-        if i > 0 and i >= warmup:
+        assert near(d, f + r * lam, 1e-5, norm(f) + lam * norm(r))  # the lambda from before this step
+        if i >= warmup:
             lam = max(0.0, lam + 3.0 * (loss - 1.0))
         assert state["lambda"] == pytest.approx(lam) and state["lambda"] >= 0
-        assert near(d, f + r * lam, 1e-5, norm(f) + lam * norm(r))
 
 
 def test_primal_dual_bound_from_the_first_step():
     state: dict[str, Any] = {}
     g = {"forget": draw(1), "retain": draw(2), "more": draw(3)}
-    d = apply("primal_dual", g, state, {"forget": 0.0, "retain": 2.0, "more": 0.0}, dual=0.5, slack=1.25)
-    assert state["bound"] == 2.5 and near(d, g["forget"] + g["more"] + g["retain"] * 0.5, 1e-6)
+    d = apply("primal_dual", g, state, {"forget": 0.0, "retain": 2.0, "more": 0.0}, dual=3.0, slack=1.25)
+    assert state["bound"] == 2.5 and near(d, g["forget"] + g["more"] + g["retain"] * 3.0, 1e-6)
     for loss, falls in ((2.4, True), (2.6, False)):
         before = state["lambda"]
         apply("primal_dual", g, state, {"forget": 0.0, "retain": loss, "more": 0.0}, step=1.0)
