@@ -22,13 +22,14 @@ from ..folder.merge_record import RECORD, read_record, write_record
 from ..folder.read import AdapterFolder, read_adapter
 from ..folder.safetensors_io import WEIGHTS, TensorEntry, checkpoint_tensors
 from ..stack.fits import check_dependencies, check_tokenizer
+from ..stack.identity import check_identity
 from ..stack.names import Adapters, names_of, scales_of
 from ..stack.stackfile import is_stack, load
 from .layout import Layout
-from .report import MIN_COSINE, Job, MergeReport
+from .report import MIN_COSINE, Job, LayerMerge, MergeReport
 from .rounding import DTYPES, ROUNDINGS, Sums
 from .sidecars import write_index, write_sidecars
-from .stage import MergeStage, check_destination
+from .stage import MergeStage, check_destination, sweep
 from .stream import Stream, empty_table, shards
 
 
@@ -49,7 +50,8 @@ def merge(
 ) -> MergeReport:
     """Write base + adapters as a plain model to `out`, loadable by AutoModelForCausalLM.
 
-    The folder appears whole or not at all; a run that was cut short is gone on with by the same call.
+    The folder appears whole or not at all; a run that was cut short is gone on with by the same call, and one that is done,
+    killed before it could say so, say, is reported as done.
 
     Args:
         adapters: one folder (or Hub id), or several in stacking order; their deltas are summed in one pass. Or a stack file:
@@ -71,7 +73,9 @@ def merge(
             value that does not fit the dtype, an `out` that holds anything, a damaged file.
     """
     job = _prepare(adapters, base_dir, out, dtype, scale, rounding, seed, onto)
-    if in_memory:
+    if _done(job, min_cosine):
+        pass
+    elif in_memory:
         from .in_memory import merge_in_memory
 
         merge_in_memory(job, min_cosine)
@@ -94,7 +98,8 @@ def _prepare(
     if not str(out):
         raise UserError("merge: say where to write the merged model (--out).")
     target = Path(out).expanduser()
-    check_destination(target.resolve() if target.is_symlink() else target)
+    if not (target / RECORD).is_file():  # else `_done` looks closer
+        check_destination(target.resolve() if target.is_symlink() else target)
     folders, scales = _given(adapters, scale)
     check_dependencies(folders, scales)
     ref = next(iter(folders.values())).manifest.base
@@ -112,6 +117,8 @@ def _prepare(
         )
     for folder in folders.values():
         check_tokenizer(folder.path, base_path)
+        if onto is None:
+            check_identity(folder.path, folder.manifest, base_path)
     return Job(folders, scales, base_path, None if onto else digests.pop(), target, dtype, rounding, seed)
 
 
@@ -132,6 +139,32 @@ def _given(adapters: Adapters, scale: Any) -> tuple[dict[str, AdapterFolder], di
     if not any(scales.values()):
         raise UserError("merge: every scale is 0, so the result would be the base; name another scale.")
     return folders, scales
+
+
+def _done(job: Job, min_cosine: float) -> bool:
+    """Whether this very merge lies at its destination, whole; the report is filled from its record then.
+
+    Raises:
+        UserError: something else lies there.
+    """
+    place = job.out.resolve() if job.out.is_symlink() else job.out
+    if not (place / RECORD).is_file():
+        return False
+    try:
+        record = read_record(place) or {}
+        same = record["digest"] == digest_checkpoint(place) and (place / "config.json").is_file()
+        layers = [LayerMerge(**row) for row in record["layers"]]
+        kept = job.rounding == "stochastic" or (record["worst_cosine"] or 1.0) >= min_cosine
+    except (UserError, KeyError, TypeError):
+        same, layers, kept = False, [], False
+    if same and kept:
+        job.was_read(digest_checkpoint(job.base_path))
+        same = all(record.get(k) == v for k, v in job.record().items() if k not in ("digest", "worst_cosine", "layers"))
+    if not (same and kept):
+        check_destination(place)
+    sweep(place)
+    job.report.digest, job.report.layers, job.report.done = record["digest"], layers, True
+    return True
 
 
 def _stream(job: Job, min_cosine: float, progress: Callable[[str, int, int], None]) -> None:

@@ -59,7 +59,7 @@ class ProbeCheck:
 @dataclass
 class MergeReport(Result):
     """scale: of the one adapter, or name -> scale of several. digest: of the files written; base_digest: of those read.
-    adapters: name -> adapter id. resumed: shards that an earlier run had written."""
+    adapters: name -> adapter id. resumed: shards that an earlier run had written. done: an earlier run had written all."""
 
     out: str
     dtype: str
@@ -71,13 +71,19 @@ class MergeReport(Result):
     adapters: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
     check: ProbeCheck | None = None
+    done: bool = False
 
     @property
     def worst_cosine(self) -> float | None:
         return min((row.cosine for row in self.layers if row.cosine is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "worst_cosine": self.worst_cosine}
+        return {k: v for k, v in asdict(self).items() if k != "done"} | {"worst_cosine": self.worst_cosine}
+
+    def remarks(self) -> list[str]:
+        return (
+            [f"{self.out}: an earlier run of this merge had finished; nothing was written again."] if self.done else []
+        )
 
     def __str__(self) -> str:
         rows = [

@@ -98,10 +98,15 @@ class MergeStage:
 
 def check_destination(out: Path) -> None:
     """Raise `UserError` for a destination that holds anything. Sweeps up after runs killed right after their last rename."""
+    sweep(out)
+    check_free(out, lambda _: KEEP)
+
+
+def sweep(out: Path) -> None:
+    """Remove what runs killed right after their last rename left of their stage."""
     for left in out.absolute().parent.glob(f".{out.name}.merge-*"):
         if not (left / "model").exists():
             _remove_dead(left)
-    check_free(out, lambda _: KEEP)
 
 
 def _remove_dead(stage: Path) -> None:

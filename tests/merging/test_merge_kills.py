@@ -118,6 +118,38 @@ def test_half_of_the_shards_are_kept(
     assert not list(tmp_path.glob(".m.merge-*"))
 
 
+@pytest.mark.parametrize("left", ["stage", "journal", "nothing"])
+def test_killed_after_the_rename_a_repeat_says_done(
+    left: str, sharded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft_unlearn.merging.stage import MergeStage
+
+    base, adapter = sharded
+    out = tmp_path / "m"
+    if left == "stage":
+        monkeypatch.setattr(MergeStage, "discard", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            merge(adapter, base, out, dtype="bfloat16")
+        monkeypatch.undo()
+        assert list(tmp_path.glob(".m.merge-*"))
+    else:
+        merge(adapter, base, out, dtype="bfloat16")
+        if left == "journal":
+            (tmp_path / ".m.merge-0123456789abcdef" / "journal").mkdir(parents=True)
+    wanted = contents(out)
+    first = merge(adapter, base, tmp_path / "other", dtype="bfloat16")
+    found = merge(adapter, base, out, dtype="bfloat16", check=left == "journal")
+    assert found.done and "had finished" in found.remarks()[0] and not first.done and not first.remarks()
+    assert (found.digest, found.base_digest, found.layers) == (first.digest, first.base_digest, first.layers)
+    assert contents(out) == wanted and not list(tmp_path.glob(".m.merge-*")) and "done" not in found.to_dict()
+    for odd in ({"scale": 2.0}, {"dtype": "float32"}, {"rounding": "stochastic"}, {"min_cosine": 1.0 + 1e-9}):
+        with pytest.raises(UserError, match="never replaces"):
+            merge(adapter, base, out, **{"dtype": "bfloat16", **odd})
+    (out / "config.json").unlink()
+    with pytest.raises(UserError, match="never replaces"):
+        merge(adapter, base, out, dtype="bfloat16")
+
+
 def test_other_settings_do_not_go_on_with_it(
     sharded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
