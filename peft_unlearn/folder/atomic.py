@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import hashlib
 import os
 import platform
@@ -15,8 +16,9 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
@@ -44,8 +46,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole: a neighbour is written and flushed, then renamed over `path`. `UserError` where there is no room."""
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    part = part_of(path)
     try:
+        sweep_parts(path.parent, path.name)
         with room_for(path):
             part.write_bytes(content)
             fsync_path(part)
@@ -75,6 +78,10 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         lock.release()
 
 
+class NoRoom(UserError):
+    """The disk is full."""
+
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -88,7 +95,7 @@ def room_for(out: Path) -> Iterator[None]:
         number = e.errno if isinstance(e, OSError) else int(named[1]) if named else None
         if number not in _NO_ROOM:
             raise
-        raise UserError(f"{out}: cannot be written ({os.strerror(number)}); what stood there is as it was.") from None
+        raise NoRoom(f"{out}: cannot be written ({os.strerror(number)}); what stood there is as it was.") from None
 
 
 def _host() -> str:
@@ -103,6 +110,28 @@ def _alive(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def part_of(path: Path) -> Path:
+    """The neighbor that becomes `path` once it is whole; its name says whose it is, for `sweep_parts`."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+_PART = re.compile(r"\..+\.(?:(?P<host>[0-9a-f]{6})-)?(?P<pid>[0-9]{1,9})-[0-9a-f]{8}\.part", re.S)
+_HOUR = 3600  # no file of ours takes that long to write
+
+
+def sweep_parts(folder: Path, name: str = "*") -> None:
+    """Remove the unfinished files that killed writers left in a folder (of one file, or of all); living ones keep theirs."""
+    for left in folder.glob(f".{glob.escape(name) if name != '*' else name}.*.part"):
+        found = _PART.fullmatch(left.name)
+        if found is None or left.is_symlink() or not left.is_file():
+            continue
+        with suppress(OSError):
+            here, pid = found["host"] in (None, _host()), int(found["pid"])
+            dead = here and pid != os.getpid() and not _alive(pid)
+            if dead or time.time() - left.stat().st_mtime > _HOUR:
+                left.unlink()
 
 
 def sweep_stale(out: Path) -> None:
@@ -155,6 +184,7 @@ def check_free(out: Path, may_replace: Callable[[Path], str | None]) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder to write.")
+    sweep_parts(out)
     if any(out.iterdir()) and (why := may_replace(out)) is not None:
         raise UserError(f"{out}: {why}; nothing was written. Name another folder, or empty this one first.")
 

@@ -20,7 +20,7 @@ from ..reporting.document import HTML_MARK, Part, Picture, to_html, to_markdown
 from ..reporting.figure import PNG_MARK
 from ..reporting.result import Result
 from ..reporting.text import json_text
-from .atomic import write_bytes
+from .atomic import NoRoom, write_bytes
 
 KINDS = (".html", ".md", ".json", ".png")
 MARKDOWN_MARK = "<!-- peft-unlearn: a result, replaced when its command runs again -->"
@@ -113,9 +113,10 @@ def store(folder: Path, write: Callable[[], None]) -> None:
     """Keep numbers with the adapter they are of; where that cannot be, warn and go on, since measuring them took its time."""
     try:
         write()
-    except OSError as e:
+    except (OSError, NoRoom) as e:
+        why = e.strerror if isinstance(e, OSError) else "the disk is full"
         warnings.warn(
-            f"{folder}: eval.json cannot be written ({e.strerror}), so these numbers are not stored; keep what is printed",
+            f"{folder}: eval.json cannot be written ({why}), so these numbers are not stored; keep what is printed",
             stacklevel=3,
         )
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..data.collate import pad
+from ..folder.atomic import part_of, sweep_parts
 from ..forward import Pass, Reference
 from ..tuners.names import belongs, scalings
 
@@ -46,7 +47,8 @@ def precompute(
             values = reference_logp(model, both, reference, pad_id)
             if write:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                stage, whole = path.with_suffix(f".{os.getpid()}.part"), torch.cat(values)
+                sweep_parts(path.parent)
+                stage, whole = part_of(path), torch.cat(values)
                 save_file({"ref_logp": whole}, stage, metadata={"sha256": hashlib.sha256(raw_bytes(whole)).hexdigest()})
                 os.replace(stage, path)
         for row, v in zip(both, values, strict=True):

@@ -51,3 +51,39 @@ def test_other_errors_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as caught, room_for(tmp_path):
             raise error
         assert caught.value is error
+
+
+def test_what_killed_writers_left_is_swept_and_living_ones_keep_theirs(tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    from peft_unlearn.folder.atomic import check_free, part_of, sweep_parts
+
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    host = part_of(tmp_path / "x").name.split(".")[2].split("-")[0]
+    names = {
+        f".eval.json.{host}-{dead.pid}-0123abcd.part": True, f".eval.json.{dead.pid}-0123abcd.part": True,
+        f".eval.json.{host}-{other.pid}-0123abcd.part": False, f".eval.json.{host}-{os.getpid()}-0123abcd.part": False,
+        f".eval.json.ffffff-{dead.pid}-0123abcd.part": False, "mine.part": False, ".mine.part": False,
+        f".a[b].{host}-{dead.pid}-0123abcd.part": True,
+    }  # fmt: skip
+    try:
+        for name in names:
+            (tmp_path / name).touch()
+        sweep_parts(tmp_path, "a[b]")
+        assert {n: (tmp_path / n).exists() for n in names} == {n: not n.startswith(".a") for n in names}
+        write_text(tmp_path / "eval.json", "{}")
+        left = {n for n in names if (tmp_path / n).exists()}
+        assert left == {n for n, gone in names.items() if not gone}
+        old = tmp_path / f".forget.json.ffffff-{dead.pid}-0123abcd.part"  # of another machine, long ago
+        old.touch()
+        os.utime(old, (0, 0))
+        (tmp_path / f".README.md.{dead.pid}-0123abcd.part").touch()
+        check_free(tmp_path, lambda _: None)
+        assert {p.name for p in tmp_path.iterdir()} == left | {"eval.json"}
+    finally:
+        other.kill()
+        other.wait()
