@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..data.collate import prompt_ids
 from ..errors import UserError
 from .teacher import evaluating
 
-# generation settings that make greedy decoding differ from taking the arg-max, each with the values that change nothing
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "encoder_repetition_penalty": (None, 1.0),
-    "bad_words_ids": (None, []), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []),
-    "sequence_bias": (None, {}), "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
-    "exponential_decay_length_penalty": (None,), "min_length": (None, 0), "min_new_tokens": (None, 0),
-    "guidance_scale": (None, 1.0), "stop_strings": (None,), "watermarking_config": (None,),
-}  # fmt: skip
 
+@contextmanager
+def plain_generation(model: Any) -> Iterator[None]:
+    """The base's own generation_config (repetition penalties, forced and suppressed tokens, sampling) out of the way but for its
+    special tokens: greedy is the arg-max at every position, as teacher forcing sees it, and sampling is what was asked for."""
+    from transformers import GenerationConfig
 
-def arg_max_is_greedy(model: Any) -> bool:
-    """Whether greedy decoding takes the arg-max at every position, so that teacher forcing can foretell it."""
-    config = getattr(model, "generation_config", None)
-    return config is not None and all(getattr(config, k, None) in allowed for k, allowed in _NEUTRAL.items())
+    bare = getattr(model, "get_base_model", lambda: model)()
+    own = getattr(bare, "generation_config", None)
+    special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    bare.generation_config = GenerationConfig(**{k: getattr(own, k, None) for k in special})
+    try:
+        yield
+    finally:
+        bare.generation_config = own
 
 
 def end_ids(model: Any, tokenizer: Any) -> set[int]:
@@ -61,7 +63,7 @@ def new_ids(
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)  # (batch, width)
     real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     plain = {"do_sample": False, "temperature": None, "num_beams": 1, "top_p": None, "top_k": None, "use_cache": True}
-    with torch.no_grad():
+    with torch.no_grad(), plain_generation(model):
         out = model.generate(
             input_ids=ids, attention_mask=real, max_new_tokens=max_new_tokens, pad_token_id=pad,
             eos_token_id=sorted(ends) or None, **{**plain, **settings},

@@ -13,7 +13,7 @@ from ..data.collate import encode, prompt_ids, tokens_of
 from ..data.formats import target_of, to_text
 from ..errors import UserError
 from ..registry import get
-from .generate import arg_max_is_greedy, bare_ids, cut_at, end_ids, greedy
+from .generate import bare_ids, cut_at, end_ids, greedy
 from .provider import Context, Progress, inputs_asked, provide, providers_asked
 from .shapes import EvalSet, Measured, Plan, Prompt, SetPlan, Suite
 from .teacher import Encoded, TeacherForced, pad_id_of, read_encoded
@@ -160,8 +160,6 @@ def _known_answers(
     model: Any, plan: Plan, forced: TeacherForced, wanted: Mapping[Prompt, list[int]]
 ) -> dict[Prompt, str]:
     """Greedy answers that need no generation: where every token of an answer is the arg-max, that answer is the greedy one."""
-    if not arg_max_is_greedy(model):
-        return {}
     ends, tokenizer, known = end_ids(model, plan.tokenizer), plan.tokenizer, {}
     for prompt, pairs in wanted.items():
         i = next((i for i in pairs if forced.complete[i]), None)

@@ -191,11 +191,14 @@ def test_an_answer_known_by_heart_is_not_generated_again(
     )
     cut = measure(model, short).answers
     assert list(cut.values()) == greedy(model, tokenizer, [p.text for p in cut], max_new_tokens=4)
-    # and not where the model's own settings bend greedy decoding
+    # whatever the model's own settings would do to its decoding
     asked.clear()
-    model.generation_config.repetition_penalty = 1.3
-    measure(model, plan)
-    assert set(asked) == set(prompts)
+    bent = {"repetition_penalty": 1.9, "no_repeat_ngram_size": 1, "suppress_tokens": tokenizer("In")["input_ids"]}
+    model.generation_config.update(**bent)
+    again = measure(model, plan).answers
+    assert again == answers and list(again.values()) == greedy(model, tokenizer, prompts, max_new_tokens=12)
+    assert set(asked) == {p.text for p in plan.sets["retain"].prompts}
+    assert {k: getattr(model.generation_config, k) for k in bent} == bent
 
 
 def test_nan_logits_are_null_with_a_reason_and_nothing_passes(tokenizer: Any, data: Any) -> None:

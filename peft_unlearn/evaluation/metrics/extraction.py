@@ -100,19 +100,15 @@ def continuations(
     n: length of the n-grams.   prefixes_per_row: how many beginnings of each answer are continued, evenly spread; null =
     all. Where teacher forcing shows that greedy decoding gives exactly the rest, nothing is generated.
     """
-    from ..generate import arg_max_is_greedy
     from ..sampling import GENERATION_BUDGET, answer_ids
     from ..sampling import continuations as continue_ids
-
-    greedy = arg_max_is_greedy(model)
 
     def overlap_of(s: SetPlan) -> Ragged:
         s.require(measured)
         rows = [answer_ids(*plan.pairs[i], plan.tokenizer) for i in s.answer]
         given = [prefixes(len(answer), n, prefixes_per_row) for _, answer in rows]
         overlap = [[1.0] * len(ks) for ks in given]
-        # from how many true tokens on the arg-max is known to be right; the whole answer where it is not greedy's choice
-        known = [_known_from(measured, i) if greedy else len(a) for i, (_, a) in zip(s.answer, rows, strict=True)]
+        known = [_known_from(measured, i) for i in s.answer]  # from how many true tokens on the arg-max is right
         left = [(r, j, k) for r, ks in enumerate(given) for j, k in enumerate(ks) if k < known[r]]
         starts = [rows[r][0] + rows[r][1][:k] for r, _, k in left]
         lengths, progress = [len(rows[r][1]) - k for r, _, k in left], context.progress_of("continuing answers")
