@@ -41,13 +41,26 @@ def _find(text: str, revision: str | None, what: str) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{what} {text}: this folder holds no model (no config.json).")
+        refuse_stray(folder)
         return folder
     if folder.exists():
         raise UserError(f"{what} {text}: is a file; name the folder of the model.")
     if path_like(text) or text.count("/") > 1:
         raise UserError(f"{what} {text}: no such folder.")
     hint = "; say where the model is with --base (a folder, a Hub id, or embedded:people)"
-    return snapshot(what, text, revision, _HUB_FILES, hint=hint)
+    found = snapshot(what, text, revision, _HUB_FILES, hint=hint)
+    refuse_stray(found)
+    return found
+
+
+def refuse_stray(folder: Path) -> None:
+    """Raise a `UserError` for a model's folder with an adapter's configuration in it."""
+    if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+        raise UserError(
+            f"base {folder}: an adapter_config.json lies among the model's files, and transformers would put that adapter on the model "
+            "without a word: it would not be the base that its files are. Move adapter_config.json (and adapter_model.safetensors) "
+            "out of that folder."
+        )
 
 
 def base_reference(given: str | Path, path: str | Path, digest: str, digest_targeted: str | None = None) -> BaseRef:
@@ -83,12 +96,13 @@ def load_base(path: str | Path, dtype: str | torch.dtype = "float32", fits: Iter
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise UserError(f"dtype {dtype!r}: expected float32, bfloat16 or float16.")
+    refuse_stray(Path(path))
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
         model = model_class(config, fits).from_pretrained(
             str(path), dtype=kind, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as e:
+    except Exception as e:  # of any class: somebody else's files, read by somebody else's code
         raise UserError(f"base {path}: transformers cannot load it ({_why(e)}).") from None
     return model.eval()
 
@@ -119,7 +133,7 @@ def load_tokenizer(*places: str | Path) -> Any:
         if any((Path(place) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
             try:
                 return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
-            except (OSError, ValueError) as e:
+            except Exception as e:  # of any class: somebody else's files, read by somebody else's code
                 raise UserError(f"tokenizer in {place}: cannot be loaded ({_why(e)}).") from None
     raise UserError(f"No tokenizer files in {' or '.join(str(p) for p in places)}.")
 
@@ -130,11 +144,13 @@ def load_config(path: str | Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # of any class: somebody else's files, read by somebody else's code
         raise UserError(f"base {path}: transformers cannot read its configuration ({_why(e)}).") from None
 
 
 def _why(e: Exception) -> str:
+    if isinstance(e, UserError | MemoryError) or type(e).__name__ == "OutOfMemoryError":
+        raise e
     if "trust_remote_code" in str(e):
         return "it needs code of its own (auto_map), which is never run; only what transformers itself knows is loaded"
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
