@@ -25,6 +25,7 @@ from ..reporting.result import Result
 from ..reporting.tables import Table
 from ..reporting.text import DASH
 from ..reporting.verdict import Evidence
+from ..stack.identity import CONFIG, TOKENIZER, OtherBase
 from ..stack.model import ForgetModel
 
 SHOWN = {"forget": 4, "forget_other": 2, "forget_unseen": 2, "retain": 3}  # set -> rows whose answers are shown
@@ -96,6 +97,9 @@ def report(
     Args:
         samples: load the base, and the retain model where there is one, to show answers side by side. Where that cannot be done
             the report says why and holds the rest.
+
+    Raises:
+        OtherBase: the base is not the one of the adapters.
     """
     found = named_folders(folders)
     if not found:
@@ -106,6 +110,8 @@ def report(
     if samples:
         try:
             table = sample_table(found, base, data, progress)
+        except OtherBase:  # as everywhere: what is said of an adapter on another base is said of nothing
+            raise
         except UserError as e:
             notes.append(f"No sample answers: {e}")
     else:
@@ -117,7 +123,7 @@ def evidence_of(name: str, folder: AdapterFolder) -> Evidence:
     """What a folder says of itself. Numbers of other weights than its own are left out."""
     manifest, evaluation = folder.manifest, _usable(folder)[0]
     refs = sorted({str(about["ref"]) for about in manifest.data.values() if about.get("ref")})
-    method = {k: v for k, v in manifest.method.items() if v is not None}
+    method = {k: v for k, v in manifest.method.items() if v is not None and k not in (CONFIG, TOKENIZER)}
     shape = {k: folder.config[k] for k in ("peft_type", "r", "lora_alpha", "target_modules") if folder.config.get(k)}
     about = [
         ("adapter", f"{folder.adapter_id}, {_pairs(shape)}"), ("description", manifest.description),

@@ -196,7 +196,7 @@ def adapter_modules(model: nn.Module) -> dict[str, Any]:
 _WRAPPED = ("base_layer", "original_module")  # what PEFT's modules call the weights of the base inside them
 
 
-def _plain(live_name: str) -> str:
+def name_in_base(live_name: str) -> str:
     """The name that a tensor or module of the base has without PEFT."""
     return ".".join(p for p in live_name.split(".") if p not in _WRAPPED).removeprefix("base_model.model.")
 
@@ -205,7 +205,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The base's persistent tensors by the name they have without PEFT; adapters' own tensors are left out."""
     wrapped = [f"{name}." for name in adapter_modules(model)]
     return {
-        _plain(name): tensor
+        name_in_base(name): tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
         if all(name[len(w) :].split(".")[0] in _WRAPPED for w in wrapped if name.startswith(w))
     }
@@ -276,7 +276,7 @@ def targeted_names(model: nn.Module, adapter: str | None = None) -> list[str]:
         holds: Any = getattr(module, "_all_available_adapter_names", None)
         if holds is None or (adapter is not None and adapter not in holds()):
             continue
-        name = _plain(live_name)
+        name = name_in_base(live_name)
         parameter = getattr(module, "parameter_name", None)
         names.add(f"{name}.{parameter}" if parameter else tied.get(name, name))
     return sorted(names)

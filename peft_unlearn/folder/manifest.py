@@ -283,16 +283,25 @@ def probes(model: Any, tokenizer: Any, prompts: tuple[str, ...] | list[str] = NE
 
 
 def probe_difference(
+def n_values(rows: list[dict[str, list[Any]]]) -> int:
+    """How many logits probe rows hold."""
+    return sum(len(row["ids"]) for row in rows)
+
+
     model: nn.Module, tokenizer: Any, prompts: list[str], rows: list[dict[str, list[Any]]]
 ) -> float | None:
-    """Largest |logit now - logit stored| over the stored ids. None when the vocabulary no longer holds them."""
+    """Largest |logit now - logit stored| over the stored ids, infinite where a logit is no number.
+
+    None where nothing can be compared: no logit is stored, or the vocabulary no longer holds their tokens.
+    """
     import torch
 
-    logits = probe_logits(model, tokenizer, prompts)
+    if not n_values(rows):
+        return None
     worst = 0.0
-    for now, row in zip(logits, rows, strict=True):
+    for now, row in zip(probe_logits(model, tokenizer, prompts), rows, strict=True):
         if row["ids"] and max(row["ids"]) >= now.shape[0]:
             return None
-        gap = now[torch.tensor(row["ids"], dtype=torch.long)] - torch.tensor(row["logits"])
-        worst = max(worst, gap.abs().max().item() if gap.numel() else 0.0)
+        gap = (now[torch.tensor(row["ids"], dtype=torch.long)] - torch.tensor(row["logits"])).abs()
+        worst = max(worst, gap.nan_to_num(math.inf).max().item() if gap.numel() else 0.0)
     return worst

@@ -32,6 +32,7 @@ from ..reporting.result import Result
 from ..reporting.tables import Table, to_text
 from ..stack.attach import attach, load_by_peft
 from ..stack.fits import check_base, check_tokenizer
+from ..stack.identity import identity_in
 from ..stack.removal import unload
 from ..tuners.delta import Deltas
 from ..tuners.stock import write_stock
@@ -247,7 +248,11 @@ def _manifest(
                 free, k = whose if k == 1 else f"{whose}_{k}", k + 1
             data[free] = about
     base = given[0][0].manifest.base
-    method: dict[str, Any] = {"compose": recipe["compose"]["parts"], "rank": recipe["compose"]["rank"]}
+    method = {
+        "compose": recipe["compose"]["parts"],
+        "rank": recipe["compose"]["rank"],
+        **identity_in(given[0][0].manifest),
+    }
     if errors:
         method["worst_error"] = max(errors.values())
     return Manifest(

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..folder.manifest import NEUTRAL_PROMPTS
-from ..folder.read import AdapterFolder, file_sha256, read_json
-
-_SAMPLES = (*NEUTRAL_PROMPTS, "  two  spaces, CAPITALS and digits 2026-01-31\n", "naïve café – 你好 \N{GRINNING FACE}")
+from ..folder.read import AdapterFolder, file_sha256
+from .identity import SAMPLES, OtherBase, base_words, check_identity, read_tokenizer, sample_ids
 
 
 def check_base(folder: AdapterFolder, base_dir: Path, digest: str) -> None:
-    """Refuse `folder` on a base with other weights than it was trained on."""
+    """Refuse `folder` on a base with other weights, another configuration or another tokenizer than it was trained on."""
+    check_weights_of(folder, base_dir, digest)
+    check_identity(folder.path, folder.manifest, base_dir)
+
+
+def check_weights_of(folder: AdapterFolder, base_dir: Path, digest: str) -> None:
+    """`check_base`, the weights alone."""
     base = folder.manifest.base
     if base.digest != digest:
-        raise UserError(
+        raise OtherBase(
             f"{folder.path}: was trained on the base {base.ref} with digest {base.digest[:12]}, but {base_dir} has digest "
             f"{digest[:12]}: other weights, on which this adapter means nothing. Give the right base with --base."
         )
@@ -75,7 +78,17 @@ def dependents(folders: Mapping[str, AdapterFolder], names: Iterable[str]) -> li
 
 
 def check_tokenizer(folder: str | Path, base_dir: str | Path) -> None:
-    """Refuse an adapter whose tokenizer gives other ids than its base's: it was trained on other inputs.
+    """Refuse an adapter whose tokenizer gives other ids than its base's: it was trained on other inputs."""
+    if why := tokenizer_difference(folder, base_dir):
+        raise OtherBase(
+            f"{folder}: was trained with another tokenizer than the base's ({why}), so it has learnt on other inputs than the "
+            "ones it would get here. Give the base that it was trained on; if only its tokenizer files were replaced, put "
+            "the right ones back."
+        )
+
+
+def tokenizer_difference(folder: str | Path, base_dir: str | Path) -> str | None:
+    """In what the tokenizer of `folder` gives other ids than that of `base_dir`; None where in nothing.
 
     Compared are the ids of all words both know, the words themselves (tokens that one side merely added, a padding token
     say, are no matter), and the ids of a few sample texts; not the chat template, padding or truncation, and not the tokens
@@ -84,50 +97,29 @@ def check_tokenizer(folder: str | Path, base_dir: str | Path) -> None:
     """
     mine, theirs = Path(folder, "tokenizer.json"), Path(base_dir, "tokenizer.json")
     if not mine.is_file() or not theirs.is_file() or file_sha256(mine) == file_sha256(theirs):
-        return
-    why = _difference(_read(mine), _read(theirs))
-    if why:
-        raise UserError(
-            f"{folder}: was trained with another tokenizer than the base's ({why}), so it has learnt on other inputs than the "
-            "ones it would get here. Give the base that it was trained on; if only its tokenizer files were replaced, put "
-            "the right ones back."
-        )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    value = read_json(path, " It is not a tokenizer.")
-    if not isinstance(value.get("model"), dict):
-        raise UserError(f"{path}: not a tokenizer (no `model` in it).")
-    return value
+        return None
+    return _difference(read_tokenizer(mine), read_tokenizer(theirs))
 
 
 def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    a, b = _words(mine), _words(theirs)
+    a, b = words(mine), words(theirs)
     moved = sorted(w for w in a.keys() & b.keys() if a[w] != b[w])
     if moved:
         w = moved[0]
         return f"{len(moved)} of its words have other ids, e.g. {w!r}: {a[w]}, not {b[w]}"
-    alone = set(a.keys() ^ b.keys()) - _added(mine) - _added(theirs)
+    alone = set(a.keys() ^ b.keys()) - _added(mine).keys() - _added(theirs).keys()
     if alone:
         return f"{len(alone)} words are in one of the two only, e.g. {min(alone)!r}"
-    from tokenizers import Tokenizer
-
-    # Padding and truncation are switches that a call leaves behind, not part of what a tokenizer is.
-    plain = [Tokenizer.from_str(json.dumps({**t, "padding": None, "truncation": None})) for t in (mine, theirs)]
-    for text in _SAMPLES:
-        ids = [t.encode(text, add_special_tokens=False).ids for t in plain]
-        if ids[0] != ids[1]:
-            return f"the text {text!r} becomes {len(ids[0])} tokens, not the base's {len(ids[1])}, or others"
+    for text, x, y in zip(SAMPLES, sample_ids(mine), sample_ids(theirs), strict=True):
+        if x != y:
+            return f"the text {text!r} becomes {len(x)} tokens, not the base's {len(y)}, or others"
     return None
 
 
-def _words(tokenizer: dict[str, Any]) -> dict[str, int]:
-    vocab = tokenizer["model"].get("vocab") or {}
-    if isinstance(vocab, list):  # unigram: [word, score], by position
-        vocab = {str(row[0]): i for i, row in enumerate(vocab)}
-    added = {str(t.get("content")): int(t.get("id", -1)) for t in tokenizer.get("added_tokens") or []}
-    return {**vocab, **added}
+def words(tokenizer: dict[str, Any]) -> dict[str, int]:
+    """Word -> id, added ones too."""
+    return {**base_words(tokenizer), **_added(tokenizer)}
 
 
-def _added(tokenizer: dict[str, Any]) -> set[str]:
-    return {str(t.get("content")) for t in tokenizer.get("added_tokens") or []}
+def _added(tokenizer: dict[str, Any]) -> dict[str, int]:
+    return {str(t.get("content")): int(t.get("id", -1)) for t in tokenizer.get("added_tokens") or []}

@@ -102,7 +102,8 @@ def take_off(
     gap = None if probes is None else probe_difference(plain, tokenizer, probes.prompts, probes.base)
     bad_probe = probes is not None and (gap is None or not gap <= PROBE_TOLERANCE)
     if bad_probe:
-        reasons.append("The probe prompts do not give the base's logits.")
+        why = "are not there to be compared" if gap is None else "do not give the base's logits"
+        reasons.append(f"The probe prompts {why}.")
     if live.verdict == "changed" or left or (bad_probe and live.verdict == "cannot tell"):
         verdict = "changed"
     elif bad_probe or live.verdict == "cannot tell" or live.digest != live.checkpoint_digest:

@@ -21,6 +21,7 @@ from ..tuners.delta import changes_base
 from ..tuners.linear import ALL_LINEAR, linear_modules
 from ..tuners.names import belongs
 from ..tuners.registration import register
+from .own_base import quantized_module
 
 _SOFT = "soft prompts lengthen every input, so target positions and cached references no longer line up"
 # Types whose delta can be trained, saved, switched off and loaded by stock PEFT; the others are refused with the reason.
@@ -173,6 +174,17 @@ def refuse_base(model: Any) -> None:
         raise UserError(
             f"the base is quantized ({getattr(method, 'value', method)}): its digest cannot be compared with the released files and "
             "adapters trained on rounded weights behave otherwise on the real ones; load the base unquantized"
+        )
+    inner = getattr(model, "get_base_model", lambda: model)()
+    if getattr(inner, "_hf_peft_config_loaded", False):
+        raise UserError(
+            "transformers itself has put an adapter on the base (an adapter_config.json lies in the folder that it was loaded from, or "
+            "load_adapter was called): with the new adapter off the model would not be the base. Load it without that one"
+        )
+    if odd := quantized_module(inner):
+        raise UserError(
+            f"the base is quantized, though its configuration does not say so: {odd}. Adapters trained on rounded weights behave "
+            "otherwise on the real ones; load the base unquantized"
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(

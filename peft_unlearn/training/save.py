@@ -14,17 +14,20 @@ from ..data.formats import layout_of
 from ..errors import UserError
 from ..folder.base import base_reference, peft_base_name, resolve_base
 from ..folder.digest import digest_checkpoint, targeted_names
-from ..folder.manifest import BaseRef, Manifest, neutral_prompts, probes
+from ..folder.manifest import BaseRef, Manifest, neutral_prompts
 from ..folder.read import AdapterFolder
 from ..folder.versions import versions
 from ..folder.write import write_adapter
 from ..merging.layout import meta_model
 from ..stack.attach import check_reloads
 from ..tuners.names import belongs
+from ..stack.fits import tokenizer_difference
+from ..stack.identity import identity_of
 from ..tuners.peft_type import PEFT_TYPE
 from .adapt import adapted
 from .config import METHODS, UnlearnConfig
 from .trainer import UnlearnTrainer
+from .own_base import probes_of_files
 
 
 def save_adapter(
@@ -39,13 +42,14 @@ def save_adapter(
 
     Args:
         out: the folder; default the `output_dir` of the config.
-        base: where the base model came from: a folder, a Hub id or ``embedded:NAME``. Its files are digested.
+        base: where the base model came from: a folder, a Hub id or ``embedded:NAME``. Its files are digested, and compared
+            with the model in memory.
         recipe: what is written as recipe.yaml; default `recipe_of` the trainer.
         depends_on: ids ("sha256:..") of the frozen adapters that it was trained on top of, lowest first.
 
     Raises:
         UserError: other adapters are active and `depends_on` does not name them; something else stands at `out`; or the
-            adapter is zero or not finite, or plain PEFT would load it otherwise.
+            adapter is zero or not finite, or plain PEFT would load it otherwise; or the model is not the one in `base`.
     """
     model, config = trainer.bare, trainer.config
     model.eval()
@@ -65,17 +69,27 @@ def save_adapter(
         tokenizer=trainer.processing_class,
         adapter_name=trainer.trained_adapter,
         save=stock_export(model, trainer.trained_adapter, manifest.base),
-        check=lambda stage: check_reloads(stage, meta_model(resolve_base(base), manifest.targets)),
+        check=lambda stage: _check(stage, resolve_base(base), manifest.targets),
     )
 
 
 def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any], depends_on: list[str]) -> Manifest:
+def _check(stage: Path, base_dir: Path, targets: list[str]) -> None:
+    """Raise a `UserError` for a folder that no one could use on this base."""
+    check_reloads(stage, meta_model(base_dir, targets))
+    if why := tokenizer_difference(stage, base_dir):
+        raise UserError(
+            f"it was trained with another tokenizer than the one of its base in {base_dir} ({why}): nothing was written, since no "
+            "command would take it. Train with the base's own tokenizer"
+        )
+
+
     model, config, data = trainer.bare, trainer.config, trainer.data
     base_dir = resolve_base(base)
     modules = targeted_names(model, trainer.trained_adapter)
     return Manifest(
         base=base_reference(base, base_dir, digest_checkpoint(base_dir), _digest_of(base_dir, modules)),
-        method=describe_method(trainer, recipe),
+        method={**describe_method(trainer, recipe), **identity_of(base_dir)},
         data={
             name: {**{k: v for k, v in about.items() if v is not None}, "format": layout_of(data.sets()[name][0])}
             for name, about in data.describe().items()
@@ -89,8 +103,8 @@ def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any],
         },
         seeds={"seed": config.seed},
         versions=versions(),
-        probes=probes(model, trainer.processing_class, neutral_prompts(data.forget or ())),
-        targets=adapted(model, trainer.trained_adapter),
+        probes=probes_of_files(model, trainer.processing_class, prompts, base_dir, targets),
+        targets=targets,
         depends_on=depends_on,
         name=str(recipe.get("name", "")),
         description=str(recipe.get("description", "")),
