@@ -86,7 +86,8 @@ def _check(stage: Path, base_dir: Path, targets: list[str]) -> None:
 
     model, config, data = trainer.bare, trainer.config, trainer.data
     base_dir = resolve_base(base)
-    modules = targeted_names(model, trainer.trained_adapter)
+    modules, targets = targeted_names(model, trainer.trained_adapter), adapted(model, trainer.trained_adapter)
+    prompts = neutral_prompts(data.forget or ())
     return Manifest(
         base=base_reference(base, base_dir, digest_checkpoint(base_dir), _digest_of(base_dir, modules)),
         method={**describe_method(trainer, recipe), **identity_of(base_dir)},
