@@ -282,12 +282,12 @@ def probes(model: Any, tokenizer: Any, prompts: tuple[str, ...] | list[str] = NE
     return Probes(prompts=list(prompts), base=off, adapter=on)
 
 
-def probe_difference(
 def n_values(rows: list[dict[str, list[Any]]]) -> int:
     """How many logits probe rows hold."""
     return sum(len(row["ids"]) for row in rows)
 
 
+def probe_difference(
     model: nn.Module, tokenizer: Any, prompts: list[str], rows: list[dict[str, list[Any]]]
 ) -> float | None:
     """Largest |logit now - logit stored| over the stored ids, infinite where a logit is no number.

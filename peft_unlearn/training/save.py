@@ -20,14 +20,14 @@ from ..folder.versions import versions
 from ..folder.write import write_adapter
 from ..merging.layout import meta_model
 from ..stack.attach import check_reloads
-from ..tuners.names import belongs
 from ..stack.fits import tokenizer_difference
 from ..stack.identity import identity_of
+from ..tuners.names import belongs
 from ..tuners.peft_type import PEFT_TYPE
 from .adapt import adapted
 from .config import METHODS, UnlearnConfig
-from .trainer import UnlearnTrainer
 from .own_base import probes_of_files
+from .trainer import UnlearnTrainer
 
 
 def save_adapter(
@@ -73,7 +73,6 @@ def save_adapter(
     )
 
 
-def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any], depends_on: list[str]) -> Manifest:
 def _check(stage: Path, base_dir: Path, targets: list[str]) -> None:
     """Raise a `UserError` for a folder that no one could use on this base."""
     check_reloads(stage, meta_model(base_dir, targets))
@@ -84,6 +83,7 @@ def _check(stage: Path, base_dir: Path, targets: list[str]) -> None:
         )
 
 
+def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any], depends_on: list[str]) -> Manifest:
     model, config, data = trainer.bare, trainer.config, trainer.data
     base_dir = resolve_base(base)
     modules, targets = targeted_names(model, trainer.trained_adapter), adapted(model, trainer.trained_adapter)
