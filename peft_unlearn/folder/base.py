@@ -14,6 +14,7 @@ from .manifest import BaseRef, path_like
 if TYPE_CHECKING:
     import torch
 
+MAX_LAYERS = 10_000
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -132,8 +133,10 @@ def load_tokenizer(*places: str | Path) -> Any:
     for place in places:
         if any((Path(place) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
             try:
-                return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
-            except Exception as e:  # of any class: somebody else's files, read by somebody else's code
+                found = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+                found("a b")  # some damage shows here alone
+                return found
+            except BaseException as e:  # of any class (Rust's panics too): somebody else's files and somebody else's code
                 raise UserError(f"tokenizer in {place}: cannot be loaded ({_why(e)}).") from None
     raise UserError(f"No tokenizer files in {' or '.join(str(p) for p in places)}.")
 
@@ -148,8 +151,24 @@ def load_config(path: str | Path) -> Any:
         raise UserError(f"base {path}: transformers cannot read its configuration ({_why(e)}).") from None
 
 
-def _why(e: Exception) -> str:
-    if isinstance(e, UserError | MemoryError) or type(e).__name__ == "OutOfMemoryError":
+def on_meta(path: str | Path, fits: Iterable[str] = ()) -> Any:
+    """The model at `path` without storage for its weights."""
+    import torch
+
+    config = load_config(path)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise UserError(f"base {path}: its config.json asks for {layers:,} layers, more than any model has ({MAX_LAYERS:,}).")
+    try:
+        with torch.device("meta"):
+            return model_class(config, fits).from_config(config, trust_remote_code=False)
+    except Exception as e:  # as above
+        raise UserError(f"base {path}: transformers cannot build its model ({_why(e)}).") from None
+
+
+def _why(e: BaseException) -> str:
+    theirs = isinstance(e, Exception) or type(e).__name__ == "PanicException"
+    if not theirs or isinstance(e, UserError | MemoryError) or type(e).__name__ == "OutOfMemoryError":
         raise e
     if "trust_remote_code" in str(e):
         return "it needs code of its own (auto_map), which is never run; only what transformers itself knows is loaded"

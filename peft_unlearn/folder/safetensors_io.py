@@ -119,9 +119,10 @@ def _entry(name: str, value: dict[str, Any], path: Path, base: int) -> TensorEnt
 
 
 def plain_name(name: str) -> bool:
-    """A file name that stays inside its folder: relative, no ``..``, no backslash, no drive."""
+    """A file name that stays inside its folder: relative, no ``..``, no backslash, no drive; one that file systems take."""
     parts = name.split("/")
-    return bool(name) and "\\" not in name and ":" not in name and all(p not in ("", ".", "..") for p in parts)
+    plain = "\\" not in name and ":" not in name and name.isprintable() and len(name) < 1000
+    return plain and all(p not in ("", ".", "..") and len(p.encode()) < 256 for p in parts)
 
 
 def checkpoint_tensors(folder: str | Path) -> dict[str, TensorEntry]:
@@ -142,7 +143,7 @@ def checkpoint_tensors(folder: str | Path) -> dict[str, TensorEntry]:
     try:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         names = {str(k): str(v) for k, v in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{folder / INDEX}: not a readable index (JSON with a `weight_map`).") from None
     shards: dict[str, dict[str, TensorEntry]] = {}
     for shard in sorted(set(names.values())):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..folder.base import load_config, model_class
+from ..folder.base import load_config, on_meta
 from ..folder.safetensors_io import TensorEntry
 
 Product = tuple[Tensor, Tensor | None]
@@ -217,15 +217,9 @@ class Layout:
 
 def meta_model(base_dir: Path, fits: Iterable[str] = ()) -> nn.Module:
     """As `load_base`, without the weights. Raises `UserError` for quantized files."""
-    try:
-        config = load_config(base_dir)
-        quantized = getattr(config, "quantization_config", None)
-        if quantized is None:
-            with torch.device("meta"):
-                return model_class(config, fits).from_config(config, trust_remote_code=False).eval()
-    except (OSError, ValueError, KeyError) as e:
-        why = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        raise UserError(f"base {base_dir}: transformers cannot build its model ({why}).") from None
+    quantized = getattr(load_config(base_dir), "quantization_config", None)
+    if quantized is None:
+        return on_meta(base_dir, fits).eval()
     kind = (
         quantized.get("quant_method", "?") if isinstance(quantized, dict) else getattr(quantized, "quant_method", "?")
     )
