@@ -28,7 +28,7 @@ UNIT = frozenset((
     "choice_accuracy", "distinct_words", "empty_answer", "exact_memorization", "extraction_likelihood", "extraction_strength",
     "forget_quality", "ks_distance", "letter_accuracy", "letter_mass", "letter_probability", "mem_score", "memorization_accuracy",
     "mia_gradnorm", "mia_loss", "mia_min_k", "mia_min_k_plus_plus", "mia_reference", "mia_zlib", "model_utility", "overall_score",
-    "paraphrase_probability", "priv_score", "probability", "probability_among_choices", "repetition", "rouge_l_f1",
+    "paraphrase_probability", "priv_score", "probability", "probability_among_choices", "python_parses", "repetition", "rouge_l_f1",
     "rouge_l_recall", "suppression_depth", "truth_ratio", "truth_ratio_prob_mean", "utility_score", "value_accuracy",
     "verbatim_rouge_l_f1",
     *(f"leak_at_{k}" for k in (1, 2, 4, 8, 16, 32, 64, 128)), *(f"leak_in_{how}" for how in ("own", "question", "role", "stub")),
@@ -64,7 +64,7 @@ _SHAPES = {
     SUITE: s.record(
         {
             "suite": s.maybe(s.TEXT), "subjects": s.mapping_of(s.maybe(_MEANS)), "base": s.maybe(s.TEXT),
-            "details": s.mapping_of(s.maybe(s.mapping_of(lambda *a: (s.maybe(s.TEXT) if _says(a[0]) else _DETAIL)(*a)))),
+            "details": s.mapping_of(s.maybe(s.record({"reason": s.maybe(s.TEXT)}, rest=s.maybe(_DETAIL)))),
             "metrics": s.mapping_of(s.record({"better": s.maybe(s.MAPPING)}, more=True)), "versions": s.MAPPING,
             "scale": lambda *a: (s.mapping_of(s.FINITE) if isinstance(a[0], Mapping) else s.FINITE)(*a),
         },
@@ -88,10 +88,6 @@ _SHAPES = {
 
 def _finite(value: Any) -> bool:
     return s.is_number(value) and abs(value) < float("inf")
-
-
-def _says(value: Any) -> bool:
-    return value is None or isinstance(value, str)
 
 
 def usable(

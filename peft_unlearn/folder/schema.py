@@ -107,8 +107,11 @@ def mapping_of(inner: Shape) -> Shape:
     return check
 
 
-def record(fields: Mapping[str, Shape], required: Collection[str] = (), unknown: str = "", more: bool = False) -> Shape:
-    """A mapping with known keys; an unknown one is answered with the nearest spelling, or with `unknown`, unless there may be `more`."""
+def record(
+    fields: Mapping[str, Shape], required: Collection[str] = (), unknown: str = "", more: bool = False, rest: Shape | None = None
+) -> Shape:  # fmt: skip
+    """A mapping with known keys; an unknown one is answered with the nearest spelling, or with `unknown`, unless there may be `more`
+    of any kind, or all the `rest` are of one."""
 
     def check(value: Any, place: str, errors: Errors) -> None:
         MAPPING(value, place, errors)
@@ -116,7 +119,9 @@ def record(fields: Mapping[str, Shape], required: Collection[str] = (), unknown:
             return
         lead = f"{place}." if place else ""
         for key in value:
-            if key not in fields and not more:
+            if key not in fields and rest is not None:
+                rest(value[key], f"{lead}{key}", errors)
+            elif key not in fields and not more:
                 where = f" in {place}" if place else ""
                 errors.add(f"unknown key {key!r}{where}{unknown or '.' + nearest(str(key), fields)}")
         for key, inner in fields.items():

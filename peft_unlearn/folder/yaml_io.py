@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str, aliases: bool) -> None:
         super().__init__(text)
-        self.aliases, self.nodes = aliases, 0
+        self.aliases, self.nodes, self.depth = aliases, 0, 0
         self.sizes: dict[int, int] = {}  # id of a composed node -> nodes in it, aliases unfolded
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -47,7 +47,11 @@ class _Loader(yaml.SafeLoader):
         alias = self.check_event(yaml.AliasEvent)
         if alias and not self.aliases:
             raise yaml.YAMLError(_at(mark, "aliases (*name) are not read here; write the value out"))
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(_at(mark, f"nested too deeply to be read (more than {MAX_DEPTH} levels)"))
         node = super().compose_node(parent, index)
+        self.depth -= 1
         if alias and id(node) not in self.sizes:
             raise yaml.YAMLError(_at(mark, "an alias stands inside the value that it names"))
         self.nodes += self.sizes[id(node)] if alias else 1
