@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..folder.digest import base_tensors, targeted_names
 from ..head import held
 from ..stack.attach import add
 from ..tuners.delta import changes_base
-from ..tuners.linear import ALL_LINEAR, linear_modules
+from ..tuners.linear import ALL_LINEAR, computes, linear_modules
 from ..tuners.names import belongs
 from ..tuners.registration import register
 from .own_base import quantized_module
@@ -202,15 +203,20 @@ def refuse_base(model: Any) -> None:
 def check_causal(model: Any) -> set[str] | None:
     """Refuse a base whose earlier logits see later tokens (BERT and its kin): its log-probabilities mean nothing here.
 
-    One forward over two rows of four tokens that differ in the last one. Returns the names of the modules that it called; None
-    for a model without weights in memory.
+    One forward over two rows of four tokens that differ in the last one. Returns the names of the modules that it called, of
+    linear ones those that gave a linear map of their input (`computes`); None for a model without weights in memory.
     """
     weight = next(iter(model.parameters()), None)
     if weight is None or weight.is_meta:
         return None
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=weight.device)
     training, called = model.training, set()
-    hooks = [m.register_forward_pre_hook(lambda *_, name=n: called.add(name)) for n, m in model.named_modules()]
+
+    def seen(module: nn.Module, args: Any, out: Any, name: str) -> None:
+        if computes(module, args, out):
+            called.add(name)
+
+    hooks = [m.register_forward_hook(partial(seen, name=n)) for n, m in model.named_modules()]
     try:
         with held(*hooks):
             logits = model.eval()(input_ids=ids, use_cache=False).logits[:, :3].float()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 ALL_LINEAR = "all-linear"
 
@@ -24,7 +26,7 @@ def linear_modules(model: Any, called: set[str] | None = None) -> Linears:
     (routers), and what a forward over text never calls (vision towers, projectors, cross-attention).
 
     Args:
-        called: names of the modules that such a forward called; None: not known.
+        called: names of the modules that such a forward called and that `computes`; None: not known.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
@@ -44,11 +46,21 @@ def linear_modules(model: Any, called: set[str] | None = None) -> Linears:
     seen = None if called is None else {_numberless(n) for n in called}  # experts: one of a kind stands for all
     wanted = [
         n for n, m in linear.items()
-        if type(m).forward in (nn.Linear.forward, Conv1D.forward) and (seen is None or _numberless(plain[n]) in seen)
+        if (type(m).forward in (nn.Linear.forward, Conv1D.forward) if seen is None else _numberless(plain[n]) in seen)
     ]  # fmt: skip
     others = {n.rpartition(".")[2] for n in plain.keys() - set(wanted)}
     names = {n if (leaf := n.rpartition(".")[2]) in others else leaf for n in wanted}
     return Linears(sorted(names), len(wanted) == len(linear))
+
+
+def computes(module: nn.Module, args: tuple[Any, ...], out: Any) -> bool:
+    """Whether a call of `module` was what its class promises; subclasses of nn.Linear may compute something else."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return True
+    if not isinstance(out, Tensor) or not args or not isinstance(args[0], Tensor):
+        return False
+    wanted = F.linear(args[0], module.weight, module.bias)
+    return out.shape == wanted.shape and bool(torch.allclose(out, wanted, rtol=1e-3, atol=1e-3))
 
 
 def _numberless(name: str) -> str:
