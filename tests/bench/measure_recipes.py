@@ -104,7 +104,7 @@ def measure(recipe: dict[str, Any], out: Path, judge: Judge) -> dict[str, Any]:
     clock = StepClock()
     cpu = time.process_time()
     try:
-        folder = peft_unlearn.train(recipe, out, say=lambda text: None, callbacks=[clock])
+        folder = peft_unlearn.train(recipe, out, progress=lambda *_: None, callbacks=[clock])
     except UserError as e:
         return {**row, "failed": str(e)}
     assert folder is not None
