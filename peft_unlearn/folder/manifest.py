@@ -87,9 +87,9 @@ class Manifest:
     """forget.json, field by field.
 
     `method`: every hyper-parameter of terms, rule, smoothing and so on, resolved. `data`: set name -> {"sha256", "n",
-    and where it has them "ref", "revision", "format"}. `depends_on`: ids ("sha256:..") of adapters that must be active
-    below this one. `files`: file name -> sha256, None for files that may be edited afterwards (card, evaluation);
-    filled by the writer.
+    and where it has them "ref", "revision", "format", "template_args" (what its chat template was given)}. `depends_on`:
+    ids ("sha256:..") of adapters that must be active below this one. `files`: file name -> sha256, None for files that may be
+    edited afterwards (card, evaluation); filled by the writer.
     """
 
     base: BaseRef
@@ -146,6 +146,7 @@ class Manifest:
 _SHA = s.matching("[0-9a-f]{64}", "64 hexadecimal digits")
 _DATA = {
     "sha256": _SHA, "n": s.shape("the number of rows", s.is_whole), "ref": s.ANY, "revision": s.ANY, "format": s.ANY,
+    "template_args": s.MAPPING,
 }  # fmt: skip
 _TOKEN = s.shape("a token id", lambda v: s.is_whole(v) and v >= 0)
 _PROMPT = s.shape(f"text of at most {MAX_PROMPT:,} characters", lambda v: isinstance(v, str) and len(v) <= MAX_PROMPT)
@@ -303,5 +304,5 @@ def probe_difference(
         if row["ids"] and max(row["ids"]) >= now.shape[0]:
             return None
         gap = (now[torch.tensor(row["ids"], dtype=torch.long)] - torch.tensor(row["logits"])).abs()
-        worst = max(worst, gap.nan_to_num(math.inf).max().item() if gap.numel() else 0.0)
+        worst = max(worst, gap.nan_to_num(math.inf, math.inf).max().item() if gap.numel() else 0.0)
     return worst
