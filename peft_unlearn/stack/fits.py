@@ -117,8 +117,8 @@ def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
 
 
 def words(tokenizer: dict[str, Any]) -> dict[str, int]:
-    """Word -> id, added ones too."""
-    return {**base_words(tokenizer), **_added(tokenizer)}
+    """Word -> id, added ones too; of those that the model has itself its id counts."""
+    return {**_added(tokenizer), **base_words(tokenizer)}
 
 
 def _added(tokenizer: dict[str, Any]) -> dict[str, int]:

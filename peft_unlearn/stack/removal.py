@@ -8,6 +8,7 @@ reported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,8 +112,8 @@ def take_off(
     else:
         verdict = "removed"
     report = RemovalReport(
-        verdict, names, live.checkpoint_digest, live.digest, live.n_tensors, live.changed, left, merged, gap,
-        PROBE_TOLERANCE, reasons,
+        verdict, names, live.checkpoint_digest, live.digest, live.n_tensors, live.changed, left, merged,
+        gap if gap is None or math.isfinite(gap) else None, PROBE_TOLERANCE, reasons,
     )  # fmt: skip
     return plain, report
 
