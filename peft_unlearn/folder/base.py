@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import embedded
 from ..errors import UserError
-from .fetch import snapshot
+from .fetch import snapshot, there
 from .manifest import BaseRef, path_like
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def _find(text: str, revision: str | None, what: str) -> Path:
     if text.startswith("embedded:"):
         return embedded.base_path(text.removeprefix("embedded:").partition("?")[0])
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if there(folder) and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{what} {text}: this folder holds no model (no config.json).")
         refuse_stray(folder)
         return folder
-    if folder.exists():
+    if there(folder):
         raise UserError(f"{what} {text}: is a file; name the folder of the model.")
     if path_like(text) or text.count("/") > 1:
         raise UserError(f"{what} {text}: no such folder.")

@@ -15,10 +15,40 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Errors
+from . import schema as s
 from .safetensors_io import TensorEntry
 from .schema import is_number
 from .yaml_io import MAX_JSON, parse_json, read_text
 
+_FLAG = s.maybe(s.shape("true or false", lambda v: isinstance(v, bool)))
+_TEXTS = s.maybe(s.shape("a list of texts", lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v)))
+_NAMES = s.maybe(
+    s.shape(
+        "text or a list of texts",
+        lambda v: isinstance(v, str) or (isinstance(v, list) and all(isinstance(t, str) for t in v)),
+    )
+)
+_LAYERS = s.maybe(
+    s.shape(
+        "a number or a list of numbers", lambda v: s.is_whole(v) or (isinstance(v, list) and all(map(s.is_whole, v)))
+    )
+)
+_BY_LAYER = s.maybe(
+    s.shape(
+        "a mapping of layers", lambda v: isinstance(v, Mapping) and all(str(k).isdecimal() and len(k) < 6 for k in v)
+    )
+)
+_CONFIG = s.record(
+    {
+        "peft_type": s.TEXT, "task_type": s.maybe(s.TEXT), "base_model_name_or_path": s.maybe(s.TEXT), "revision": s.maybe(s.TEXT),
+        "lora_alpha": s.maybe(s.FINITE), "lora_dropout": s.maybe(s.FINITE), "target_modules": _NAMES, "exclude_modules": _NAMES,
+        "target_parameters": _TEXTS, "modules_to_save": _TEXTS, "layers_pattern": _NAMES, "layers_to_transform": _LAYERS,
+        "use_rslora": _FLAG, "use_dora": _FLAG, "fan_in_fan_out": _FLAG, "inference_mode": _FLAG, "lora_bias": _FLAG,
+        "experts": _BY_LAYER, "num_experts": _BY_LAYER, "train_router": s.maybe(s.TEXT),
+    },
+    required=("peft_type",), more=True,
+)  # fmt: skip
+"""Of what PEFT or we read of an adapter_config.json, the kinds of values."""
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".exe", ".sh", ".js")
 _WITH_CODE = ("config.json", "adapter_config.json", "expert_lora/adapter_config.json", "tokenizer_config.json",
               "processor_config.json", "preprocessor_config.json", "generation_config.json")  # fmt: skip
@@ -46,6 +76,10 @@ def check_code(folder: Path, files: Mapping[str, Any], errors: Errors) -> None:
 
 def check_config(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], errors: Errors) -> None:
     """Refuse what an adapter_config.json asks for beyond the file's tensors, and patterns that may take for ever."""
+    before = len(errors.messages)
+    _CONFIG(config, "", errors)
+    if len(errors.messages) > before:
+        return
     most = _largest_rank(entries) if config.get("peft_type") != "LOKR" else 10**9  # there a large r means: not factored
     for key in (k for k in _SIZES if config.get(k) is not None):
         _check_size(key, config[key], most, errors)

@@ -34,9 +34,17 @@ def split_reference(ref: str) -> tuple[str, str | None]:
 def is_hub_id(ref: str | Path) -> bool:
     """Whether `ref` means a repository on the Hub: no folder of that name lies here, and it is spelt as one."""
     text = str(ref)
-    if path_like(text) or Path(text).exists():
+    if path_like(text) or there(Path(text)):
         return False
     return _ID.fullmatch(split_reference(text)[0]) is not None
+
+
+def there(path: Path) -> bool:
+    """Whether something is at a path; nothing is at one that no file system takes."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def resolve_adapter(ref: str | Path, revision: str | None = None) -> Path:
@@ -52,11 +60,11 @@ def resolve_adapter(ref: str | Path, revision: str | None = None) -> Path:
     """
     text = str(ref)
     folder = Path(text).expanduser()
-    if folder.exists() or path_like(text):
+    if there(folder) or path_like(text):
         if revision is not None:
             raise UserError(f"adapter {text}: is a folder, and a folder has no revision {revision!r}.")
         if not folder.is_dir():
-            raise UserError(f"{text}: {'is a file, not an adapter folder' if folder.exists() else 'no such folder'}.")
+            raise UserError(f"{text}: {'is a file, not an adapter folder' if there(folder) else 'no such folder'}.")
         return folder
     hub_id, commit = split_reference(text)
     if not _ID.fullmatch(hub_id):

@@ -55,7 +55,7 @@ class Param:
         kinds = (int, float) if number else _KINDS.get(self.type, object)
         if not isinstance(value, kinds) or (number and isinstance(value, bool)):
             return f"{self.name} must be {self._wanted()}, not {value!r}"
-        if number and not math.isfinite(value):
+        if number and (not math.isfinite(value) if isinstance(value, float) else abs(value) > 2**63):
             return f"{self.name} must be finite, not {value!r}"
         if self.type == "int" and value != int(value):
             return f"{self.name} must be {self._wanted()}, not {value!r}"

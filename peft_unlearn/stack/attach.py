@@ -42,7 +42,9 @@ def attach(base: Any, folders: Mapping[str, AdapterFolder]) -> Any:
         try:
             converted = None if where is compact else _converted(model, name, folder)
             model = converted or load_by_peft(model, name, where)
-        except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as e:
+        except (UserError, MemoryError):
+            raise
+        except Exception as e:  # of any class: what a configuration asks for fails wherever PEFT first meets it
             raise UserError(f"{folder.path}: PEFT cannot put this adapter on the base: {_brief(e)}.") from None
         if where is compact:
             _check_compact(model, name, folder.path)
