@@ -473,8 +473,9 @@ def main() -> int:
     parse.add_argument("--keep", type=Path, help="a folder for the inputs that found something")
     args = parse.parse_args()
     found = fuzz(
-        args.n, args.seed, args.only, set(args.kind) if args.kind else None, lambda s: print(s, flush=True), args.keep
-    )
+        args.n, args.seed, args.begin, args.only, set(args.kind) if args.kind else None, lambda s: print(s, flush=True),
+        args.keep,
+    )  # fmt: skip
     for problem in found if args.only is not None else ():
         print(problem.trace)
     return 1 if found else 0
