@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import zygote
 from safetensors.torch import load_file, save_file
 from tinyfolder import RECIPE, adapted, logits, manifest_for, tokenizer, write
 
-from peft_unlearn.demo import child
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder import atomic
 from peft_unlearn.folder.read import read_adapter
@@ -69,7 +68,6 @@ def test_names_of_the_base_in_adapter_config(base_dir: Path, tmp_path: Path) -> 
 def test_plain_peft_gives_the_same_logits(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
     code = f"""
 import importlib.util, sys
-sys.path.append({str(tmp_path / "site")!r})
 assert importlib.util.find_spec("peft_unlearn") is None
 import torch
 torch.set_num_threads(1)
@@ -82,8 +80,7 @@ with torch.no_grad():
     save_file({{"x": model(input_ids=torch.tensor({[[3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]})).logits}}, "x.st")
 assert "peft_unlearn" not in sys.modules
 """
-    child.link_site(tmp_path / "site")  # links to everything installed but ours, wherever the environment lies
-    run = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    run = zygote.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert torch.equal(load_file(str(tmp_path / "x.st"))["x"], logits(adapted(base_dir)))
 

@@ -99,6 +99,18 @@ def load(repo: str) -> Any:
             "base": plain[0, -1].tolist()}  # fmt: skip
 
 
+def load_without(repo: str, ids: list[list[int]]) -> Any:
+    """The same in a process where this package cannot be imported, and was not."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+
+    assert not [m for m in sys.modules if m.partition(".")[0] == "peft_unlearn"]
+    sys.modules["peft_unlearn"] = None  # type: ignore[assignment]
+    model = AutoPeftModelForCausalLM.from_pretrained(repo, dtype="float32").eval()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(ids)).logits[0, -1].tolist()
+
+
 def main() -> None:
     import huggingface_hub.hf_api  # loaded once, before the forks
     import safetensors.torch  # noqa: F401
@@ -111,6 +123,8 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is not an answer
     for line in sys.stdin:
         do, args, options, token = json.loads(line)
+        if do.startswith("load"):  # once, before the fork: two calls need them
+            import transformers.models.llama.modeling_llama  # noqa: F401
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:

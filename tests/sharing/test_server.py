@@ -42,7 +42,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = path / "model.safetensors"
     tensors = load_file(str(weights))
     tensors["lm_head.weight"] *= (
-        30  # a random model is sure of nothing, and only what it is sure of survives other kernels
+        100  # a random model is sure of nothing, and only what it is sure of survives other kernels
     )
     save_file(tensors, str(weights), metadata={"format": "pt"})
     return path

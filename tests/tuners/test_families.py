@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import families as f
 import pytest
 import torch
 import transformers
+import zygote
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
@@ -160,7 +160,7 @@ def test_stock_form_without_the_plugin(tmp_path):
         written = json.loads((folder / "stock/adapter_config.json").read_text())
         assert written["base_model_name_or_path"] == "" and written["target_modules"] == []
         assert all(t.startswith("model.layers.") for t in written["target_parameters"])
-    done = subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path)], capture_output=True, text=True, timeout=400)
+    done = zygote.run([sys.executable, "-I", "-S", "-c", WITHOUT, str(tmp_path)])
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split() for line in done.stdout.splitlines() if line.split()[0] in f.FAMILIES]
     assert len(rows) == len(f.FAMILIES)

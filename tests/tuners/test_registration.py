@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zygote
 
 KNOWN = textwrap.dedent("""
     import copy, json, pickle
@@ -29,15 +32,14 @@ KNOWN = textwrap.dedent("""
 """)
 
 
-def child(code: str, *path: Path) -> None:
+def child(code: str, *path: Path, run: Any = zygote.run) -> None:
     lead = f"import sys, time\nsys.path[:0] = {[str(p) for p in path]!r}\n"
-    done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-c", lead + code],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run([sys.executable, "-W", "error::RuntimeWarning", "-c", lead + code], timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Where the helper's processes begin, PEFT has been imported; what it builds on stays, as if another library had needed that.
+WITHOUT_PEFT = "for m in [m for m in sys.modules if m.partition('.')[0] == 'peft']:\n    del sys.modules[m]\n"
 
 
 def test_ours_before_peft():
@@ -57,7 +59,10 @@ def test_ours_before_peft():
         import peft
         assert peft.__spec__.loader.get_source("peft")  # the loader is its own again
         """)
-        + KNOWN
+        + KNOWN,
+        run=functools.partial(
+            subprocess.run, capture_output=True, text=True
+        ),  # what an import does is asked of a new process
     )
 
 
@@ -67,7 +72,7 @@ def test_peft_before_ours():
 
 def test_the_tuner_itself_first():
     """Importing the tuner imports peft, whose import registers the tuner that is being imported."""
-    child("from peft_unlearn.tuners.expert_lora import ExpertLoraConfig\n" + KNOWN)
+    child(WITHOUT_PEFT + "from peft_unlearn.tuners.expert_lora import ExpertLoraConfig\n" + KNOWN)
 
 
 def test_a_broken_or_foreign_peft(tmp_path):
@@ -75,7 +80,8 @@ def test_a_broken_or_foreign_peft(tmp_path):
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft/__init__.py").write_text("raise ImportError('broken')")
     child(
-        textwrap.dedent(f"""
+        WITHOUT_PEFT
+        + textwrap.dedent(f"""
         import pathlib, warnings
         import peft_unlearn
         from peft_unlearn.tuners import registration
