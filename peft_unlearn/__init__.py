@@ -32,6 +32,7 @@ _WHERE = {
     "evaluate": "evaluation.evaluate",
     "experts": "attribution.experts",
     "export": "sharing.export",
+    "forget": "request.forget",
     "get_forget_model": "training.adapt",
     "interference": "analysis.interference",
     "make_score": "evaluation.quick",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from .registry import selection as selection
     from .registry import smoothing as smoothing
     from .registry import step_size as step_size
+    from .request.forget import forget as forget
     from .sharing.card import card as card
     from .sharing.export import export as export
     from .sharing.publish import pull as pull

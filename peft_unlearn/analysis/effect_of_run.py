@@ -240,7 +240,7 @@ def _check_sets(run: Run) -> None:
                 f"objectives: the {batch} rows would need several winner answers ({', '.join(sorted(kinds))}); measure them apart"
             )
         if kinds <= {"row", "refusal"}:
-            add_alternates(getattr(run.data, batch), next(iter(kinds)), run.config.seed, batch)
+            add_alternates(run.data.rows(batch) or [], next(iter(kinds)), run.config.seed, batch)
 
 
 def _model(run: Run) -> tuple[Any, dict[str, list[dict[str, Any]]], int]:

@@ -121,6 +121,8 @@ def _keys(row: dict[str, Any]) -> list[tuple[str, ...]]:
     keys: list[tuple[str, ...]] = [(k, normal(row[k])) for k in ("question", "prompt") if isinstance(row.get(k), str)]
     if (answer := normal(str(row.get("answer", "")))).count(" ") >= 3:  # "Yes." is no fact
         keys.append(("answer", answer))
+    if row.get("fact"):  # wordings of one thing, as its author says
+        keys.append(("fact", normal(str(row["fact"]))))
     if row.get("subject") and row.get("value"):
         keys.append(("fact", normal(str(row["subject"])), normal(str(row["value"]))))
     return [key for key in keys if key[-1]] or [("row", identity(row))]

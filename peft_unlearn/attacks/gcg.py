@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 
+from ..data.facts import words
 from ..evaluation.measured import Unmeasured
-from ..evaluation.metrics.generation import words
 from ..evaluation.teacher import evaluating, pad_id_of
 from ..registry import Range, Source, attack
 from .case import Case, Outcome, chosen, means

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 import numpy as np
 
 from ..data.collate import prompt_ids
+from ..data.facts import words
 from ..data.formats import chat_text, identity, layout_of, to_text
 from ..errors import Errors, UserError
 from ..evaluation.generate import greedy
 from ..evaluation.measured import Array, Unmeasured
-from ..evaluation.metrics.generation import value_accuracy, words
+from ..evaluation.metrics.generation import value_accuracy
 from ..evaluation.plan import rows_of
 from ..folder.schema import TEXT, list_of, one_of, record, require, shape
 from ..folder.yaml_io import read_yaml

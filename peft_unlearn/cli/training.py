@@ -10,6 +10,32 @@ from .options import BUNDLE, Base, Data, Folder, Json, Sets, app, emit, finish, 
 
 
 @app.command()
+def forget(
+    questions: Annotated[list[str] | None, typer.Argument(help="What the model must no longer answer, in your words.")] = None,
+    base: Annotated[str, typer.Option("--base", help="Base model: a folder, a Hub id, or embedded:NAME.")] = ...,  # type: ignore[assignment]
+    out: Annotated[str, typer.Option("--out", help="Folder for the finished adapter; rows and runs go to OUT.work.")] = "forget-adapter",
+    file: Annotated[str | None, typer.Option("--file", help="Rows with questions, or a folder that --prepare-only made.")] = None,
+    retain: Annotated[str | None, typer.Option("--retain", help="Rows to be kept, with their right answers.")] = None,
+    value: Annotated[str | None, typer.Option("--value", help="What is to be forgotten in the answer of a single question.")] = None,
+    budget: Annotated[str, typer.Option("--budget", help="Time for asking, training and judging, e.g. 90s, 10m.")] = "15m",
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
+    prepare_only: Annotated[bool, typer.Option("--prepare-only", help="Write the rows to OUT.work/data and stop.")] = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Make a model forget what it answers to a question: rows, settings, training and judging by themselves."""
+    from ..progress import bars
+    from ..request.forget import forget as run
+
+    with bars() as progress:
+        found = run(
+            questions or (), base=base, out=out, file=file, retain=retain, value=value, budget=budget, seed=seed, dtype=dtype,
+            prepare_only=prepare_only, progress=progress,
+        )  # fmt: skip
+    finish(found, json)
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
     out: Annotated[str, typer.Option("--out", "--output-dir", help="Folder for the finished adapter.")] = "forget-adapter",

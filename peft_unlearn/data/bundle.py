@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,15 @@ from typing import Any
 
 from ..errors import Errors, UserError, nearest
 from . import embedded
-from .chat import Template, parse_template
+from .chat import Template, parse_template, template_args
 from .collate import encode
+from .facts import accepted, spans_of
 from .files import SUFFIXES
-from .formats import LAYOUTS, identity, load_rows, to_text
+from .formats import LAYOUTS, identity, load_rows, target_of, to_text
 
 SETS = ("forget", "retain", "holdout")
+TARGETS = ("answer", "value")
+_TABLES = (".jsonl", ".csv", ".parquet")  # a folder's .json and .txt beside the named sets are mostly something else
 FIELDS = tuple(dict.fromkeys(f for fields in LAYOUTS.values() for f in fields))
 # modules of this room that know a benchmark's own layout: recognizes(spec) -> bool, load(spec, template) -> ForgetRetain
 LAYOUT_MODULES = ("tofu", "muse", "mcq")
@@ -28,7 +32,9 @@ LAYOUT_MODULES = ("tofu", "muse", "mcq")
 
 @dataclass
 class ForgetRetain:
-    """Forget set, retain set, optional holdout set (rows the base never saw) and further evaluation sets.
+    """Forget set, retain set, optional holdout set (rows the base never saw) and further sets, to train on or to judge by.
+
+    target: what losses look at in forget rows that have a ``value``: the whole "answer", or the "value" in it.
 
     The same example in forget and retain is refused; near-duplicates are warned about.
 
@@ -42,9 +48,11 @@ class ForgetRetain:
     extra: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     template: Template = "qa"
+    target: str = "answer"
 
     def __post_init__(self) -> None:
         parse_template(self.template)
+        check_target(self.target)
         for name in SETS:
             if (rows := getattr(self, name)) is not None:
                 setattr(self, name, load_rows(rows, name=f"{name} set"))
@@ -58,6 +66,7 @@ class ForgetRetain:
         fields: as in `formats.load_rows`."""
         if isinstance(spec, ForgetRetain):
             return spec
+        named = True
         if isinstance(spec, str) and spec.startswith("embedded:"):
             return cls._from_embedded(spec, template)
         if isinstance(spec, (str, Path)):
@@ -65,15 +74,15 @@ class ForgetRetain:
                 module = importlib.import_module(f".{name}", __package__)
                 if module.recognizes(spec):
                     return module.load(spec, template)
-            spec = _folder(Path(spec).expanduser())
+            spec, named = _folder(Path(spec).expanduser()), False
         if not isinstance(spec, Mapping):
             raise UserError(
                 f"data: a {type(spec).__name__} is no bundle; give a folder, embedded:NAME, or forget and retain"
             )
         errors = Errors()
-        for name in spec:  # a name of one's own is a further set; a misspelt one is not
-            if name not in SETS and "Did you mean" in (meant := nearest(str(name), SETS)):
-                errors.add(f"there is no set {name!r}.{meant}")
+        for name in spec if named else ():  # a name of one's own is a further set; a misspelt one is not
+            if name not in SETS and difflib.get_close_matches(str(name), SETS, n=1, cutoff=0.8):
+                errors.add(f"there is no set {name!r}.{nearest(str(name), SETS)}")
         for name in fields or ():
             if name not in FIELDS:
                 errors.add(f"data.fields: there is no field {name!r}.{nearest(str(name), FIELDS)}")
@@ -113,30 +122,45 @@ class ForgetRetain:
         """The sets there are, by name."""
         return {name: rows for name in SETS if (rows := getattr(self, name)) is not None}
 
+    def rows(self, name: str) -> list[dict[str, Any]] | None:
+        """The set of that name, one of one's own included; None where there is none."""
+        return getattr(self, name) if name in SETS else self.extra.get(name)
+
+    def names(self) -> list[str]:
+        """Names of all sets there are."""
+        return [*self.sets(), *self.extra]
+
     @cached_property
     def sha256(self) -> dict[str, str]:
         """Digest of each set: order does not matter, multiplicity does."""
-        out = {}
-        for name, rows in self.sets().items():
-            digests = sorted(hashlib.sha256(identity(r).encode()).digest() for r in rows)
-            out[name] = hashlib.sha256(b"".join(digests)).hexdigest()
-        return out
+        return {name: digest(rows) for name, rows in self.sets().items()}
 
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """What a manifest records: counts and digests, never texts."""
+    def describe(self, trained: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+        """What a manifest records: counts and digests, never texts. trained: further sets that a run reads."""
+        own = {name: rows for name in trained if name not in SETS and (rows := self.rows(name)) is not None}
         return {
-            name: {"n": len(rows), "sha256": self.sha256[name], "ref": self.refs.get(name)}
-            for name, rows in self.sets().items()
+            name: {"n": len(rows), "sha256": digest(rows), "ref": self.refs.get(name), **self._worded(rows)}
+            for name, rows in {**self.sets(), **own}.items()
         }
+
+    def _worded(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """``template_args`` with what the chat template is given for these rows; nothing where none words them."""
+        name, args = parse_template(self.template)
+        if name != "chat" and not any("messages" in row for row in rows[:1]):
+            return {}
+        return {"template_args": {k: str(v) if k == "date" else v for k, v in template_args(args).items()}}
 
     def encode(
         self, name: str, tokenizer: Any, max_length: int | None = None, on_overflow: str = "error", rows: Any = None
     ) -> list[dict[str, Any]]:
         """Token rows of one set; see `collate.encode`. Every row that fails is named with its number (up to ten)."""
         errors, out = Errors(), []
-        for i, row in enumerate(getattr(self, name) if rows is None else rows):
+        values = name == "forget" and self.target == "value" and rows is None  # winner answers hold no value
+        for i, row in enumerate((self.rows(name) or ()) if rows is None else rows):
             try:
-                out += encode(*to_text(row, tokenizer, self.template), tokenizer, max_length, on_overflow)
+                text = to_text(row, tokenizer, self.template)
+                spans = _value_spans(row, text[1]) if values else None
+                out += encode(*text, tokenizer, max_length, on_overflow, spans=spans)
             except UserError as e:
                 if len(errors.messages) < 10:
                     errors.add(f"row {i} {e}")
@@ -162,13 +186,40 @@ class ForgetRetain:
             )
 
 
+def digest(rows: list[dict[str, Any]]) -> str:
+    """Of a set's rows: order does not matter, multiplicity does."""
+    digests = sorted(hashlib.sha256(identity(r).encode()).digest() for r in rows)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _value_spans(row: dict[str, Any], answer: str) -> list[tuple[int, int]] | None:
+    """Where the row's value stands in its worded answer; None for a row without one, whose whole answer is the target.
+
+    Raises:
+        UserError: the value does not stand there.
+    """
+    if not row.get("value"):
+        return None
+    if found := spans_of(answer, accepted(row)):
+        return found
+    raise UserError(f"has the value {row['value']!r}, which does not stand in its answer {target_of(row)!r}")
+
+
+def check_target(target: Any) -> str:
+    """`target` itself, if it is one of `TARGETS`."""
+    if target not in TARGETS:
+        raise UserError(f"data.target: {target!r} is not one of {', '.join(TARGETS)}")
+    return target
+
+
 def _folder(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         raise UserError(
             f"data: {path} is no folder; a bundle is a folder with forget and retain files, or embedded:NAME"
         )
     found: dict[str, Path] = {}
-    for name in SETS:
+    own = {f.stem for f in path.iterdir() if f.suffix in _TABLES and re.fullmatch(r"[a-z][a-z0-9_]*", f.stem)}
+    for name in (*SETS, *sorted(own - {*SETS})):
         files = [path / f"{name}{s}" for s in SUFFIXES if (path / f"{name}{s}").is_file()]
         if len(files) > 1:
             raise UserError(f"data: {path} holds {' and '.join(f.name for f in files)}; keep one of them")

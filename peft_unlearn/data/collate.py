@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -39,6 +40,7 @@ def encode(
     max_length: int | None = None,
     on_overflow: str = "error",
     tokens: Tokens | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> list[dict[str, list[int]]]:
     """Tokens and labels of one (prompt, answer); the end-of-sequence token is a target, the prompt is not.
 
@@ -49,6 +51,7 @@ def encode(
         on_overflow: beyond `max_length` tokens: "error", "truncate" (cut the end), or "chunk" (cut the answer into
             rows that each keep the prompt).
         tokens: of ``prompt + answer``, where `tokens_of` has them already.
+        spans: character ranges of the answer whose tokens alone are targets; default all of it and the end token.
 
     Raises:
         UserError: too long with "error", or no target left.
@@ -67,8 +70,9 @@ def encode(
         not ids or ids[-1] not in end_tokens(tokenizer)
     ):  # a chat template's own end of turn is the end
         ids.append(eos)
+    labels = list(ids) if spans is None else _within(ids, known, len(prompt), spans)
     if max_length is None or len(ids) <= max_length:
-        return [_labelled(ids, first)]
+        return [_labelled(ids, first, labels)]
     if on_overflow == "error":
         raise UserError(
             f"has {len(ids)} tokens, more than max_length {max_length}; raise max_length or set on_overflow to truncate or chunk"
@@ -76,15 +80,29 @@ def encode(
     if max(first, 1) >= max_length:
         raise UserError(f"has a prompt of {first} tokens, which leaves no target within max_length {max_length}")
     if on_overflow == "truncate":
-        return [_labelled(ids[:max_length], first)]
+        return [_labelled(ids[:max_length], first, labels)]
     if first == 0:  # nothing stands before the text: each piece begins with the last token of the one before
         step = max_length - 1
-        return [_labelled(ids[i : i + max_length], 0) for i in range(0, len(ids) - 1, step)]
+        return [_labelled(ids[i : i + max_length], 0, labels[i:]) for i in range(0, len(ids) - 1, step)]
     room = max_length - first
     starts = list(range(first, len(ids), room))
     if room > 1 and len(starts) > 1 and starts[-1] == len(ids) - 1:  # an end token alone says nothing of the answer
         starts[-1] -= 1
-    return [_labelled(ids[:first] + ids[i:j], first) for i, j in pairwise([*starts, len(ids)])]
+    pieces = [(ids[:first] + ids[i:j], labels[:first] + labels[i:j]) for i, j in pairwise([*starts, len(ids)])]
+    whole = spans is None  # where the value alone is looked at, pieces without it say nothing
+    return [_labelled(p, first, own) for p, own in pieces if whole or any(x != IGNORE for x in own[max(first, 1) :])]
+
+
+def _within(ids: list[int], tokens: Tokens | None, start: int, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Labels of the tokens that reach into a character range of the answer, which begins at `start`."""
+    if tokens is None:
+        raise UserError("needs a fast tokenizer: a slow one does not say which tokens a value stands in (data.target)")
+    begins, ends = [0, *tokens[1][:-1]], tokens[1]
+    inside = [
+        any(e > start + i and b < start + j and e > b for i, j in spans) for b, e in zip(begins, ends, strict=True)
+    ]
+    inside += [False] * (len(ids) - len(inside))  # the end token
+    return [x if there else IGNORE for x, there in zip(ids, inside, strict=True)]
 
 
 def adds_special(text: str, tokenizer: Any) -> bool:
@@ -105,12 +123,15 @@ def padding_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
 
-def _labelled(ids: list[int], first: int) -> dict[str, list[int]]:
+def _labelled(ids: list[int], first: int, labels: Sequence[int]) -> dict[str, list[int]]:
     # Position 0 is never a target: nothing comes before it that could predict it.
     first = max(first, 1)
-    if first >= len(ids):
-        raise UserError("has no target token: the answer is empty after tokenization")
-    return {"input_ids": ids, "labels": [IGNORE] * first + ids[first:]}
+    own = [IGNORE] * first + list(labels[first : len(ids)])
+    if all(x == IGNORE for x in own):
+        raise UserError(
+            "has no target token: the answer, or the value in it, is empty after tokenization, or was cut off"
+        )
+    return {"input_ids": ids, "labels": own}
 
 
 def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
@@ -139,6 +160,8 @@ def collate(items: Sequence[Mapping[str, list[dict[str, Any]]]], pad_id: int) ->
     out: dict[str, Any] = {}
     for name in items[0]:
         rows = [row for item in items for row in item[name]]
+        if not rows:  # a set with a small share has no row in every micro-batch
+            continue
         batch: dict[str, Any] = pad(rows, pad_id)
         if all("alternate" in r for r in rows):
             batch["alternate"] = pad([r["alternate"] for r in rows], pad_id)
@@ -146,17 +169,30 @@ def collate(items: Sequence[Mapping[str, list[dict[str, Any]]]], pad_id: int) ->
     return out
 
 
+def share_of(per_anchor: float | Mapping[str, float], name: str) -> float:
+    """Rows of a set with each anchor row; 1 where its own number is not given."""
+    return per_anchor.get(name, 1) if isinstance(per_anchor, Mapping) else per_anchor
+
+
+def _whole(x: float) -> int:
+    return math.floor(x + 1e-9)  # 10 * 0.3 is 3
+
+
 class PairedRows(Dataset):
     """Forget and retain rows that meet in one optimizer step: a pure function of (seed, epoch, row).
 
-    The anchor set is walked through in one permutation per epoch; each anchor row brings `per_anchor` rows of every other
-    set, dealt from permutations of that set, so that every row is used equally often (a uniform draw with replacement, the
-    usual choice, leaves one row in e unused per pass). An index is a *stream position* ``epoch * len + i``: resume,
-    workers and ranks see the same pairs whatever they did before.
+    The anchor set is walked through in one permutation per epoch; each anchor row brings `per_anchor` rows of every other set (one
+    number, or one per set: 0.5 is a row with every second anchor row), dealt from permutations of that set, so that every row is used
+    equally often (a uniform draw with replacement, the usual choice, leaves one row in e unused per pass). An index is a *stream
+    position* ``epoch * len + i``: resume, workers and ranks see the same pairs whatever they did before.
     """
 
     def __init__(
-        self, sets: Mapping[str, list[dict[str, Any]]], anchor: str, per_anchor: int = 1, seed: int = 0
+        self,
+        sets: Mapping[str, list[dict[str, Any]]],
+        anchor: str,
+        per_anchor: float | Mapping[str, float] = 1,
+        seed: int = 0,
     ) -> None:
         self.sets, self.anchor, self.per_anchor, self.seed = dict(sets), anchor, per_anchor, seed
         self._order: dict[tuple[int, int], np.ndarray] = {}
@@ -177,8 +213,9 @@ class PairedRows(Dataset):
     def __getitem__(self, position: int) -> dict[str, list[dict[str, Any]]]:
         item = {}
         for which, (name, rows) in enumerate(self.sets.items()):
-            k = 1 if name == self.anchor else self.per_anchor
-            item[name] = [rows[self._deal(which, len(rows), position * k + j)] for j in range(k)]
+            share = 1 if name == self.anchor else share_of(self.per_anchor, name)
+            dealt = range(_whole(position * share), _whole((position + 1) * share))
+            item[name] = [rows[self._deal(which, len(rows), k)] for k in dealt]
         return item
 
 

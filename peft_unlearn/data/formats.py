@@ -21,7 +21,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "text": ("text",),
 }
-DATA_OPTIONS = ("anchor", "per_anchor", "max_length", "on_overflow", "template", "template_args", "fields")
+DATA_OPTIONS = ("anchor", "per_anchor", "max_length", "on_overflow", "template", "template_args", "target", "fields")
 """Keys of a recipe's ``data`` part that name no set."""
 QA_PROMPT = "Question: {question}\nAnswer:"
 _KNOWN = {
@@ -118,6 +118,8 @@ def _tidy(row: Any, fields: Mapping[str, str]) -> Any:
     for ours, theirs in fields.items():
         if theirs in out:
             out[ours] = out[theirs]
+    if isinstance(given := out.get("value"), list | tuple) and given and all(isinstance(v, str) for v in given):
+        out |= {"value": given[0], "accepted": list(given)}  # several names of one thing: the first is the one looked for in prompts
     turns = out.get("messages")
     if isinstance(turns, Sequence) and not isinstance(turns, str):
         out["messages"] = [_turn(m) for m in turns]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
-from .bundle import ForgetRetain
+from .bundle import ForgetRetain, check_target, digest
 from .chat import Template
 from .formats import DATA_OPTIONS as DATA_OPTIONS
 
@@ -44,7 +44,9 @@ def load_data(spec: Any, override: str | None = None) -> ForgetRetain:
     if names is not None and not (isinstance(names, Mapping) and all(isinstance(v, str) for v in names.values())):
         raise UserError(f"data.fields: names of columns, e.g. {{question: instruction, answer: output}}, not {names!r}")
     bundle = ForgetRetain.load(sets if override is None else override, template, names)
+    bundle.target = check_target(spec.get("target", bundle.target)) if isinstance(spec, Mapping) else bundle.target
     for name, wanted in hashed.items():
-        if bundle.sha256.get(name) != str(wanted).removeprefix("sha256:"):
+        rows = bundle.rows(name)
+        if rows is None or digest(rows) != str(wanted).removeprefix("sha256:"):
             raise UserError(f"--data {override}: its {name} set is not the one this recipe was run on (other sha256)")
     return bundle

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.facts import accepted
 from ..data.formats import layout_of
 from .measured import Ragged, Unmeasured
 from .metrics.likelihood import truth_log_ratio
@@ -62,6 +63,10 @@ class Reading:
             raise Unmeasured(self.s.missing[key])
         return [self.s.rows[i] if key is None else str(self.s.rows[i][key]) for i in self.select]
 
+    def values(self) -> list[Any]:
+        given, rows = self.rows("value"), self.rows()
+        return [accepted(row) if "accepted" in row else v for v, row in zip(given, rows, strict=True)]
+
     def generation(self) -> list[str]:
         if "generation" in self.s.missing:
             raise Unmeasured(self.s.missing["generation"])
@@ -79,7 +84,7 @@ INPUTS: dict[str, Callable[[Reading], Any]] = {
     "correct": lambda r: r.forced("correct"),  # Ragged, 1.0 / 0.0 arg-max right, without the end token
     "generation": Reading.generation,  # list[str], the greedy answers
     "answer": lambda r: [r.s.answers[i] for i in r.select],  # list[str], the right answers
-    "value": lambda r: r.rows("value"),  # list[str], what a right answer must contain
+    "value": Reading.values,  # list[str or list of accepted ones], what a right answer must contain
     "rows": Reading.rows,  # list[dict], the rows themselves
     "role": lambda r: r.s.spec.role,  # forget, retain or holdout
     "right_logp": Reading.right_logp,  # (rows,) mean token log-probability of the paraphrase, or of the answer itself

@@ -16,10 +16,10 @@ import numpy as np
 
 from ..data.chat import Template, end_tokens, parse_template
 from ..data.collate import encode
+from ..data.facts import words
 from ..data.formats import to_text
 from ..errors import UserError, nearest
 from .generate import bare_ids, new_ids
-from .metrics.generation import words
 from .metrics.leak import FORMATS
 from .teacher import evaluating
 

@@ -80,10 +80,19 @@ def embedded_ref(manifest: Manifest) -> str | None:
     return next(iter(refs)) if len(refs) == 1 and embedded.is_embedded(next(iter(refs))) else None
 
 
+def work_data(adapter: Path) -> Path:
+    """Where `forget` leaves the rows of an adapter that it makes: beside it, private."""
+    return adapter.with_name(f"{adapter.name}.work") / "data"
+
+
 def bundle_of(found: AdapterFolder, data: str | None = None) -> ForgetRetain:
     """The data given, or those that the adapter was trained on, unchecked."""
-    own = embedded_ref(found.manifest)
-    return load_data(found.recipe.get("data"), data) if data or not own else ForgetRetain.load(own)
+    own, spec = embedded_ref(found.manifest), found.recipe.get("data")
+    if data is None and own:
+        return ForgetRetain.load(own)
+    if data is None and isinstance(spec, Mapping) and (beside := work_data(found.path)).is_dir():
+        data = str(beside)  # hashes are compared, so that another run's rows are not taken for these
+    return load_data(spec, data)
 
 
 def bundle_for(found: Sequence[AdapterFolder], data: str | None = None) -> ForgetRetain:

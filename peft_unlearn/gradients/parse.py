@@ -42,8 +42,9 @@ def _term(gradient: str, name: str, hyper: Any, errors: Errors) -> Term | None:
     if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
         errors.add(f"{at}.{name}: weight must be a finite number, not {weight!r}")
         return None
-    if batch not in ("forget", "retain"):
-        errors.add(f"{at}.{name}: reads the set {batch!r}; say batch: forget or batch: retain")
+    if not isinstance(batch, str) or not batch:
+        errors.add(f"{at}.{name}: batch names a set of the data, e.g. batch: retain, not {batch!r}")
+        return None
     try:
         method = registry.get("objective", name)
     except UserError as e:

@@ -145,7 +145,7 @@ class Window:
         if self.smooth_space is not self.space:
             # The reference shares the weights that are about to be shifted: it runs first.
             for mb, cache in zip(window, caches, strict=True):
-                for batch, counted in self._by_batch(name, counts).items():
+                for batch, counted in self._by_batch(name, counts, mb).items():
                     terms = [t for t, _ in counted]
                     if any(n.startswith("ref_") for t in terms for n in t.objective.needs):
                         self._pass(mb[batch], terms, cache.setdefault(batch, {})).see_reference()
@@ -165,10 +165,10 @@ class Window:
     @torch.no_grad()
     def value(self, name: str, window: Batches) -> float:
         """Loss of one named gradient over the window and all ranks, without gradient."""
-        mine = self._by_batch(name, self.counts(window))
+        counts = self.counts(window)
         total = torch.zeros((), dtype=torch.float64, device=self.space.params[0].device)
         for mb in window:
-            for batch, terms in mine.items():
+            for batch, terms in self._by_batch(name, counts, mb).items():
                 total += self.loss(mb[batch], terms).double()
         if self.reduce is not None:
             self.reduce(total)
@@ -180,7 +180,10 @@ class Window:
         Raises:
             UserError: a term has no unit in the whole window.
         """
-        local = [sum(count_units(t.objective.unit, mb[t.batch], t.hyper) for mb in window) for t in self.terms]
+        local = [
+            sum(count_units(t.objective.unit, mb[t.batch], t.hyper) for mb in window if t.batch in mb)
+            for t in self.terms
+        ]
         total = torch.tensor(local, dtype=torch.float64, device=self.space.params[0].device)
         if self.reduce is not None:
             self.reduce(total)
@@ -208,10 +211,9 @@ class Window:
         """
         space = space or self.space
         total, value = space.zeros(), torch.zeros((), dtype=torch.float64, device=space.params[0].device)
-        mine = self._by_batch(name, counts)
         with space.differentiable():
             for mb, cache in zip(window, caches or [None] * len(window), strict=True):
-                for batch, terms in mine.items():
+                for batch, terms in self._by_batch(name, counts, mb).items():
                     loss = self.loss(mb[batch], terms, None if cache is None else cache.setdefault(batch, {}))
                     value += loss.detach().double()
                     if loss.requires_grad:  # else constant, e.g. every adapter lies beyond the layer it looks at
@@ -221,11 +223,11 @@ class Window:
                                 into.add_(got)
         return self._reduced(total, value)
 
-    def _by_batch(self, name: str, counts: Sequence[int]) -> dict[str, list[tuple[Term, int]]]:
-        """Batch name -> the terms of one gradient that read it, each with its units."""
+    def _by_batch(self, name: str, counts: Sequence[int], mb: Mapping[str, Any]) -> dict[str, list[tuple[Term, int]]]:
+        """Batch name -> the terms of one gradient that read it, each with its units; batches that a micro-batch has rows of."""
         out: dict[str, list[tuple[Term, int]]] = {}
         for t, n in zip(self.terms, counts, strict=True):
-            if t.gradient == name:
+            if t.gradient == name and t.batch in mb:
                 out.setdefault(t.batch, []).append((t, n))
         return out
 

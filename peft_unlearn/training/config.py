@@ -3,9 +3,10 @@ loaded."""
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers.training_args import trainer_log_levels
 
 from ..data.alternates import add_alternates
 from ..data.bundle import ForgetRetain
-from ..errors import Errors, UserError
+from ..errors import Errors, UserError, nearest
+from ..folder.schema import is_number
 from ..forward import Reference
 from ..gradients.parse import SCOPES, SPACES, parse_method, parse_terms
 from ..gradients.terms import alternates_of
@@ -66,7 +68,8 @@ class UnlearnConfig(TrainingArguments):
         step_size: automatic learning rate, e.g. ``gen``. Wants a constant schedule and a retain term.
         averaging: of the adapter, e.g. ``{wa: {start: 100}}``; the average is what training returns.
         reference: before | base | adapter:<name> | precomputed (reference log-probs of the data computed once).
-        anchor: the set walked through once per epoch; `per_anchor` rows of every other set join each of its rows.
+        anchor: the set walked through once per epoch; `per_anchor` rows of every other set join each of its rows: one number, or
+            ``{set: number}``, where 0.5 is one row with every second anchor row.
         max_length: tokens per row; `on_overflow` says what happens beyond: error | truncate | chunk.
         allow_untrained: parameter names (or parts) that may stay without a gradient.
         router_learning_rate: of the routers that an expert adapter trains; default the learning rate itself.
@@ -79,7 +82,7 @@ class UnlearnConfig(TrainingArguments):
     averaging: Any = None
     reference: str = "before"
     anchor: str = "forget"
-    per_anchor: int = 1
+    per_anchor: Any = 1
     max_length: int | None = None
     on_overflow: str = "error"
     allow_untrained: list[str] = field(default_factory=list)
@@ -260,8 +263,7 @@ class UnlearnConfig(TrainingArguments):
         for name, allowed in (("anchor", ("forget", "retain")), ("on_overflow", ("error", "truncate", "chunk"))):
             if getattr(self, name) not in allowed:
                 errors.add(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if self.per_anchor < 1:
-            errors.add(f"per_anchor={self.per_anchor} must be at least 1")
+        self._check_shares(errors)
         if self.torch_compile:  # also asked for by naming a backend
             errors.add(_REFUSED["torch_compile"])
         for name, low in _AT_LEAST.items():
@@ -329,6 +331,16 @@ class UnlearnConfig(TrainingArguments):
                 "folder; start them with torchrun or accelerate launch so that they form one group"
             )
 
+    def _check_shares(self, errors: Errors) -> None:
+        given = self.per_anchor
+        for name, share in given.items() if isinstance(given, Mapping) else [(None, given)]:
+            if not is_number(share) or not 0 < share < math.inf or (name is None and share != int(share)):
+                errors.add(f"per_anchor must be a whole number, at least 1, or {{set: number of rows}}, not {given!r}")
+            elif name is not None and name not in self.sets:
+                errors.add(f"per_anchor: no term reads the set {name!r}.{nearest(str(name), self.sets)}")
+            elif name is not None and share * self.rows_per_step < 1:
+                errors.add(f"per_anchor: {name} {share:g} of {self.rows_per_step} rows is no row in a step")
+
     def _check_publishing(self, reports: Any, errors: Errors) -> None:
         """Nothing of a run leaves the machine: its checkpoints hold pickles, paths and log-probabilities of the forget set."""
         given = [f.name for f in fields(self) if f.name.startswith(_PUBLISHES) and getattr(self, f.name) != f.default]
@@ -350,7 +362,7 @@ def encode_set(config: UnlearnConfig, data: ForgetRetain, name: str, tokenizer: 
     """Token rows of one set, each with its winner answer as ``alternate`` where an objective reads one."""
     rows = data.encode(name, tokenizer, config.max_length, config.on_overflow)
     for kind in alternates_of(config.term_list).get(name, ()):
-        winners = add_alternates(getattr(data, name), kind, config.seed, name)
+        winners = add_alternates(data.rows(name) or [], kind, config.seed, name)
         answers = data.encode(name, tokenizer, config.max_length, config.on_overflow, rows=winners)
         rows = [{**row, "alternate": a} for row, a in zip(rows, answers, strict=True)]
     return rows
@@ -363,12 +375,14 @@ def require_sets(config: UnlearnConfig, data: ForgetRetain) -> None:
         UserError: everything missing, at once.
     """
     errors = Errors()
-    if missing := [n for n in config.sets if not getattr(data, n)]:
-        errors.add(f"the terms read the {', '.join(missing)} set, and the data have none")
+    for name in (n for n in config.sets if not data.rows(n)):
+        own = any(t.batch == t.gradient == name for t in config.term_list)
+        hint = f" (terms.{name} reads the set of its own name unless it says batch)" if own and name != "retain" else ""
+        errors.add(f"the terms read the {name} set, and the data have none{hint}.{nearest(name, data.names())}")
     for batch, kinds in alternates_of(config.term_list).items():
         for kind in kinds - {"generated"}:  # those are made once the model is there
             try:
-                add_alternates(getattr(data, batch) or [], kind, config.seed, batch)
+                add_alternates(data.rows(batch) or [], kind, config.seed, batch)
             except UserError as e:
                 names = ", ".join(
                     t.objective.name for t in config.term_list if t.objective.extra.get("alternates") == kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..folder.base import load_config, load_tokenizer, model_class
+from ..data.collate import share_of
+from ..folder.base import load_tokenizer, on_meta
 from ..gradients.vector import Space
 from ..reporting.result import Result
 from ..reporting.text import size
@@ -74,7 +76,8 @@ def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = 
     frozen = sum(p.numel() for p in model.parameters()) - trainable
     rows = {s: run.data.encode(s, tokenizer, c.max_length, c.on_overflow) for s in c.sets}
     longest = {s: max(len(r["input_ids"]) for r in encoded) for s, encoded in rows.items()}
-    in_batch = max(c.train_batch_size * (1 if s == c.anchor else c.per_anchor) * longest[s] for s in c.sets)
+    shares = {s: 1 if s == c.anchor else share_of(c.per_anchor, s) for s in c.sets}
+    in_batch = max(math.ceil(c.train_batch_size * shares[s]) * longest[s] for s in c.sets)
     under = Space.under_adapters(model).params if c.smoothing_space == "base" else []
     width = 2 if c.bf16 else 4
     return Plan(
@@ -97,9 +100,8 @@ def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = 
 
 def _empty_model(run: Run) -> Any:
     """The adapted model without storage for its weights."""
-    config = load_config(run.base_dir)
+    base = on_meta(run.base_dir)
     with torch.device("meta"):
-        base = model_class(config).from_config(config, trust_remote_code=False)
         if run.auto is not None:  # attribution chooses which experts; how many is known
             n = run.auto.get("top", run.auto.get("per_layer", 1))
             blocks = [k for k in moe_blocks(base) if k in run.auto.get("layers", [k])]

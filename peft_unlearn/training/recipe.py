@@ -11,7 +11,7 @@ from typing import Any
 from ..data.bundle import ForgetRetain
 from ..data.load import DATA_OPTIONS, load_data
 from ..errors import Errors, UserError, nearest
-from ..folder.base import load_config, resolve_base
+from ..folder.base import load_config, load_tokenizer, resolve_base
 from ..folder.schema import COUNT, NUMBER, POSITIVE, is_number, is_whole, maybe, one_of, shape
 from .adapt import peft_config
 from .config import METHODS, UnlearnConfig, require_sets
@@ -66,6 +66,7 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     base_dir = resolve_base(recipe.get("base"), override=base)
     _check_layers(config, base_dir)
     named = str(base or recipe.get("base"))
+    recipe = _with_template(recipe, bundle, base_dir)
     return Run(_as_run(recipe, data), config, adapter, bundle, named, base_dir, negate, auto)
 
 
@@ -95,6 +96,17 @@ def _understood(recipe: Mapping[str, Any], out: str | Path) -> tuple[UnlearnConf
     errors.raise_if_any(f"recipe {recipe.get('name', '')}".strip())
     assert config is not None
     return config, adapter, None if negate is None else float(negate), auto
+
+
+def _with_template(recipe: Mapping[str, Any], bundle: ForgetRetain, base_dir: Path) -> Mapping[str, Any]:
+    """The recipe with ``template: chat`` where it names none and the base is a chat model: whoever asks it will ask that way."""
+    spec = recipe.get("data")
+    given = dict(spec) if isinstance(spec, Mapping) else {} if spec is None else {"bundle": spec}
+    if "template" in given or not getattr(load_tokenizer(base_dir), "chat_template", None):
+        return recipe
+    args = given.get("template_args")
+    bundle.template = {"chat": args} if args else "chat"
+    return {**recipe, "data": {**given, "template": "chat"}}
 
 
 def _as_run(recipe: Mapping[str, Any], data: str | None) -> dict[str, Any]:

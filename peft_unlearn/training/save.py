@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..data.chat import parse_template
 from ..data.formats import layout_of
 from ..errors import UserError
 from ..folder.base import base_reference, peft_base_name, resolve_base
@@ -92,8 +93,8 @@ def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any],
         base=base_reference(base, base_dir, digest_checkpoint(base_dir), _digest_of(base_dir, modules)),
         method={**describe_method(trainer, recipe), **identity_of(base_dir)},
         data={
-            name: {**{k: v for k, v in about.items() if v is not None}, "format": layout_of(data.sets()[name][0])}
-            for name, about in data.describe().items()
+            name: {**{k: v for k, v in about.items() if v is not None}, "format": layout_of((data.rows(name) or [{}])[0])}
+            for name, about in data.describe(config.sets).items()
         },
         reference=config.reference,
         effective_batch={
@@ -154,7 +155,9 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
         shape["target_modules"] = modules if isinstance(modules, str) else sorted(modules)
     methods = {k: getattr(config, k) for k in METHODS if getattr(config, k) is not None}
     options = {"anchor": config.anchor, "per_anchor": config.per_anchor, "on_overflow": config.on_overflow}
-    refs = {n: about.get("ref") or f"sha256:{about['sha256']}" for n, about in trainer.data.describe().items()}
+    template, args = parse_template(trainer.data.template)
+    options |= {k: v for k, v in {"template": template, "template_args": args}.items() if v and v != "qa"}
+    refs = {n: about.get("ref") or f"sha256:{about['sha256']}" for n, about in trainer.data.describe(config.sets).items()}
     return {
         "base": str(base),
         "data": {**({"bundle": refs["forget"]} if len(set(refs.values())) == 1 else refs), **options},

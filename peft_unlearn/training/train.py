@@ -112,11 +112,11 @@ def choose_experts(run: Run, model: Any, tokenizer: Any, progress: Progress) -> 
 def generate_alternates(run: Run, model: Any, tokenizer: Any) -> None:
     """Winner answers by the base itself, where an objective wants them and the rows have none of their own."""
     for batch, kinds in alternates_of(run.config.term_list).items():
-        rows = getattr(run.data, batch)
+        rows = run.data.rows(batch) or []
         if "generated" in kinds and not all("alternate" in r for r in rows):
             texts = [to_text(r, tokenizer, run.data.template) for r in rows]
             others = other_answers(model, tokenizer, *zip(*texts, strict=True), seed=run.config.seed)
-            setattr(run.data, batch, [{**r, "alternate": a} for r, a in zip(rows, others, strict=True)])
+            rows[:] = [{**r, "alternate": a} for r, a in zip(rows, others, strict=True)]
 
 
 def _judges(run: Run, model: Any, tokenizer: Any) -> tuple[Callable[..., Mapping[str, float]] | None, list[Any]]:

@@ -10,6 +10,7 @@ import tiny
 
 from peft_unlearn.data.bundle import ForgetRetain, near_duplicates
 from peft_unlearn.errors import UserError
+from peft_unlearn.folder.manifest import BaseRef, Manifest
 
 FORGET, RETAIN = tiny.rows(4, "f", 1), tiny.rows(5, "r", 2)
 
@@ -32,6 +33,17 @@ def test_folder_mapping_and_object(tmp_path):
         "retain",
     }
     assert "w1" not in json.dumps(about)  # never texts, never paths
+
+
+def test_what_a_chat_template_is_given_is_recorded():
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
+    worded = ForgetRetain(rows, FORGET).describe()
+    assert worded["forget"]["template_args"] == {"date": "2024-07-26"} and "template_args" not in worded["retain"]
+    args = {"date": "2026-01-02", "enable_thinking": False, "system": "Be brief."}
+    worded = ForgetRetain(FORGET, RETAIN, template={"chat": args}).describe()
+    assert worded["forget"]["template_args"] == worded["retain"]["template_args"] == args
+    about = {name: {k: v for k, v in row.items() if v is not None} for name, row in worded.items()}
+    Manifest(BaseRef("local:" + "a" * 12, "a" * 64), {}, about).check()
 
 
 def test_embedded_people():

@@ -65,7 +65,9 @@ GA = {"terms": {"forget": {"ga": {}}, "retain": {"nll": {}}}}
             {"terms": {"forget": {"undial": {}}}, "reference": "precomputed"},
             r"undial need more of the\s+reference model",
         ),
-        ({"terms": {"other": {"ga": {}}}}, r"reads the set 'other'"),
+        ({"terms": {"other": {"ga": {"batch": ""}}}}, r"batch names a set"),
+        ({"per_anchor": {"retian": 2}}, r"no term reads the set 'retian'. Did you mean 'retain'"),
+        ({"per_anchor": {"retain": 0.01}}, r"retain 0.01 of \d+ rows is no row in a step"),
     ],
 )
 def test_configuration_refuses(wrong, says):

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from ...data.facts import words
 from ...registry import metric
 from ..measured import Array, Estimate, Unmeasured, mean_of_defined
 from ..provider import Context, provider
 from ..shapes import Measured, Plan, SetPlan
 from ..teacher import pad_id_of, read_encoded
-from .generation import words
 from .sources import DISTINCT, OPEN_UNLEARNING, REPETITION
 
 LOWER = {"forget": "lower", "retain": "lower", "holdout": "lower"}

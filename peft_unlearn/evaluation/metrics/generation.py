@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import re
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ...data.facts import names_value, words
 from ...registry import metric
 from ..measured import KNOWLEDGE, Array, Unmeasured
 from ..provider import Context, provider
 from ..shapes import Measured, Plan, SetPlan
-from .sources import CONTAINS, MUSE, ROUGE
+from .sources import CONTAINS, MUSE, PARSES, ROUGE
 
 # there: whether the answer string stands in the output
 
-# scripts written without spaces: each character is a word of its own, else a value inside a sentence has no boundaries
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af\u0e00-\u0e7f"
-_WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
-
-
-def words(text: str) -> str:
-    """Lower-cased words joined and surrounded by single spaces, so that containment respects word boundaries."""
-    found = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-    return f" {' '.join(found)} " if found else ""
-
-
 @metric("value_accuracy", source=CONTAINS, title="names the right value", better=KNOWLEDGE)
-def value_accuracy(generation: Sequence[str], value: Sequence[str]) -> Array:
-    """1 where the gold value stands in the generated answer, at word boundaries, else 0.
+def value_accuracy(generation: Sequence[str], value: Sequence[str | Sequence[str]]) -> Array:
+    """1 where the gold value, or one of several accepted ones, stands in the generated answer, at word boundaries, else 0.
 
-    generation, value: one string per row. Case, punctuation, spacing and Unicode forms do not count ("St. Malo" =
-    "st malo").
+    generation: one string per row.   value: one string, or several accepted ones, per row. Case, punctuation, spacing and Unicode
+    forms do not count ("St. Malo" = "st malo").
     Returns (rows,) of 0.0 and 1.0; NaN for a value without a word. It asks whether the value is named, not whether
     the sentence is
     true: "not in Paris" names Paris.
@@ -41,8 +31,8 @@ def value_accuracy(generation: Sequence[str], value: Sequence[str]) -> Array:
     """
     right = np.empty(len(value))
     for i, (found, gold) in enumerate(zip(generation, value, strict=True)):
-        wanted = words(gold)
-        right[i] = float(wanted in words(found)) if wanted else np.nan
+        wanted = [gold] if isinstance(gold, str) else list(gold)
+        right[i] = float(names_value(found, wanted)) if any(map(words, wanted)) else np.nan
     return right
 
 
@@ -103,3 +93,28 @@ def answer_start(model: Any, plan: Plan, measured: Measured, context: Context) -
         return [plan.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
 
     return {"answer_start": context.per_set(start_of)}
+
+
+@metric("python_parses", source=PARSES, title="writes Python that parses", better=KNOWLEDGE)
+def python_parses(generation: Sequence[str]) -> Array:
+    """1 where the Python code of the generated answer parses and defines or does something, else 0.
+
+    generation: one string per row. The code is what stands in the first fence of backticks, to the end where the fence is still open, or
+    the whole answer where there is none. An answer cut by the limit of new tokens is forgiven its last, unfinished statement.
+    Nothing is run. Returns (rows,) of 0.0 and 1.0.
+    """
+    return np.array([float(_parses(text)) for text in generation], dtype=np.float64)
+
+
+def _parses(text: str) -> bool:
+    fenced = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(```|\Z)", text, re.DOTALL)
+    lines = (fenced[1] if fenced else text).rstrip().splitlines()
+    whole = fenced is not None and fenced[2] == "```"
+    while lines:
+        try:
+            return any(not isinstance(node, ast.Expr) for node in ast.parse("\n".join(lines)).body)
+        except (SyntaxError, ValueError):
+            if whole:
+                return False
+            lines.pop()
+    return False

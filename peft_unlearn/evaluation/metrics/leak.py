@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...data.facts import words
 from ...errors import UserError, nearest
 from ...registry import Range, metric
 from ..measured import KNOWLEDGE, Array, Estimate, Unmeasured, mean_of_defined
 from ..provider import Context, provider
 from ..shapes import Measured, Plan, SetPlan
-from .generation import words
 from .sources import LEAK
 
 FORMATS = {

@@ -25,6 +25,7 @@ OPEN_UNLEARNING = Source(
     "OpenUnlearning: Accelerating LLM Unlearning via Unified Benchmarking of Methods and Metrics",
     "https://arxiv.org/abs/2506.12618", 2025,
 )
+PARSES = Source("Evaluating Large Language Models Trained on Code", "https://arxiv.org/abs/2107.03374", 2021)
 REPETITION = Source("Neural Text Generation with Unlikelihood Training", "https://arxiv.org/abs/1908.04319", 2020)
 ROUGE = Source("ROUGE: A Package for Automatic Evaluation of Summaries", "https://aclanthology.org/W04-1013/", 2004)
 TOFU = Source("TOFU: A Task of Fictitious Unlearning for LLMs", "https://arxiv.org/abs/2401.06121", 2024)

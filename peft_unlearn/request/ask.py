@@ -1,0 +1,64 @@
+"""A base that is asked: its greedy answers, each generated once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.chat import Template
+from ..data.formats import to_text
+from ..evaluation.generate import cut_at, greedy
+from ..folder.atomic import write_text
+
+Progress = Callable[[str, int, int], None]
+
+
+class Asker:
+    """``ask(questions)`` -> the model's greedy answers, in its own template.
+
+    Args:
+        kept: a JSON file of earlier answers, read and added to; its keys are hashes over `base`, template, text and length, so that
+            another base's answers are never taken.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        template: Template,
+        *,
+        base: str = "",
+        kept: Path | None = None,
+        progress: Progress | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        self.model, self.tokenizer, self.template, self.base = model, tokenizer, template, base
+        self.kept, self.progress, self.batch_size = kept, progress, batch_size
+        self.stop = (
+            () if template != "qa" else ("\n",)
+        )  # a model that is no chat model goes on with questions of its own
+        self._known: dict[str, str] = json.loads(kept.read_text("utf-8")) if kept is not None and kept.is_file() else {}
+
+    def __call__(self, questions: Sequence[str], max_new_tokens: int = 24, what: str = "asking the base") -> list[str]:
+        keys = {q: self._key(q, max_new_tokens) for q in questions}
+        left = [q for q, key in keys.items() if key not in self._known]
+        for start in range(0, len(left), self.batch_size):
+            batch = left[start : start + self.batch_size]
+            prompts = [to_text({"question": q, "answer": "-"}, self.tokenizer, self.template)[0] for q in batch]
+            given = greedy(self.model, self.tokenizer, prompts, max_new_tokens, self.batch_size)
+            self._known |= {keys[q]: cut_at(a, self.stop) for q, a in zip(batch, given, strict=True)}
+            self._keep()
+            if self.progress is not None:
+                self.progress(what, start + len(batch), len(left))
+        return [self._known[keys[q]] for q in questions]
+
+    def _key(self, question: str, length: int) -> str:
+        about = json.dumps([self.base, self.template, question, length], sort_keys=True, default=dict)
+        return hashlib.sha256(about.encode()).hexdigest()[:24]
+
+    def _keep(self) -> None:
+        if self.kept is not None:
+            write_text(self.kept, json.dumps(self._known, ensure_ascii=False, indent=0))
