@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -22,3 +23,9 @@ torch.set_num_threads(1)  # two OpenMP threads on two contended cores are many t
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """accelerate collects garbage after every training, over all objects of all libraries: those that stay are left out."""
+    gc.collect()
+    gc.freeze()
