@@ -93,7 +93,10 @@ def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any],
         base=base_reference(base, base_dir, digest_checkpoint(base_dir), _digest_of(base_dir, modules)),
         method={**describe_method(trainer, recipe), **identity_of(base_dir)},
         data={
-            name: {**{k: v for k, v in about.items() if v is not None}, "format": layout_of((data.rows(name) or [{}])[0])}
+            name: {
+                **{k: v for k, v in about.items() if v is not None},
+                "format": layout_of((data.rows(name) or [{}])[0]),
+            }
             for name, about in data.describe(config.sets).items()
         },
         reference=config.reference,
@@ -157,7 +160,9 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
     options = {"anchor": config.anchor, "per_anchor": config.per_anchor, "on_overflow": config.on_overflow}
     template, args = parse_template(trainer.data.template)
     options |= {k: v for k, v in {"template": template, "template_args": args}.items() if v and v != "qa"}
-    refs = {n: about.get("ref") or f"sha256:{about['sha256']}" for n, about in trainer.data.describe(config.sets).items()}
+    refs = {
+        n: about.get("ref") or f"sha256:{about['sha256']}" for n, about in trainer.data.describe(config.sets).items()
+    }
     return {
         "base": str(base),
         "data": {**({"bundle": refs["forget"]} if len(set(refs.values())) == 1 else refs), **options},
