@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -90,14 +90,20 @@ def resampled(n: int, resamples: int, seed: int) -> NDArray[np.uint16]:
 
 
 def bootstrap_ci(
-    values: Array, level: float = 0.95, resamples: int = 1000, seed: int = 0
+    values: Array, level: float = 0.95, resamples: int = 1000, seed: int = 0, groups: Sequence[Hashable] | None = None
 ) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the mean over rows.
 
-    values: (rows,) finite. Returns (low, high), or None with fewer than two rows. The same rows give the same interval.
+    values: (rows,) finite.   groups: (rows,) whom each row belongs to: wordings of one fact are drawn together, since they are no
+    independent evidence. Returns (low, high), or None with fewer than two rows. The same rows give the same interval.
     Where all rows are equal it has no width: at 0 of n an upper bound is better taken as 3 / n.
     Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
+    sizes = None
+    if groups is not None:
+        _, which = np.unique([str(g) for g in groups], return_inverse=True)
+        sizes = np.bincount(which).astype(np.float64)
+        values = np.bincount(which, values) / sizes  # of each group its mean, weighed by its size
     n = len(values)
     if n < 2:
         return None
@@ -105,7 +111,11 @@ def bootstrap_ci(
         return float(values[0]), float(values[0])
     # in slices of 256, so that 10,000 rows do not need a (1000, 10000) matrix of floats
     counts = resampled(n, resamples, seed)
-    means = np.concatenate([counts[i : i + 256].astype(np.float64) @ values for i in range(0, resamples, 256)]) / n
+    slices = (counts[i : i + 256].astype(np.float64) for i in range(0, resamples, 256))
+    if sizes is None:
+        means = np.concatenate([c @ values for c in slices]) / n
+    else:
+        means = np.concatenate([c @ (values * sizes) / (c @ sizes) for c in slices])
     tail = 50.0 * (1.0 - level)
     low, high = np.percentile(means, [tail, 100.0 - tail])
     return float(low), float(high)

@@ -65,7 +65,9 @@ def _number(method: Method, reading: Reading, settings: Mapping[str, Any], ci: b
     if bad := int(np.sum(~np.isfinite(rows))):
         why = "the model's logits are NaN there" if broken.any() else "the metric is not defined there"
         return Number(None, n, reason=f"{bad} of {n} rows have no value: {why}", rows=rows)
-    return Number(float(rows.mean()), n, bootstrap_ci(rows) if ci else None, rows=rows)
+    facts = [s.rows[i].get("fact") for i in select]
+    groups = None if None in facts else facts
+    return Number(float(rows.mean()), n, bootstrap_ci(rows, groups=groups) if ci else None, rows=rows)
 
 
 def numbers_of_all(plan: Plan, measured: Mapping[str, Measured], ci: bool = True) -> dict[str, Numbers]:

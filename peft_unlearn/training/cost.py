@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.collate import share_of
+from ..data.collate import IGNORE, share_of
 from ..folder.base import load_tokenizer, on_meta
 from ..gradients.vector import Space
 from ..reporting.result import Result
@@ -37,6 +38,7 @@ class Plan(Result):
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    samples: dict[str, str]  # the first row of each set as the model reads it, its targets between double brackets
     host_copy_bytes: int = 0  # smoothing in space base: the weights under adapters, saved once in host memory
 
     @property
@@ -65,7 +67,8 @@ class Plan(Result):
             **({"host copy": copied} if self.host_copy_bytes else {}),
             "together": f"about {size(self.total_bytes)}",
         }
-        return "\n".join([f"plan for {self.base}", *(f"  {k:<14}  {v}" for k, v in table.items())])
+        rows_seen = [f"  a {s} row, [[targets]]: {text}" for s, text in self.samples.items()]
+        return "\n".join([f"plan for {self.base}", *(f"  {k:<14}  {v}" for k, v in table.items()), *rows_seen])
 
 
 def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = None, data: str | None = None) -> Plan:
@@ -94,8 +97,18 @@ def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = 
         gradient_bytes=4 * trainable * (len({t.gradient for t in c.term_list}) + 1),
         optimizer_bytes=8 * trainable,
         activation_bytes=width * in_batch * activation_floats(model.config, c.activation_checkpointing),
+        samples={s: _marked(r[0], tokenizer) for s, r in rows.items()},
         host_copy_bytes=width * sum(p.numel() for p in under),
     )
+
+
+def _marked(row: Mapping[str, list[int]], tokenizer: Any) -> str:
+    """A row's text on one line, with double brackets around the tokens that are targets."""
+    pieces = []
+    for target, run in groupby(zip(row["input_ids"], row["labels"], strict=True), key=lambda pair: pair[1] != IGNORE):
+        text = tokenizer.decode([i for i, _ in run])
+        pieces.append(f"[[{text}]]" if target else text)
+    return "".join(pieces).replace("\n", "\\n")
 
 
 def _empty_model(run: Run) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from ..attribution.experts import attribute
 from ..attribution.selection import SelectionOverlap
 from ..data.formats import to_text
+from ..errors import Interrupted
 from ..evaluation.generate import other_answers
 from ..evaluation.quick import ForgetAtFloor, StopOn, make_score
 from ..folder.atomic import room_for
@@ -23,6 +24,7 @@ from ..stack.below import Below, read_below
 from .adapt import get_forget_model
 from .recipe import CHOOSING, Run, prepare
 from .save import negate, save_adapter
+from .stopping import StopOnSignal, stoppable
 from .trainer import UnlearnTrainer
 
 Progress = Callable[[str], None]
@@ -70,8 +72,14 @@ def train(
     first = trainer.is_world_process_zero()
     if first:
         progress(trainer.describe())
-    with room_for(Path(out)):
+    trainer.add_callback(stop := StopOnSignal())
+    with room_for(Path(out)), stoppable(stop):
         trainer.train(resume_from_checkpoint=resume or None)
+    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; nothing was written to {out}, and "
+            f"{run.config.work_dir} holds a checkpoint of it: the same command with --resume goes on from there"
+        )
     if not first:
         return None
     if shift is not None:

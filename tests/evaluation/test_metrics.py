@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from peft_unlearn.evaluation.measured import Ragged, Unmeasured, bootstrap_ci
 from peft_unlearn.evaluation.metrics.extraction import exact_memorization, extraction_strength
-from peft_unlearn.evaluation.metrics.generation import rouge_l_recall, value_accuracy
+from peft_unlearn.evaluation.metrics.generation import python_parses, rouge_l_recall, value_accuracy
 from peft_unlearn.evaluation.metrics.likelihood import (
     probability,
     probability_among_choices,
@@ -251,3 +251,24 @@ def test_every_metric_says_what_it_is() -> None:
     } <= set(found)  # fmt: skip
     for method in found.values():
         assert method.summary and method.source.url and method.extra["version"] >= 1 and method.extra["better"]
+
+
+def test_wordings_of_one_fact_are_no_independent_evidence():
+    rng = np.random.default_rng(0)
+    facts = np.repeat(np.arange(20), 5)
+    values = (rng.random(20) < 0.5).astype(float)[facts]  # all wordings of a fact agree
+    low, high = bootstrap_ci(values, groups=list(facts))
+    once_low, once_high = bootstrap_ci(values[::5])
+    naive_low, naive_high = bootstrap_ci(values)
+    assert (low, high) == pytest.approx((once_low, once_high), abs=0.06) and high - low > 1.7 * (naive_high - naive_low)
+    assert bootstrap_ci(values, groups=[0] * 100) is None  # one fact says nothing of the next
+    assert bootstrap_ci(np.ones(4), groups=["a", "a", "a", "b"]) == (1.0, 1.0)
+    alone = bootstrap_ci(values, groups=list(range(100)))
+    assert alone == pytest.approx((naive_low, naive_high), abs=0.03)  # other draws of the same
+
+
+def test_python_that_parses():
+    fenced = "Here it is:\n```python\ndef f(x):\n    return x\n```\nUse it well."
+    cut = "```python\ndef f(x):\n    return x\n\ndef g(y):\n    if y"
+    texts = [fenced, cut, "def f(x): return x", "I cannot write code.", "", "```python\ndef f(x:\n```", "x"]
+    assert list(python_parses(texts)) == [1, 1, 1, 0, 0, 0, 0]

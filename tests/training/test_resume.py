@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from test_trainer import make, parameters, same, scripted
+from transformers import TrainerCallback
 
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.quick import StopOn
 from peft_unlearn.training.checkpoints import STATE, damage, last_checkpoint
+from peft_unlearn.training.stopping import StopOnSignal, stoppable
 
 # 7 rows, 4 per step: an epoch is two steps, so 3 and 7 lie in the middle of one and 8 at the end of one.
 LONG = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "lr_scheduler_type": "linear"}
@@ -166,3 +170,22 @@ def test_resume_takes_damaged_reference_values_anew(tmp_path: Path, how: str) ->
     cache.write_bytes(bad if how == "flipped" else good[:-3])
     assert same(parameters(whole), parameters(finished(tmp_path / "a", **over)))
     assert cache.read_bytes() == good
+
+
+def test_a_signal_ends_a_run_with_a_checkpoint_and_resume_goes_on(tmp_path: Path) -> None:
+    class Send(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    over = {**LONG, "save_steps": 100, "max_steps": 6}
+    handler, stop = signal.getsignal(signal.SIGTERM), StopOnSignal()
+    first = make(tmp_path / "a", callbacks=[Send(), stop], **over)
+    with stoppable(stop):
+        first.train()
+    assert stop.asked and first.state.global_step == 3 and signal.getsignal(signal.SIGTERM) is handler
+    again = make(tmp_path / "a", **over)
+    again.train(resume_from_checkpoint=True)
+    whole = make(tmp_path / "b", **over)
+    whole.train()
+    assert again.state.global_step == 6 and same(parameters(whole), parameters(again))
