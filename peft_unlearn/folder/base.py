@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import embedded
+from ..data.chat import end_tokens
 from ..errors import UserError
 from .fetch import snapshot, there
 from .manifest import BaseRef, path_like
@@ -92,14 +93,13 @@ def load_base(path: str | Path, dtype: str | torch.dtype = "float32", fits: Iter
     `model_class`.
     """
     import torch
-    from transformers import AutoConfig
 
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise UserError(f"dtype {dtype!r}: expected float32, bfloat16 or float16.")
     refuse_stray(Path(path))
+    config = load_config(path)
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
         model = model_class(config, fits).from_pretrained(
             str(path), dtype=kind, use_safetensors=True, trust_remote_code=False
         )
@@ -134,9 +134,11 @@ def load_tokenizer(*places: str | Path) -> Any:
         if any((Path(place) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
             try:
                 found = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
-                found("a b")  # some damage shows here alone
+                found("a b"), end_tokens(found)  # some damage shows here alone
                 return found
-            except BaseException as e:  # of any class (Rust's panics too): somebody else's files and somebody else's code
+            except (
+                BaseException
+            ) as e:  # of any class (Rust's panics too): somebody else's files and somebody else's code
                 raise UserError(f"tokenizer in {place}: cannot be loaded ({_why(e)}).") from None
     raise UserError(f"No tokenizer files in {' or '.join(str(p) for p in places)}.")
 
@@ -146,9 +148,15 @@ def load_config(path: str | Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as e:  # of any class: somebody else's files, read by somebody else's code
-        raise UserError(f"base {path}: transformers cannot read its configuration ({_why(e)}).") from None
+        raise UserError(f"base {path}: transformers cannot load its configuration ({_why(e)}).") from None
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise UserError(
+            f"base {path}: its config.json asks for {layers:,} layers, more than any model has ({MAX_LAYERS:,})."
+        )
+    return config
 
 
 def on_meta(path: str | Path, fits: Iterable[str] = ()) -> Any:
@@ -156,9 +164,6 @@ def on_meta(path: str | Path, fits: Iterable[str] = ()) -> Any:
     import torch
 
     config = load_config(path)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > MAX_LAYERS:
-        raise UserError(f"base {path}: its config.json asks for {layers:,} layers, more than any model has ({MAX_LAYERS:,}).")
     try:
         with torch.device("meta"):
             return model_class(config, fits).from_config(config, trust_remote_code=False)

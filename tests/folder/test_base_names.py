@@ -52,3 +52,44 @@ def test_loading(base_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot load it"):
         load_base(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"quantization_config": {"quant_method": "awq", "bits": 4}}, {"quantization_config": 5}, {"hidden_size": "x"},
+        {"num_attention_heads": 0}, {"hidden_act": "no such"}, {"rope_theta": [1]}, {"model_type": "no such"},
+        {"architectures": [5], "hidden_size": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_base_that_cannot_be_built_for_whatever_reason_is_a_message(tmp_path: Path, change: dict) -> None:
+    import json
+
+    from tinyfolder import save_base
+
+    base = save_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **change}))
+    try:
+        load_base(base)
+    except UserError as e:
+        assert str(base) in str(e) and "\n" not in str(e)
+    else:  # transformers takes no notice of it
+        assert next(iter(change)) in ("rope_theta", "quantization_config")
+
+
+def test_a_config_that_asks_for_more_layers_than_any_model_has_builds_none(tmp_path: Path) -> None:
+    import json
+
+    from tinyfolder import save_base
+
+    from peft_unlearn.folder.base import on_meta
+
+    base = save_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9, "layer_types": None}))
+    for build in (on_meta, load_base):
+        with pytest.raises(UserError, match="asks for 1,000,000,000 layers"):
+            build(base)
