@@ -465,7 +465,7 @@ def test_not_finite_names_step_term_and_tensors(tmp_path):
     with pytest.raises(
         UserError, match=r"step \d+: the gradient of forget \(ga\) is not finite .* in \d+ tensors, first "
     ):
-        make(tmp_path / "a", terms={"forget": {"ga": {}}}, learning_rate=1e30, max_grad_norm=0.0, max_steps=8).train()
+        make(tmp_path / "a", terms={"forget": {"ga": {}}}, learning_rate=1e15, max_grad_norm=0.0, max_steps=8).train()
 
 
 # --- references ---------------------------------------------------------------------------------------------------
