@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -61,19 +61,21 @@ def test_light_modules_stay_light(module):
 
 
 def test_import_is_quick():
-    code = "import time; a = time.perf_counter(); import peft_unlearn; print(time.perf_counter() - a)"
+    code = "import time; a = time.process_time(); import peft_unlearn; print(time.process_time() - a)"
     assert min(float(fresh(code)) for _ in range(3)) < 0.1
 
 
 def test_help_is_quick():
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = sum(os.times()[2:4])
         done = subprocess.run(
             [sys.executable, "-m", "peft_unlearn", "--help"], capture_output=True, text=True, timeout=60, check=True
         )
-        times.append(time.perf_counter() - start)
-    assert "train" in done.stdout and min(times) < 2.0  # 0.5 s on an idle machine; this only catches torch coming in
+        times.append(sum(os.times()[2:4]) - start)
+    assert (
+        "train" in done.stdout and min(times) < 2.0
+    )  # s of a processor, 0.5 on an idle machine: torch alone takes longer
 
 
 def test_public_names_resolve():

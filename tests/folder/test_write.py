@@ -163,7 +163,9 @@ def test_kill_9_at_any_moment_leaves_the_old_or_the_new(base_dir: Path, tmp_path
     shutil.rmtree(tmp_path / "probe")
     rng = random.Random(0)
     cut_short = 0
-    for round_ in range(14):
+    for round_ in range(200):
+        if round_ >= 14 and cut_short:  # on a busy machine the first kills may all come before the first write
+            break
         pid = os.fork()
         if pid == 0:
             try:

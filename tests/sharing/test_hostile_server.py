@@ -104,13 +104,13 @@ def trickle_error(handler: Handler) -> None:
     trickle_body(handler)
 
 
-@pytest.mark.parametrize("act", [trickle_body, trickle_headers, trickle_error, lambda h: time.sleep(5)])
+@pytest.mark.parametrize("act", [trickle_body, trickle_headers, trickle_error, lambda h: time.sleep(300)])
 def test_a_stream_that_never_ends_ends_at_the_deadline(act: Callable[[Handler], None]) -> None:
     with serving(act) as url:
         start = time.monotonic()
         with pytest.raises(UserError, match=r"too slow|cannot be reached|answered 500"):
             Endpoint(url, "m", timeout=0.6).complete("The", 1)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 60  # far from both 0.6 and for ever: machines may be busy
 
 
 def test_a_server_that_was_too_slow_once_is_not_asked_again_and_all_replies_share_one_deadline() -> None:
@@ -119,8 +119,8 @@ def test_a_server_that_was_too_slow_once_is_not_asked_again_and_all_replies_shar
             Endpoint(url, "m", timeout=0.5).offered()
         start = time.monotonic()
         with pytest.raises(UserError):
-            Endpoint(url, "m", timeout=60, total=0.5).complete("The", 1)
-        assert time.monotonic() - start < 3
+            Endpoint(url, "m", timeout=300, total=0.5).complete("The", 1)
+        assert time.monotonic() - start < 60
 
 
 def test_a_reply_without_end_is_read_no_further_than_its_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
