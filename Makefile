@@ -14,6 +14,8 @@ PYTEST  = -m pytest -n $(JOBS) --dist worksteal
 # Two OpenMP threads on two contended cores are many times slower than one.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
+# Otherwise each process compiles the package, and pytest rewrites every test, again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-oldest coverage slow lint types bench docs bases clean
 .DEFAULT_GOAL := demo
