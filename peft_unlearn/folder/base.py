@@ -134,7 +134,7 @@ def load_tokenizer(*places: str | Path) -> Any:
         if any((Path(place) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
             try:
                 found = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
-                found("a b"), end_tokens(found)  # some damage shows here alone
+                _ = found("a b"), end_tokens(found)  # some damage shows here alone
                 return found
             except (
                 BaseException

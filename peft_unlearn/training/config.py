@@ -308,6 +308,7 @@ class UnlearnConfig(TrainingArguments):
         weight = torch.nn.Parameter(torch.zeros(1))
         name = str(getattr(self.optim, "value", self.optim))
         schedule: Any = self.lr_scheduler_type
+        given: Any = self.lr_scheduler_kwargs
         try:
             cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(self)
             optimizer = cls([weight], **kwargs)
@@ -317,7 +318,7 @@ class UnlearnConfig(TrainingArguments):
             )
             return
         try:
-            get_scheduler(schedule, optimizer, 0, 10, scheduler_specific_kwargs=self.lr_scheduler_kwargs)
+            get_scheduler(schedule, optimizer, 0, 10, scheduler_specific_kwargs=given)
         except Exception as e:
             what = getattr(schedule, "value", schedule)
             errors.add(
