@@ -14,7 +14,9 @@ RECORD = "forget-merge.json"
 """Says that a folder is a merged model, of which base and adapters; nothing that loads models reads it."""
 
 
-_ADAPTER = s.record({"name": s.TEXT, "adapter_id": s.TEXT, "scale": s.FINITE}, ("name", "adapter_id", "scale"), more=True)
+_ADAPTER = s.record(
+    {"name": s.TEXT, "adapter_id": s.TEXT, "scale": s.FINITE}, ("name", "adapter_id", "scale"), more=True
+)
 _BASE = s.record({"ref": s.TEXT, "revision": s.maybe(s.TEXT), "digest": s.TEXT}, ("ref", "digest"), more=True)
 _NUMBERS = {"cosine": s.maybe(s.FINITE), "changed": s.FINITE, "relative": s.FINITE, "gain": s.maybe(s.FINITE)}
 _LAYERS = s.list_of(s.record({"name": s.TEXT, **_NUMBERS}, ("name", *_NUMBERS)))
