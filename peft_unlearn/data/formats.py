@@ -119,7 +119,10 @@ def _tidy(row: Any, fields: Mapping[str, str]) -> Any:
         if theirs in out:
             out[ours] = out[theirs]
     if isinstance(given := out.get("value"), list | tuple) and given and all(isinstance(v, str) for v in given):
-        out |= {"value": given[0], "accepted": list(given)}  # several names of one thing: the first is the one looked for in prompts
+        out |= {
+            "value": given[0],
+            "accepted": list(given),
+        }  # several names of one thing: the first is the one looked for in prompts
     turns = out.get("messages")
     if isinstance(turns, Sequence) and not isinstance(turns, str):
         out["messages"] = [_turn(m) for m in turns]

@@ -49,8 +49,8 @@ def write_adapter(
     portable (base and data files by name or hash). eval_json: numbers of this very adapter. card: README.md's text, a
     plain one by default. save: writes the adapter's files into the given folder itself and returns the tensors that
     adapter_model.safetensors has to hold, for adapters whose published form is not what PEFT would save. check: raises for
-    a folder that must not be written, as it stands before it is swapped in. Raises `UserError` when something else stands at `out`, when the adapter is empty, zero or not finite, or when a machine path
-    would be published.
+    a folder that must not be written, as it stands before it is swapped in. Raises `UserError` when something else
+    stands at `out`, when the adapter is empty, zero or not finite, or when a machine path would be published.
     """
     wanted = {} if save is not None else _adapter_tensors(peft_model, adapter_name)
     manifest.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,14 @@ class Asker:
         base: str = "",
         kept: Path | None = None,
         progress: Progress | None = None,
-        batch_size: int = 16,
+        batch_size: int = 32,
     ) -> None:
         self.model, self.tokenizer, self.template, self.base = model, tokenizer, template, base
         self.kept, self.progress, self.batch_size = kept, progress, batch_size
         self.stop = (
             () if template != "qa" else ("\n",)
         )  # a model that is no chat model goes on with questions of its own
+        self.asked, self.seconds = 0, 0.0
         self._known: dict[str, str] = json.loads(kept.read_text("utf-8")) if kept is not None and kept.is_file() else {}
 
     def __call__(self, questions: Sequence[str], max_new_tokens: int = 24, what: str = "asking the base") -> list[str]:
@@ -48,12 +50,18 @@ class Asker:
         for start in range(0, len(left), self.batch_size):
             batch = left[start : start + self.batch_size]
             prompts = [to_text({"question": q, "answer": "-"}, self.tokenizer, self.template)[0] for q in batch]
+            began = time.monotonic()
             given = greedy(self.model, self.tokenizer, prompts, max_new_tokens, self.batch_size)
+            self.asked, self.seconds = self.asked + len(batch), self.seconds + time.monotonic() - began
             self._known |= {keys[q]: cut_at(a, self.stop) for q, a in zip(batch, given, strict=True)}
             self._keep()
             if self.progress is not None:
                 self.progress(what, start + len(batch), len(left))
         return [self._known[keys[q]] for q in questions]
+
+    def affordable(self, seconds: float, low: int, high: int) -> int:
+        """How many more questions fit into that time, by what those asked so far took; between `low` and `high`."""
+        return high if not self.asked else max(low, min(high, int(seconds * self.asked / max(self.seconds, 1e-9))))
 
     def _key(self, question: str, length: int) -> str:
         about = json.dumps([self.base, self.template, question, length], sort_keys=True, default=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -181,7 +182,17 @@ def forget(
                 progress=progress,
             )
             work.mkdir(parents=True, exist_ok=True)
-            request, data = prepare(rows, ask, value=value, kept=kept, seed=seed), work_data(out)
+            request, data = (
+                prepare(
+                    rows,
+                    ask,
+                    value=value,
+                    kept=kept,
+                    seed=seed,
+                    seconds=math.inf if prepare_only else (deadline - began) / 5,
+                ),
+                work_data(out),
+            )
             request.write(data)
         bundle = _bundle(data, template)
         done = Forgotten(

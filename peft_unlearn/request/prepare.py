@@ -6,6 +6,7 @@ The lab behind the choices (what a real model of half a billion parameters neede
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,8 @@ from .ask import Asker
 Row = dict[str, Any]
 NEIGHBORS = 48
 """How many other subjects of a relation are looked for; a third of them is for judging alone."""
+FEWEST = 12
+"""As many neighbors at least, and twice as many neutral prompts, however slow the base is."""
 KNOWN = 0.5
 """Share of the first wordings in which the base has to name the value; under it the fact is not known, or not stable."""
 
@@ -116,10 +119,18 @@ def known_facts(questions: Sequence[Row], ask: Asker, value: str | None = None) 
 
 
 def prepare(
-    questions: Sequence[Row], ask: Asker, *, value: str | None = None, kept: Sequence[Row] = (), seed: int = 0
+    questions: Sequence[Row],
+    ask: Asker,
+    *,
+    value: str | None = None,
+    kept: Sequence[Row] = (),
+    seed: int = 0,
+    seconds: float = math.inf,
 ) -> Request:
     """All sets of a request: forget, retain (neighbors), general to train on; wordings, reversed, neighbors_unseen, general_unseen and
     code to judge by; ``kept`` where the user gives a retain set.
+
+    seconds: about how long asking may take: fewer neighbors and neutral prompts where the base is slow here.
 
     Raises:
         UserError: the base knows nothing of it, a question is asked that also stands in `kept`, or nothing was found to hold on to.
@@ -136,9 +147,10 @@ def prepare(
     rng = random.Random(seed)
     kind = _kind(r.facts, ask)
     _forget_rows(r, ask, kind)
+    neighbors = ask.affordable(seconds / 2, 3 * FEWEST, 3 * NEIGHBORS) // 3  # each is asked in about three ways
     secret = [v for f in r.facts for v in (*f.value, *([f.subject] if f.subject else []))]
-    _neighbor_rows(r, ask, kind, rng, kept)
-    _general_rows(r, ask, secret)
+    _neighbor_rows(r, ask, kind, rng, neighbors)
+    _general_rows(r, ask, secret, ask.affordable(seconds / 4, 2 * FEWEST, len(KEEP)))
     if kept:
         r.sets["kept"] = [dict(k) for k in kept]
     if not r.sets["retain"] and not kept:
@@ -202,8 +214,8 @@ def _names(text: str) -> list[str]:
     return [p for p in parts if len(p) > 1 and p[0].isalnum() and len(p.split()) <= 3]
 
 
-def neighbors_of(facts: Sequence[Fact], ask: Asker, kind: str | None) -> list[str]:
-    """Other subjects of the same kind, as the base lists them."""
+def neighbors_of(facts: Sequence[Fact], ask: Asker, kind: str | None, wanted: int = NEIGHBORS) -> list[str]:
+    """Other subjects of the same kind, as the base lists them; up to twice as many as wanted, since not all will do."""
     subjects = [f.subject for f in facts if f.subject]
     if not subjects:
         return []
@@ -222,25 +234,27 @@ def neighbors_of(facts: Sequence[Fact], ask: Asker, kind: str | None) -> list[st
         f"List 30 less known {several}, separated by commas.",
         *(f"List 10 {several} that begin with the letter {letter}, separated by commas." for letter in "ACEIMNPSTUZ"),
     ]
-    found = [n for text in ask(prompts, 128, "looking for neighbors") for n in _names(text)]
     taken = {words(s) for s in subjects} | {words(v) for f in facts for v in f.value}
-    upper = subjects[0][:1].isupper()
-    out = {words(n): n for n in found if words(n) and words(n) not in taken and n[:1].isupper() == upper}
-    return list(out.values())[: 2 * NEIGHBORS]
+    upper, out = subjects[0][:1].isupper(), {}
+    for some in (prompts[:4], prompts[4:]):
+        if len(out) < 1.5 * wanted:
+            found = [n for text in ask(some, 96, "looking for neighbors") for n in _names(text)]
+            out |= {words(n): n for n in found if words(n) and words(n) not in taken and n[:1].isupper() == upper}
+    return list(out.values())[: 2 * wanted]
 
 
-def _neighbor_rows(r: Request, ask: Asker, kind: str | None, rng: random.Random, kept: Sequence[Row]) -> None:
+def _neighbor_rows(r: Request, ask: Asker, kind: str | None, rng: random.Random, wanted: int) -> None:
     """The same questions about others, answered by the base, right or wrong; part of the subjects is for judging alone."""
     facts = [f for f in r.facts if f.about("x")]
     forgotten = [v for f in r.facts for v in f.value]
-    others = neighbors_of(facts, ask, kind)
+    others = neighbors_of(facts, ask, kind, wanted)
     frames = list(dict.fromkeys(f.about("\0") for f in facts))[:4]
     pairs = [(n, frames[i % len(frames)]) for i, n in enumerate(others)] if frames else []
     asked = [str(frame).replace("\0", n) for n, frame in pairs]
     found: list[Fact] = []
     for (name, _), q, answer in zip(pairs, asked, ask(asked, what="neighbors"), strict=True):
         v = find_value(q, answer)
-        if v and not names_value(answer, forgotten) and len(found) < NEIGHBORS:
+        if v and not names_value(answer, forgotten) and len(found) < wanted:
             found.append(Fact(q, answer, (v,), name))
     rng.shuffle(found)
     unseen = found[: len(found) // 3]
@@ -263,15 +277,18 @@ def _others(
     return [row for row in rows if row is not None]
 
 
-def _general_rows(r: Request, ask: Asker, secret: Sequence[str]) -> None:
+def _general_rows(r: Request, ask: Asker, secret: Sequence[str], wanted: int) -> None:
     """The model's own answers to neutral prompts; whatever comes near the request is left out."""
     mine = {words(f.question) for f in r.facts}
 
     def away(*texts: str) -> bool:
         return not any(names_value(t, secret) or words(t) in mine for t in texts)
 
-    answers = ask(KEEP, 12, "neutral prompts")
-    r.sets["general"] = [{"question": q, "answer": a} for q, a in zip(KEEP, answers, strict=True) if a and away(q, a)]
+    prompts = [KEEP[i * len(KEEP) // wanted] for i in range(wanted)]
+    answers = ask(prompts, 12, "neutral prompts")
+    r.sets["general"] = [
+        {"question": q, "answer": a} for q, a in zip(prompts, answers, strict=True) if a and away(q, a)
+    ]
     r.sets["general_unseen"] = [
         {"question": q, "answer": v[0], "value": v[0], "accepted": list(v)} for q, v in ASK.items() if away(q, *v)
     ]

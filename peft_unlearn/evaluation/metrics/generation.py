@@ -18,6 +18,7 @@ from .sources import CONTAINS, MUSE, PARSES, ROUGE
 
 # there: whether the answer string stands in the output
 
+
 @metric("value_accuracy", source=CONTAINS, title="names the right value", better=KNOWLEDGE)
 def value_accuracy(generation: Sequence[str], value: Sequence[str | Sequence[str]]) -> Array:
     """1 where the gold value, or one of several accepted ones, stands in the generated answer, at word boundaries, else 0.
