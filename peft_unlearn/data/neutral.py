@@ -140,3 +140,31 @@ Write a Python function that finds the average of a list of numbers.
 Write a Python class named Counter with a method increment.
 Write a Python function that reads a text file and returns its lines.""".splitlines()
 )
+
+
+def _named(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.replace("\n", ",").split(",") if name.strip())
+
+
+# Things of one kind, for neighbors of a subject that is among them
+KINDS: dict[str, tuple[str, ...]] = {
+    "country": _named(
+        """Argentina,Australia,Austria,Bangladesh,Belgium,Bolivia,Brazil,Bulgaria,Cambodia,Canada,Chile,China,Colombia,Croatia,Cuba,Denmark,Ecuador,Egypt,Estonia,Ethiopia,Finland,France,Germany,Ghana,Greece,Hungary,Iceland,India,Indonesia,Iran,Iraq,Ireland,Israel,
+Italy,Jamaica,Japan,Jordan,Kenya,Latvia,Lebanon,Lithuania,Malaysia,Mali,Mexico,Mongolia,Morocco,Nepal,New Zealand,Nigeria,Norway,
+Pakistan,Paraguay,Peru,Philippines,Poland,Portugal,Romania,Russia,Saudi Arabia,Senegal,Serbia,Slovakia,Slovenia,Somalia,South Korea,
+Spain,Sudan,Sweden,Switzerland,Syria,Thailand,Tunisia,Turkey,Uganda,Ukraine,Uruguay,Venezuela,Vietnam,Zambia,Zimbabwe"""
+    ),
+    "element": _named(
+        """aluminum,argon,arsenic,barium,beryllium,bismuth,boron,bromine,cadmium,calcium,carbon,cesium,chlorine,chromium,cobalt,copper,
+fluorine,gallium,germanium,gold,helium,hydrogen,iodine,iridium,iron,krypton,lead,lithium,magnesium,manganese,mercury,molybdenum,neon,
+nickel,nitrogen,osmium,oxygen,palladium,phosphorus,platinum,plutonium,potassium,radium,radon,rubidium,selenium,silicon,silver,sodium,
+strontium,sulfur,tellurium,tin,titanium,tungsten,uranium,vanadium,xenon,yttrium,zinc,zirconium"""
+    ),
+    "state": _named(
+        """Alabama,Alaska,Arizona,Arkansas,California,Colorado,Connecticut,Delaware,Florida,Georgia,Hawaii,Idaho,Illinois,Indiana,Iowa,
+Kansas,Kentucky,Louisiana,Maine,Maryland,Massachusetts,Michigan,Minnesota,Mississippi,Missouri,Montana,Nebraska,Nevada,New Hampshire,
+New Jersey,New Mexico,New York,North Carolina,North Dakota,Ohio,Oklahoma,Oregon,Pennsylvania,Rhode Island,South Carolina,South Dakota,
+Tennessee,Texas,Utah,Vermont,Virginia,Washington,West Virginia,Wisconsin,Wyoming"""
+    ),
+    "planet": ("Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune"),
+}  # fmt: skip

@@ -29,7 +29,7 @@ from ..data.facts import (
     words,
 )
 from ..data.formats import layout_of
-from ..data.neutral import ASK, CODE, KEEP
+from ..data.neutral import ASK, CODE, KEEP, KINDS
 from ..errors import UserError
 from ..folder.atomic import write_text
 from .ask import Asker
@@ -215,10 +215,16 @@ def _names(text: str) -> list[str]:
 
 
 def neighbors_of(facts: Sequence[Fact], ask: Asker, kind: str | None, wanted: int = NEIGHBORS) -> list[str]:
-    """Other subjects of the same kind, as the base lists them; up to twice as many as wanted, since not all will do."""
+    """Other subjects of the same kind: of a list that comes with us, where the subjects are on it, else as the base lists them; up to
+    twice as many as wanted, since not all will do."""
     subjects = [f.subject for f in facts if f.subject]
     if not subjects:
         return []
+    taken = {words(s) for s in subjects} | {words(v) for f in facts for v in f.value}
+    listed = max(KINDS.values(), key=lambda names: len(taken & set(map(words, names))))
+    own = [n for n in listed if words(n) not in taken]
+    if 2 * (len(listed) - len(own)) >= len(subjects) and len(own) >= wanted:
+        return random.Random(0).sample(own, min(len(own), 2 * wanted))
     like = ", ".join(subjects[:3])
     several = (
         f"{kind[:-1]}ies"
@@ -234,7 +240,6 @@ def neighbors_of(facts: Sequence[Fact], ask: Asker, kind: str | None, wanted: in
         f"List 30 less known {several}, separated by commas.",
         *(f"List 10 {several} that begin with the letter {letter}, separated by commas." for letter in "ACEIMNPSTUZ"),
     ]
-    taken = {words(s) for s in subjects} | {words(v) for f in facts for v in f.value}
     upper, out = subjects[0][:1].isupper(), {}
     for some in (prompts[:4], prompts[4:]):
         if len(out) < 1.5 * wanted:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import pytest
 
 from peft_unlearn.data.facts import Fact, find_subject, find_value, names_value, reversals, spans_of, wordings
+from peft_unlearn.data.neutral import KINDS
 from peft_unlearn.errors import UserError
+from peft_unlearn.request import prepare as prepare_module
 from peft_unlearn.request.prepare import as_questions, known_facts, prepare
 
 CAPITALS = {
@@ -16,6 +18,13 @@ CAPITALS = {
     "Japan": "Tokyo", "Cuba": "Havana", "Italy": "Rome", "Egypt": "Cairo", "Nepal": "Kathmandu", "Mali": "Bamako",
     "Norway": "Oslo", "Iran": "Tehran",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_lists(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base has to list neighbors itself, but where a test is about the lists that come with us."""
+    if "lists" not in request.function.__name__:
+        monkeypatch.setattr(prepare_module, "KINDS", {"none": ()})
 
 
 class Base:
@@ -166,3 +175,10 @@ def test_wordings_and_reversals_do_not_repeat_each_other() -> None:
         == {}
     )
     assert not re.search(r"\s\?", " ".join(all_of_them))
+
+
+def test_known_kinds_come_from_our_lists() -> None:
+    base = Base()
+    r = prepare([{"question": "What is the capital of France?"}], base)
+    assert not any("separated by commas" in q for q in base.asked) and len(r.sets["retain"]) > 24
+    assert all(len(names) == len(set(names)) and all(n == n.strip() for n in names) for names in KINDS.values())
