@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM = false
 # Otherwise each process compiles the package, and pytest rewrites every test, again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest coverage slow lint types bench fuzz docs bases clean
+.PHONY: demo test test-oldest coverage slow lint types bench fuzz real docs bases clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -68,6 +68,10 @@ bench: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/stack.py
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/merge.py --gb 1
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/attacks.py adapters/published/simnpo
+
+# a real model, judged on rows that it never saw: make real MODEL=folder REQUEST=folder
+real: $(VENV)/.dev
+	$(BIN)/python tests/bench/real.py $(MODEL) --request $(REQUEST) --seeds 0,1 --out docs/real.json
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python tests/bench/fuzz.py --n 100000
