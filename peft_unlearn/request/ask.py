@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +62,9 @@ class Asker:
 
     def affordable(self, seconds: float, low: int, high: int) -> int:
         """How many more questions fit into that time, by what those asked so far took; between `low` and `high`."""
-        return high if not self.asked else max(low, min(high, int(seconds * self.asked / max(self.seconds, 1e-9))))
+        if not self.asked or math.isinf(seconds):
+            return high
+        return max(low, min(high, int(seconds * self.asked / max(self.seconds, 1e-9))))
 
     def _key(self, question: str, length: int) -> str:
         about = json.dumps([self.base, self.template, question, length], sort_keys=True, default=dict)

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from typing import Any
 from ..data.bundle import ForgetRetain
 from ..data.formats import load_rows, to_text
 from ..errors import UserError
+from ..evaluation import suites
 from ..evaluation.generate import greedy
+from ..evaluation.plan import rows_of
 from ..evaluation.quick import make_score
 from ..evaluation.score import on_one_model, score
 from ..evaluation.subjects import work_data
@@ -34,8 +36,9 @@ from .ask import Asker, Progress
 from .dtype import fast_dtype
 from .prepare import Request, as_questions, prepare
 from .settings import Settings, preset, recipe_for
-from .tune import AIM, FLOOR, Found, Tuner, missing, numbers_by_set
+from .tune import AIM, FLOOR, Found, Tuner, floor_of, missing, numbers_by_set
 
+SUITE = "own"
 SHOWN = 8
 """Questions whose answers are printed before and after."""
 
@@ -46,7 +49,8 @@ class Forgotten(Result):
 
     facts: (question, value) of what the base knew.   unknown: (question, answer, why it was left out).   before, after: set -> share of
     answers that name the value, or that parse, of base and adapter.   answers: (question, base's answer, adapter's answer).
-    lacking: set -> by how much its aim was missed.   path: the adapter's folder; None where only the data were prepared.
+    sizes: set -> rows that these are means of.   lacking: set -> by how much its aim was missed.
+    path: the adapter's folder; None where only the data were prepared.
     """
 
     facts: list[tuple[str, str]]
@@ -57,6 +61,7 @@ class Forgotten(Result):
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     answers: list[tuple[str, str, str]] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
     lacking: dict[str, float] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
@@ -79,26 +84,25 @@ class Forgotten(Result):
             return f"Prepared; look at {self.work}/data, edit it, and go on with --file {self.work}/data."
         if not self.lacking:
             return "Reached: the value is no longer named, and what stands beside it was kept."
-        far = ", ".join(f"{k} {self.after[k]:.2f} ({_aim(k, self.before)})" for k in self.lacking)
+        far = ", ".join(f"{k} {self.after[k]:.2f} ({self._aim(k)})" for k in self.lacking)
         if self.lacking.keys() & FLOOR.keys() and self.lacking.keys() & AIM.keys():
             return f"Not separable with these settings: neither side is reached: {far}."
         return f"Not reached: {far}."
+
+    def _aim(self, name: str) -> str:
+        if name in AIM:
+            return f"<= {AIM[name]:.2f}"
+        return f">= {floor_of(name, self.before, self.sizes):.2f}" if name in FLOOR and name in self.before else ""
 
     def __str__(self) -> str:
         rows = ", ".join(f"{k} {n}" for k, n in self.rows.items())
         lines = [f"{len(self.facts)} fact(s) to forget, {len(self.unknown)} left out; rows: {rows}"]
         if self.path is not None:
-            table = [[k, f"{self.before[k]:.2f}", f"{v:.2f}", _aim(k, self.before)] for k, v in self.after.items()]
+            table = [[k, f"{self.before[k]:.2f}", f"{v:.2f}", self._aim(k)] for k, v in self.after.items()]
             lines += ["", table_text(Table(("names the value", "base", "adapter", "aim"), table)), ""]
             lines += [f"{q}\n  before: {a}\n  after:  {b}" for q, a, b in self.answers]
             lines += ["", f"{self.path} ({self.seconds:.0f} s, {len(self.runs)} run(s))"]
         return "\n".join([*lines, self.verdict()])
-
-
-def _aim(name: str, before: Mapping[str, float]) -> str:
-    if name in AIM:
-        return f"<= {AIM[name]:.2f}"
-    return f">= {FLOOR[name] * before[name]:.2f}" if name in FLOOR and name in before else ""
 
 
 def seconds_of(budget: str | float) -> float:
@@ -234,6 +238,11 @@ def _bundle(data: Path, template: str) -> ForgetRetain:
     return bundle
 
 
+def _sizes(bundle: ForgetRetain) -> dict[str, int]:
+    """Rows of every set that the suite judges, under the suite's name of it."""
+    return {name: len(rows_of(bundle, s.source) or ()) for name, s in suites.load(SUITE).sets.items()}
+
+
 def _facts_of(bundle: ForgetRetain) -> list[tuple[str, str]]:
     first = {
         str(r.get("fact") or r["question"]): (str(r["question"]), str(r.get("value") or ""))
@@ -265,12 +274,13 @@ def _train(
             bf16=kind == "bfloat16",
         )
 
-    quick = make_score(bundle, tokenizer, suite="own")
-    before = numbers_by_set(quick(model))
+    suite = suites.load(SUITE)
+    quick = make_score(bundle, tokenizer, suite=suite)
+    before, rows = numbers_by_set(quick(model)), {k: min(n, suite.quick_rows) for k, n in _sizes(bundle).items()}
     say("base: " + ", ".join(f"{k} {v:.2f}" for k, v in before.items()))
     set_seed(seed)
     adapted = get_forget_model(model, recipe(start)["adapter"])
-    tuner = Tuner(adapted, tokenizer, bundle, recipe, quick, before, deadline=deadline, work=work, say=say)
+    tuner = Tuner(adapted, tokenizer, bundle, recipe, quick, before, rows, deadline=deadline, work=work, say=say)
     found = tuner.run(start)
     final = recipe(found.settings)
     (work / "recipe.yaml").write_text(dump_recipe(final), encoding="utf-8")
@@ -291,12 +301,13 @@ def _judge(
 ) -> None:
     """The whole suite on base and adapter, the answers before and after, and the verdict."""
     subjects = on_one_model(model, {"base": None, "adapter": "default"})
-    report = score(subjects, "own", bundle, tokenizer, adapter_id=folder.adapter_id, base=folder.manifest.base.ref)
+    report = score(subjects, SUITE, bundle, tokenizer, adapter_id=folder.adapter_id, base=folder.manifest.base.ref)
     update_eval(folder.path, report.to_dict())
     numbers = {s: {k: v for k, v in (report.subjects[s] or {}).items() if v is not None} for s in ("base", "adapter")}
     done.before, done.after = numbers_by_set(numbers["base"]), numbers_by_set(numbers["adapter"])
     done.after = {k: v for k, v in done.after.items() if k in done.before}
-    done.lacking = missing(done.after, done.before)
+    done.sizes = _sizes(bundle)
+    done.lacking = missing(done.after, done.before, done.sizes)
     done.runs = [t.to_dict() for t in found.trials]
     done.path = str(folder.path)
     questions = [q for q, _ in done.facts[:SHOWN]]

@@ -40,19 +40,25 @@ GUARD = 4.0
 """Nats per token that a kept set's loss may rise by before the run is stopped."""
 
 
-def missing(numbers: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
-    """What is not reached: set -> by how much. Empty: everything is."""
+def floor_of(name: str, base: Mapping[str, float], rows: Mapping[str, int]) -> float:
+    """What has to be kept of a set: its share of the base's value, rounded down to a whole number of its rows."""
+    wanted, n = FLOOR[name] * base[name], rows.get(name)
+    return math.floor(wanted * n + 1e-9) / n if n else wanted
+
+
+def missing(numbers: Mapping[str, float], base: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, float]:
+    """What is not reached: set -> by how much. Empty: everything is. rows: of how many each number is the mean."""
     out = {k: numbers[k] - aim for k, aim in AIM.items() if k in numbers and numbers[k] > aim + 1e-9}
-    for k, floor in FLOOR.items():
-        if k in numbers and base.get(k) and numbers[k] < floor * base[k] - 1e-9:
-            out[k] = floor * base[k] - numbers[k]
+    for k in FLOOR:
+        if k in numbers and base.get(k) and numbers[k] < (floor := floor_of(k, base, rows)) - 1e-9:
+            out[k] = floor - numbers[k]
     return out
 
 
-def loss_of(numbers: Mapping[str, float], base: Mapping[str, float]) -> float:
+def loss_of(numbers: Mapping[str, float], base: Mapping[str, float], rows: Mapping[str, int]) -> float:
     """One number to minimize: what is still named, over the forget sets; states under a floor come after all that hold it."""
     named = [numbers[k] for k in AIM if k in numbers]
-    short = sum(v for k, v in missing(numbers, base).items() if k in FLOOR)
+    short = sum(v for k, v in missing(numbers, base, rows).items() if k in FLOOR)
     return sum(named) / max(1, len(named)) + (1 + short if short else 0)
 
 
@@ -104,7 +110,7 @@ class _Judge(TrainerCallback):
         numbers = self.tuner.judge(step, self.trial)
         if self.tuner.left() <= 0:
             self._stop(control, "the time is over")
-        elif not missing(numbers, self.tuner.base) and not self._rising():
+        elif not missing(numbers, self.tuner.base, self.tuner.rows) and not self._rising():
             self._stop(control, "reached, and nothing rises any more")
 
     def _rising(self) -> bool:
@@ -124,7 +130,7 @@ class Tuner:
         model: with the adapter to be trained; its start is what every run starts from, bit for bit.
         recipe: settings -> recipe.
         score: model -> numbers, as `make_score` gives them.
-        base: the base's own numbers.
+        base, rows: the base's own numbers, and of how many rows each is the mean.
         deadline: `time.monotonic` after which nothing new begins.
     """
 
@@ -136,12 +142,14 @@ class Tuner:
         recipe: Callable[[Settings], dict[str, Any]],
         score: Callable[[Any], Mapping[str, float]],
         base: Numbers,
+        rows: Mapping[str, int],
         *,
         deadline: float,
         work: Path,
         say: Say,
     ) -> None:
         self.model, self.tokenizer, self.data, self.recipe = model, tokenizer, data, recipe
+        self.rows = rows
         self.score, self.base, self.deadline, self.work, self.say = score, base, deadline, work, say
         self.space = Space.trainable(model)
         self.start, self.best = self.space.read(), (math.inf, self.space.read(), {}, Settings(), 0)
@@ -157,7 +165,7 @@ class Tuner:
         numbers = numbers_by_set(self.score(self.model))
         self.judging = time.monotonic() - began
         trial.judged.append({"step": step, **numbers})
-        loss = loss_of(numbers, self.base)
+        loss = loss_of(numbers, self.base, self.rows)
         if loss < self.best[0]:
             self.best = loss, self.space.read(), numbers, trial.settings, step
         self.say(f"  step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
@@ -223,7 +231,7 @@ class Tuner:
 
     def _next(self, trial: Trial, seconds: float) -> Settings | None:
         """The next settings by the stated order of knobs; None where all is reached or no time is left for another run."""
-        lacking, s = missing(self.best[2], self.base), trial.settings
+        lacking, s = missing(self.best[2], self.base, self.rows), trial.settings
         if not lacking or len(self.trials) > 3:
             return None
         if "rose" in trial.ended:
@@ -240,7 +248,7 @@ class Tuner:
     def _trim(self) -> float:
         """The scale at which the best state is best; taken into the factors."""
         best, loss = 1.0, self.best[0]
-        if not missing(self.best[2], self.base):
+        if not missing(self.best[2], self.base, self.rows):
             return best
         for scale in SCALES:
             if self.left() < self.judging:
@@ -248,7 +256,7 @@ class Tuner:
             negate(self.model, -scale)
             numbers = numbers_by_set(self.score(self.model))
             self.space.write(self.best[1])
-            if (now := loss_of(numbers, self.base)) < loss:
+            if (now := loss_of(numbers, self.base, self.rows)) < loss:
                 best, loss = scale, now
                 self.best = now, self.best[1], numbers, *self.best[3:]
         if best != 1.0:

@@ -118,11 +118,15 @@ def test_a_budget_that_is_too_small_says_what_is_needed(files: Path, tmp_path: P
 def test_what_is_missing_and_what_is_best() -> None:
     base = {"forget": 1.0, "wordings": 1.0, "neighbors": 0.9, "general": 1.0}
     good = {"forget": AIM["forget"], "wordings": 0.0, "neighbors": FLOOR["neighbors"] * 0.9, "general": 0.96}
-    assert missing(good, base) == {}
-    assert set(missing({**good, "wordings": 0.5, "neighbors": 0.1}, base)) == {"wordings", "neighbors"}
+    assert missing(good, base, {}) == {}
+    assert set(missing({**good, "wordings": 0.5, "neighbors": 0.1}, base, {})) == {"wordings", "neighbors"}
+    # 18 of 24 where the base has 19: no whole number of rows lies between that and the floor of .95
+    close = {"general": 18 / 24}
+    assert missing(close, {"general": 19 / 24}, {}) and not missing(close, {"general": 19 / 24}, {"general": 24})
+    assert missing({"general": 17 / 24}, {"general": 19 / 24}, {"general": 24})
     # whatever holds the floors comes before whatever does not, however much that forgets
-    assert loss_of({**good, "forget": 1.0, "wordings": 1.0}, base) < loss_of(
-        {**good, "forget": 0.0, "neighbors": 0.7}, base
+    assert loss_of({**good, "forget": 1.0, "wordings": 1.0}, base, {}) < loss_of(
+        {**good, "forget": 0.0, "neighbors": 0.7}, base, {}
     )
     assert seconds_of("90") == seconds_of("90s") == seconds_of("1.5m") == 90
 
