@@ -8,7 +8,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,88 +22,25 @@ from ..evaluation.plan import rows_of
 from ..evaluation.quick import make_score
 from ..evaluation.score import on_one_model, score
 from ..evaluation.subjects import work_data
-from ..folder.atomic import room_for
+from ..folder.atomic import room_for, write_text
 from ..folder.base import load_base, load_config, load_tokenizer, resolve_base
 from ..folder.digest import digest_checkpoint
+from ..folder.read import AdapterFolder
 from ..folder.recipe import dump_recipe
 from ..folder.write import check_destination, update_eval
-from ..reporting.result import Result, fields_of
-from ..reporting.tables import Table
-from ..reporting.tables import to_text as table_text
 from ..training.adapt import get_forget_model
 from ..training.config import WORK
 from ..training.save import save_adapter
 from .ask import Asker, Progress
 from .dtype import fast_dtype
+from .outcome import Forgotten
 from .prepare import Request, as_questions, prepare
 from .settings import Settings, preset, recipe_for
-from .tune import AIM, FLOOR, Found, Tuner, floor_of, missing, numbers_by_set
+from .tune import Found, Tuner, missing, numbers_by_set
 
 SUITE = "own"
 SHOWN = 8
 """Questions whose answers are printed before and after."""
-
-
-@dataclass
-class Forgotten(Result):
-    """What `forget` found and did.
-
-    facts: (question, value) of what the base knew.   unknown: (question, answer, why it was left out).   before, after: set -> share of
-    answers that name the value, or that parse, of base and adapter.   answers: (question, base's answer, adapter's answer).
-    sizes: set -> rows that these are means of.   lacking: set -> by how much its aim was missed.
-    path: the adapter's folder; None where only the data were prepared.
-    """
-
-    facts: list[tuple[str, str]]
-    unknown: list[tuple[str, str, str]]
-    rows: dict[str, int]
-    work: str
-    notes: list[str] = field(default_factory=list)
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
-    answers: list[tuple[str, str, str]] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
-    lacking: dict[str, float] = field(default_factory=dict)
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    path: str | None = None
-    title = "Forget"
-
-    @property
-    def exit_code(self) -> int:
-        return 1 if self.lacking else 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**fields_of(self), "reached": self.path is not None and not self.lacking}
-
-    def remarks(self) -> list[str]:
-        return [*self.notes, *(f"left out: {q} ({why}; answered: {a})" for q, a, why in self.unknown)]
-
-    def verdict(self) -> str:
-        """The result in one sentence."""
-        if self.path is None:
-            return f"Prepared; look at {self.work}/data, edit it, and go on with --file {self.work}/data."
-        if not self.lacking:
-            return "Reached: the value is no longer named, and what stands beside it was kept."
-        far = ", ".join(f"{k} {self.after[k]:.2f} ({self._aim(k)})" for k in self.lacking)
-        if self.lacking.keys() & FLOOR.keys() and self.lacking.keys() & AIM.keys():
-            return f"Not separable with these settings: neither side is reached: {far}."
-        return f"Not reached: {far}."
-
-    def _aim(self, name: str) -> str:
-        if name in AIM:
-            return f"<= {AIM[name]:.2f}"
-        return f">= {floor_of(name, self.before, self.sizes):.2f}" if name in FLOOR and name in self.before else ""
-
-    def __str__(self) -> str:
-        rows = ", ".join(f"{k} {n}" for k, n in self.rows.items())
-        lines = [f"{len(self.facts)} fact(s) to forget, {len(self.unknown)} left out; rows: {rows}"]
-        if self.path is not None:
-            table = [[k, f"{self.before[k]:.2f}", f"{v:.2f}", self._aim(k)] for k, v in self.after.items()]
-            lines += ["", table_text(Table(("names the value", "base", "adapter", "aim"), table)), ""]
-            lines += [f"{q}\n  before: {a}\n  after:  {b}" for q, a, b in self.answers]
-            lines += ["", f"{self.path} ({self.seconds:.0f} s, {len(self.runs)} run(s))"]
-        return "\n".join([*lines, self.verdict()])
 
 
 def seconds_of(budget: str | float) -> float:
@@ -167,67 +105,57 @@ def forget(
     if file is not None and not prepared:
         rows = as_questions(load_rows(str(file), "forget set"))
     kept = as_questions(load_rows(str(retain), "retain set")) if retain is not None else []
-    base_dir = resolve_base(base)
-    work = out.with_name(out.name + WORK)
+    base_dir, work = resolve_base(base), out.with_name(out.name + WORK)
     with room_for(out):
-        kind = fast_dtype(base_dir) if dtype == "auto" else dtype
-        say(f"loading {base_dir.name} in {kind}")
-        model, tokenizer = load_base(base_dir, kind), load_tokenizer(base_dir)
-        template = "chat" if getattr(tokenizer, "chat_template", None) else "qa"
+        loaded = _load(base, base_dir, fast_dtype(base_dir) if dtype == "auto" else dtype, say)
         if prepared:
             request, data = Request([], []), Path(str(file)).expanduser()
         else:
-            ask = Asker(
-                model,
-                tokenizer,
-                template,
-                base=digest_checkpoint(base_dir),
-                kept=work / "answers.json",
-                progress=progress,
-            )
             work.mkdir(parents=True, exist_ok=True)
-            request, data = (
-                prepare(
-                    rows,
-                    ask,
-                    value=value,
-                    kept=kept,
-                    seed=seed,
-                    seconds=math.inf if prepare_only else (deadline - began) / 5,
-                ),
-                work_data(out),
-            )
-            request.write(data)
-        bundle = _bundle(data, template)
+            ask = Asker(
+                loaded.model, loaded.tokenizer, loaded.template, base=digest_checkpoint(base_dir), kept=work / "answers.json",
+                progress=progress,
+            )  # fmt: skip
+            seconds = math.inf if prepare_only else (deadline - began) / 5
+            request = prepare(rows, ask, value=value, kept=kept, seed=seed, seconds=seconds)
+            request.write(data := work_data(out))
+        bundle = _bundle(data, loaded.template)
         done = Forgotten(
             facts=[(f.question, f.value[0]) for f in request.facts] or _facts_of(bundle),
             unknown=request.unknown, notes=request.notes, work=str(work),
             rows={n: len(bundle.rows(n) or ()) for n in bundle.names()},
         )  # fmt: skip
         for row in (bundle.forget[0], *(bundle.retain or [])[:1]):
-            say(f"a row: {to_text(row, tokenizer, template)!r} (target: {row.get('value')!r})")
-        if prepare_only:
-            done.seconds = time.monotonic() - began
-            return done
-        _train(
-            done,
-            model,
-            tokenizer,
-            bundle,
-            base,
-            base_dir,
-            data,
-            template,
-            seed,
-            settings,
-            deadline,
-            work,
-            out,
-            say,
-            kind,
-        )
+            say(f"a row: {to_text(row, loaded.tokenizer, loaded.template)!r} (target: {row.get('value')!r})")
+        if not prepare_only:
+            recipe = partial(
+                recipe_for, base=base, data=str(data), template=loaded.template, sets=done.rows, blocks=loaded.blocks, seed=seed,
+                bf16=loaded.dtype == "bfloat16",
+            )  # fmt: skip
+            tuner, found = _search(loaded, bundle, recipe, settings, deadline, work, say)
+            folder = save_adapter(tuner.trainer, out, base=base, recipe=recipe(found.settings))
+            done.runs = [t.to_dict() for t in found.trials]
+            _judge(done, loaded, tuner.model, bundle, folder)
     done.seconds = time.monotonic() - began
     return done
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A base in memory, and how it is asked."""
+
+    model: Any
+    tokenizer: Any
+    template: str
+    dtype: str
+    blocks: int
+
+
+def _load(base: str, base_dir: Path, dtype: str, say: Callable[[str], None]) -> _Loaded:
+    say(f"loading {base} in {dtype}")
+    model, tokenizer = load_base(base_dir, dtype), load_tokenizer(base_dir)
+    template = "chat" if getattr(tokenizer, "chat_template", None) else "qa"
+    return _Loaded(model, tokenizer, template, dtype, load_config(base_dir).get_text_config().num_hidden_layers)
 
 
 def _bundle(data: Path, template: str) -> ForgetRetain:
@@ -251,75 +179,44 @@ def _facts_of(bundle: ForgetRetain) -> list[tuple[str, str]]:
     return list(first.values())
 
 
-def _train(
-    done: Forgotten, model: Any, tokenizer: Any, bundle: ForgetRetain, base: str, base_dir: Path, data: Path, template: str,
-    seed: int, settings: Settings | None, deadline: float, work: Path, out: Path, say: Callable[[str], None], kind: str,
-) -> None:  # fmt: skip
-    """Search, train, save and judge."""
+def _search(
+    loaded: _Loaded, bundle: ForgetRetain, recipe: Callable[[Settings], dict[str, Any]], settings: Settings | None, deadline: float,
+    work: Path, say: Callable[[str], None],
+) -> tuple[Tuner, Found]:  # fmt: skip
+    """The tuner, with the adapter in its best state, and what it found; the recipe of that run lies in the work folder."""
     from transformers import set_seed
 
-    why, start = preset(sum(p.numel() for p in model.parameters())) if settings is None else ("given", settings)
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    why, start = preset(parameters) if settings is None else ("given", settings)
     say(f"settings start from: {why}")
-    blocks, sets = load_config(base_dir).get_text_config().num_hidden_layers, done.rows
-
-    def recipe(s: Settings) -> dict[str, Any]:
-        return recipe_for(
-            s,
-            base=base,
-            data=str(data),
-            template=template,
-            sets=sets,
-            blocks=blocks,
-            seed=seed,
-            bf16=kind == "bfloat16",
-        )
-
     suite = suites.load(SUITE)
-    quick = make_score(bundle, tokenizer, suite=suite)
-    before, rows = numbers_by_set(quick(model)), {k: min(n, suite.quick_rows) for k, n in _sizes(bundle).items()}
+    quick = make_score(bundle, loaded.tokenizer, suite=suite)
+    before, rows = numbers_by_set(quick(loaded.model)), {k: min(n, suite.quick_rows) for k, n in _sizes(bundle).items()}
     say("base: " + ", ".join(f"{k} {v:.2f}" for k, v in before.items()))
-    set_seed(seed)
-    adapted = get_forget_model(model, recipe(start)["adapter"])
-    tuner = Tuner(adapted, tokenizer, bundle, recipe, quick, before, rows, deadline=deadline, work=work, say=say)
+    set_seed(recipe(start)["seed"])
+    adapted = get_forget_model(loaded.model, recipe(start)["adapter"])
+    tuner = Tuner(adapted, loaded.tokenizer, bundle, recipe, quick, before, rows, deadline=deadline, work=work, say=say)
     found = tuner.run(start)
-    final = recipe(found.settings)
-    (work / "recipe.yaml").write_text(dump_recipe(final), encoding="utf-8")
+    write_text(work / "recipe.yaml", dump_recipe(recipe(found.settings)))
     tuner.trainer.state.best_global_step = found.step
-    folder = save_adapter(tuner.trainer, out, base=base, recipe=final)
-    _judge(done, found, adapted, tokenizer, bundle, folder, base, template)
+    return tuner, found
 
 
-def _judge(
-    done: Forgotten,
-    found: Found,
-    model: Any,
-    tokenizer: Any,
-    bundle: ForgetRetain,
-    folder: Any,
-    base: str,
-    template: str,
-) -> None:
-    """The whole suite on base and adapter, the answers before and after, and the verdict."""
-    subjects = on_one_model(model, {"base": None, "adapter": "default"})
+def _judge(done: Forgotten, loaded: _Loaded, model: Any, bundle: ForgetRetain, folder: AdapterFolder) -> None:
+    """The whole suite on base and adapter, and the answers before and after; numbers go into the folder too."""
+    subjects, tokenizer = on_one_model(model, {"base": None, "adapter": "default"}), loaded.tokenizer
     report = score(subjects, SUITE, bundle, tokenizer, adapter_id=folder.adapter_id, base=folder.manifest.base.ref)
     update_eval(folder.path, report.to_dict())
     numbers = {s: {k: v for k, v in (report.subjects[s] or {}).items() if v is not None} for s in ("base", "adapter")}
-    done.before, done.after = numbers_by_set(numbers["base"]), numbers_by_set(numbers["adapter"])
-    done.after = {k: v for k, v in done.after.items() if k in done.before}
+    done.before, after = numbers_by_set(numbers["base"]), numbers_by_set(numbers["adapter"])
+    done.after = {k: v for k, v in after.items() if k in done.before}
     done.sizes = _sizes(bundle)
     done.lacking = missing(done.after, done.before, done.sizes)
-    done.runs = [t.to_dict() for t in found.trials]
     done.path = str(folder.path)
     questions = [q for q, _ in done.facts[:SHOWN]]
-    prompts = [to_text({"question": q, "answer": "-"}, tokenizer, template)[0] for q in questions]
-    said = {}
+    prompts = [to_text({"question": q, "answer": "-"}, tokenizer, loaded.template)[0] for q in questions]
+    said = []
     for subject in ("base", "adapter"):
         with subjects[subject]() as judged:
-            said[subject] = greedy(judged, tokenizer, prompts, 24)
-    done.answers = list(
-        zip(questions, (_first(a) for a in said["base"]), (_first(a) for a in said["adapter"]), strict=True)
-    )
-
-
-def _first(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else ""
+            said.append([text.strip().split("\n")[0] for text in greedy(judged, tokenizer, prompts, 24)])
+    done.answers = list(zip(questions, *said, strict=True))
