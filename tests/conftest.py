@@ -14,9 +14,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import forking
 import pytest
 import torch
 
+forking.bars_of_its_own()
 torch.set_num_threads(1)  # two OpenMP threads on two contended cores are many times slower
 
 

@@ -145,8 +145,10 @@ def serve(path: str, site: str, life: int) -> dict[str, Any]:
     """Fork a child for each request until process `life` is gone; returns only in children, with what they are to be."""
     sys.path.append(site)
     import transformers.trainer  # noqa: F401
+    from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
+    tqdm.set_lock(threading.RLock())  # its own is shared with children, and some of those are killed while they hold it
     assert threading.active_count() == 1 and "peft_unlearn" not in sys.modules
     gc.collect()
     gc.freeze()  # children share these pages

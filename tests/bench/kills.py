@@ -30,6 +30,7 @@ for _name in ("OMP_NUM_THREADS=1", "HF_HUB_OFFLINE=1", "TRANSFORMERS_VERBOSITY=e
     os.environ.setdefault(*_name.split("="))
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
+import forking
 import tiny
 import torch
 
@@ -37,6 +38,7 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import read_adapter
 
 torch.set_num_threads(1)
+forking.bars_of_its_own()
 DATE = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 

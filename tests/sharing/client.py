@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,11 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    from tqdm import tqdm
+
     for name in ("HfApi", "CommitOperationAdd", "CommitOperationDelete", "snapshot_download", "get_token", "errors"):
         getattr(huggingface_hub, name)
+    tqdm.set_lock(threading.RLock())  # its own is shared with the children below, and tests kill some
     real = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
     for line in sys.stdin:
