@@ -20,7 +20,7 @@ from ..data.facts import words
 from ..data.formats import to_text
 from ..errors import UserError, nearest
 from .generate import bare_ids, new_ids
-from .metrics.leak import FORMATS
+from .shapes import FORMATS
 from .teacher import evaluating
 
 GENERATION_BUDGET = 16_384  # tokens in a batch, prompt and answer, padding included

@@ -14,6 +14,13 @@ from .measured import Array, Unmeasured
 from .teacher import Encoded, TeacherForced
 
 Role = Literal["forget", "retain", "holdout"]
+FORMATS = {
+    "own": "the data's own wording",
+    "question": "the question alone",
+    "role": "an instruction and a role",
+    "stub": "the answer's beginning up to the value",
+}
+"""Ways in which a question is asked, see `sampling.worded`."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from ..data.bundle import ForgetRetain
 from ..data.formats import load_rows, to_text
 from ..errors import UserError
 from ..evaluation import suites
-from ..evaluation.generate import greedy
 from ..evaluation.plan import rows_of
 from ..evaluation.quick import make_score
 from ..evaluation.score import on_one_model, score
@@ -31,6 +29,7 @@ from ..folder.write import check_destination, update_eval
 from ..training.adapt import get_forget_model
 from ..training.config import WORK
 from ..training.save import save_adapter
+from ..training.train import to_stderr
 from .ask import Asker, Progress
 from .dtype import fast_dtype
 from .outcome import Forgotten
@@ -51,10 +50,6 @@ def seconds_of(budget: str | float) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def forget(
     questions: str | Sequence[str] = (),
     *,
@@ -68,7 +63,7 @@ def forget(
     dtype: str = "auto",
     prepare_only: bool = False,
     settings: Settings | None = None,
-    say: Callable[[str], None] = to_stderr,
+    log: Callable[[str], None] = to_stderr,
     progress: Progress | None = None,
 ) -> Forgotten:
     """Make `base` forget what it answers to the questions, and keep the rest, as a forget adapter in `out`.
@@ -98,7 +93,11 @@ def forget(
         raise UserError(
             "say what is to be forgotten: questions, or a file of them with --file" + (", not both" if asked else "")
         )
-    if value is not None and (len(asked) != 1):
+    if prepared and retain is not None:
+        raise UserError(
+            f"--retain belongs to making rows, and {file} has them already; put yours into kept.jsonl there"
+        )
+    if value is not None and len(asked) != 1:
         raise UserError("--value belongs to a single question; in a file each row has its own 'value'")
     out, rows = Path(out).expanduser(), [{"question": q} for q in asked]
     check_destination(out)
@@ -107,7 +106,7 @@ def forget(
     kept = as_questions(load_rows(str(retain), "retain set")) if retain is not None else []
     base_dir, work = resolve_base(base), out.with_name(out.name + WORK)
     with room_for(out):
-        loaded = _load(base, base_dir, fast_dtype(base_dir) if dtype == "auto" else dtype, say)
+        loaded = _load(base, base_dir, fast_dtype(base_dir) if dtype == "auto" else dtype, log)
         if prepared:
             request, data = Request([], []), Path(str(file)).expanduser()
         else:
@@ -126,13 +125,13 @@ def forget(
             rows={n: len(bundle.rows(n) or ()) for n in bundle.names()},
         )  # fmt: skip
         for row in (bundle.forget[0], *(bundle.retain or [])[:1]):
-            say(f"a row: {to_text(row, loaded.tokenizer, loaded.template)!r} (target: {row.get('value')!r})")
+            log(f"a row: {to_text(row, loaded.tokenizer, loaded.template)!r} (target: {row.get('value')!r})")
         if not prepare_only:
             recipe = partial(
                 recipe_for, base=base, data=str(data), template=loaded.template, sets=done.rows, blocks=loaded.blocks, seed=seed,
                 bf16=loaded.dtype == "bfloat16",
             )  # fmt: skip
-            tuner, found = _search(loaded, bundle, recipe, settings, deadline, work, say)
+            tuner, found = _search(loaded, bundle, recipe, settings, deadline, work, log)
             folder = save_adapter(tuner.trainer, out, base=base, recipe=recipe(found.settings))
             done.runs = [t.to_dict() for t in found.trials]
             _judge(done, loaded, tuner.model, bundle, folder)
@@ -151,8 +150,8 @@ class _Loaded:
     blocks: int
 
 
-def _load(base: str, base_dir: Path, dtype: str, say: Callable[[str], None]) -> _Loaded:
-    say(f"loading {base} in {dtype}")
+def _load(base: str, base_dir: Path, dtype: str, log: Callable[[str], None]) -> _Loaded:
+    log(f"loading {base} in {dtype}")
     model, tokenizer = load_base(base_dir, dtype), load_tokenizer(base_dir)
     template = "chat" if getattr(tokenizer, "chat_template", None) else "qa"
     return _Loaded(model, tokenizer, template, dtype, load_config(base_dir).get_text_config().num_hidden_layers)
@@ -181,21 +180,21 @@ def _facts_of(bundle: ForgetRetain) -> list[tuple[str, str]]:
 
 def _search(
     loaded: _Loaded, bundle: ForgetRetain, recipe: Callable[[Settings], dict[str, Any]], settings: Settings | None, deadline: float,
-    work: Path, say: Callable[[str], None],
+    work: Path, log: Callable[[str], None],
 ) -> tuple[Tuner, Found]:  # fmt: skip
     """The tuner, with the adapter in its best state, and what it found; the recipe of that run lies in the work folder."""
     from transformers import set_seed
 
     parameters = sum(p.numel() for p in loaded.model.parameters())
     why, start = preset(parameters) if settings is None else ("given", settings)
-    say(f"settings start from: {why}")
+    log(f"settings start from: {why}")
     suite = suites.load(SUITE)
     quick = make_score(bundle, loaded.tokenizer, suite=suite)
     before, rows = numbers_by_set(quick(loaded.model)), {k: min(n, suite.quick_rows) for k, n in _sizes(bundle).items()}
-    say("base: " + ", ".join(f"{k} {v:.2f}" for k, v in before.items()))
+    log("base: " + ", ".join(f"{k} {v:.2f}" for k, v in before.items()))
     set_seed(recipe(start)["seed"])
     adapted = get_forget_model(loaded.model, recipe(start)["adapter"])
-    tuner = Tuner(adapted, loaded.tokenizer, bundle, recipe, quick, before, rows, deadline=deadline, work=work, say=say)
+    tuner = Tuner(adapted, loaded.tokenizer, bundle, recipe, quick, before, rows, deadline=deadline, work=work, log=log)
     found = tuner.run(start)
     write_text(work / "recipe.yaml", dump_recipe(recipe(found.settings)))
     tuner.trainer.state.best_global_step = found.step
@@ -213,10 +212,7 @@ def _judge(done: Forgotten, loaded: _Loaded, model: Any, bundle: ForgetRetain, f
     done.sizes = _sizes(bundle)
     done.lacking = missing(done.after, done.before, done.sizes)
     done.path = str(folder.path)
-    questions = [q for q, _ in done.facts[:SHOWN]]
-    prompts = [to_text({"question": q, "answer": "-"}, tokenizer, loaded.template)[0] for q in questions]
-    said = []
-    for subject in ("base", "adapter"):
-        with subjects[subject]() as judged:
-            said.append([text.strip().split("\n")[0] for text in greedy(judged, tokenizer, prompts, 24)])
-    done.answers = list(zip(questions, *said, strict=True))
+    asked = [row["question"] for row in report.rows["forget"]]
+    before, now = (dict(zip(asked, report.answers[s]["forget"], strict=True)) for s in ("base", "adapter"))
+    shown = [q for q, _ in done.facts if q in before][:SHOWN]
+    done.answers = [(q, before[q].split("\n")[0], now[q].split("\n")[0]) for q in shown]

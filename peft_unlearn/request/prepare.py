@@ -47,7 +47,7 @@ KNOWN = 0.5
 class Request:
     """What a request came to.
 
-    facts: what the base knows.   unknown: (question, what the base answered, why it is left out).   sets: name -> rows, see `SETS`.
+    facts: what the base knows.   unknown: (question, what the base answered, why it is left out).   sets: name -> rows, see `prepare`.
     notes: what a user should know.
     """
 
@@ -137,8 +137,8 @@ def prepare(
     """
     r = known_facts(questions, ask, value)
     if not r.facts:
-        said = "\n".join(f"  {q}\n    answered: {a}\n    {why}" for q, a, why in r.unknown[:10])
-        raise UserError(f"there is nothing to forget: of {len(questions)} question(s) this base knows none\n{said}")
+        about = "\n".join(f"  {q}\n    answered: {a}\n    {why}" for q, a, why in r.unknown[:10])
+        raise UserError(f"there is nothing to forget: of {len(questions)} question(s) this base knows none\n{about}")
     both = {words(f.question) for f in r.facts} & {words(str(k.get("question", ""))) for k in kept}
     if both:
         raise UserError(
@@ -200,8 +200,10 @@ def _forget_rows(r: Request, ask: Asker, kind: str | None) -> None:
 def _kind(facts: Sequence[Fact], ask: Asker) -> str | None:
     """What the subjects are, in a word: "country"; None where the base does not say it twice."""
     subjects = [f.subject for f in facts if f.subject][:5]
-    said = ask([f"What kind of thing is {s}? Answer with one word." for s in subjects], 6, "what the subjects are")
-    found = [m[0].lower() for a in said if (m := re.search(r"[A-Za-z]{3,}", a.removeprefix("A ").removeprefix("An ")))]
+    answers = ask([f"What kind of thing is {s}? Answer with one word." for s in subjects], 6, "what the subjects are")
+    found = [
+        m[0].lower() for a in answers if (m := re.search(r"[A-Za-z]{3,}", a.removeprefix("A ").removeprefix("An ")))
+    ]
     return max(set(found), key=found.count) if found else None
 
 
@@ -226,13 +228,7 @@ def neighbors_of(facts: Sequence[Fact], ask: Asker, kind: str | None, wanted: in
     if 2 * (len(listed) - len(own)) >= len(subjects) and len(own) >= wanted:
         return random.Random(0).sample(own, min(len(own), 2 * wanted))
     like = ", ".join(subjects[:3])
-    several = (
-        f"{kind[:-1]}ies"
-        if kind and kind.endswith("y")
-        else f"{kind}s"
-        if kind
-        else f"things of the same kind as {like}"
-    )
+    several = re.sub("ys$", "ies", f"{kind}s") if kind else f"things of the same kind as {like}"
     prompts = [
         f"List 30 {several}, separated by commas.",
         f"List 30 more {several} like {like}, separated by commas.",

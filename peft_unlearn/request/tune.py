@@ -1,6 +1,6 @@
 """Settings found on the user's own model and data: runs judged by what the model writes, within a budget of seconds.
 
-Few knobs in a stated order (`KNOBS`); every run goes into ``trials.json``. What is kept is the best judged state of any run.
+Few knobs in a stated order (`Tuner._next`); every run goes into ``trials.json``. What is kept is the best judged state of any run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..training.trainer import UnlearnTrainer
 from .settings import Settings
 
 Numbers = dict[str, float]
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 AIM: dict[str, float] = {"forget": 0.10, "wordings": 0.15, "reversed": 0.30}
 """Share of answers that may still name the value."""
@@ -146,11 +146,11 @@ class Tuner:
         *,
         deadline: float,
         work: Path,
-        say: Say,
+        log: Log,
     ) -> None:
         self.model, self.tokenizer, self.data, self.recipe = model, tokenizer, data, recipe
         self.rows = rows
-        self.score, self.base, self.deadline, self.work, self.say = score, base, deadline, work, say
+        self.score, self.base, self.deadline, self.work, self.log = score, base, deadline, work, log
         self.space = Space.trainable(model)
         self.start, self.best = self.space.read(), (math.inf, self.space.read(), {}, Settings(), 0)
         self.trials: list[Trial] = []
@@ -168,7 +168,7 @@ class Tuner:
         loss = loss_of(numbers, self.base, self.rows)
         if loss < self.best[0]:
             self.best = loss, self.space.read(), numbers, trial.settings, step
-        self.say(f"  step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+        self.log(f"  step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
         return numbers
 
     def run(self, settings: Settings) -> Found:
@@ -186,7 +186,7 @@ class Tuner:
                 f"{math.ceil(need)} s more"
             )
         if most < settings.steps:
-            self.say(
+            self.log(
                 f"{most} steps instead of {settings.steps}: that is what the budget leaves at {seconds:.1f} s each"
             )
         current: Settings | None = replace(settings, steps=min(settings.steps, most))
@@ -205,7 +205,7 @@ class Tuner:
     def _train(self, trial: Trial) -> UnlearnTrainer:
         s = trial.settings
         changed = ", ".join(f"{k} {v:g}" for k, v in asdict(s).items() if v != getattr(Settings(), k))
-        self.say(f"run {len(self.trials)}: {s.steps} steps{f' ({changed})' if changed else ''}")
+        self.log(f"run {len(self.trials)}: {s.steps} steps{f' ({changed})' if changed else ''}")
         began = time.monotonic()
         self.space.write(self.start)
         config = from_recipe(self.recipe(s), str(self.work.with_suffix("")))
@@ -216,7 +216,7 @@ class Tuner:
         watch.trainer = trainer  # type: ignore[assignment]
         trainer.train()
         trial.steps, trial.seconds = trainer.state.global_step, round(time.monotonic() - began, 1)
-        self.say(f"  {trial.ended}, {trial.seconds:.0f} s")
+        self.log(f"  {trial.ended}, {trial.seconds:.0f} s")
         return trainer
 
     def _seconds_per_step(self, settings: Settings) -> float:
@@ -261,7 +261,7 @@ class Tuner:
                 self.best = now, self.best[1], numbers, *self.best[3:]
         if best != 1.0:
             negate(self.model, -best)
-            self.say(f"scale {best:g} is better: taken into the adapter")
+            self.log(f"scale {best:g} is better: taken into the adapter")
         return best
 
     def _keep(self) -> None:

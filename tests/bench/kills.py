@@ -15,7 +15,6 @@ import logging
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -65,26 +64,6 @@ def contents(folder: Path) -> dict[str, str]:
         for p in files
         if not p.name.endswith(".lock")
     }
-
-
-def killed(work: Callable[[], Any], after: float) -> bool | None:
-    """Run `work` in a child and kill it -9 `after` seconds; whether it still ran then, None where it failed before."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            with (
-                open(os.devnull, "w") as nowhere,
-                contextlib.redirect_stdout(nowhere),
-                contextlib.redirect_stderr(nowhere),
-            ):
-                work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    time.sleep(after)
-    os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    return True if os.WIFSIGNALED(status) else None if os.WEXITSTATUS(status) else False
 
 
 def jobs(root: Path) -> list[Job]:
@@ -200,7 +179,7 @@ def try_once(job: Job, root: Path, rng: random.Random) -> None:
     before, moments = contents(at), []
     for _ in range(rng.choice((1, 1, 2, 3))):
         moments.append(round(rng.uniform(0, 1.1 * job.seconds), 4))
-        was = killed(lambda: job.work(at), moments[-1])
+        was = forking.killed(lambda: job.work(at), moments[-1])
         if was is None:
             job.wrong.append(f"after kills at {moments[:-1]} a run failed")
             break

@@ -4,12 +4,12 @@ import hashlib
 import os
 import random
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 from tinyfolder import RECIPE, adapted, manifest_for, save_base, tokenizer, write
 
@@ -20,22 +20,6 @@ from peft_unlearn.merging.merge import merge
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 FEW_AND_MANY = [pytest.param(3, id="few"), pytest.param(25, id="many", marks=pytest.mark.slow)]
-
-
-def killed(work: Callable[[], Any], after: float) -> bool:
-    """Run `work` in a child and kill it -9 `after` seconds; whether it was still alive then."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    time.sleep(after)
-    os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -72,7 +56,9 @@ def test_merge(kills: int, rounding: str, sharded: tuple[Path, Path], tmp_path: 
     wanted = contents(reference)
     rng, resumed, cut = random.Random(kills), 0, 0
     while cut < kills:
-        cut += killed(run, rng.uniform(0, 1.1 * length))
+        alive = forking.killed(run, rng.uniform(0, 1.1 * length))
+        assert alive is not None
+        cut += alive
         if not out.exists():  # nothing but the hidden stage
             assert all(p.name.startswith(".m.merge-") for p in out.parent.glob("*"))
             if cut % 4:
@@ -194,7 +180,9 @@ def test_save(kills: int, base_dir: Path, tmp_path: Path) -> None:
     wanted = contents(tmp_path / "reference" / "a")
     rng, cut = random.Random(kills), 0
     while cut < kills:
-        cut += killed(run, rng.uniform(0, 1.1 * length))
+        alive = forking.killed(run, rng.uniform(0, 1.1 * length))
+        assert alive is not None
+        cut += alive
         if out.exists():
             assert contents(out) == wanted
             read_adapter(out)

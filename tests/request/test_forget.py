@@ -39,7 +39,7 @@ def done(files: Path, tmp_path_factory: pytest.TempPathFactory):
     lines: list[str] = []
     found = forget(
         base="embedded:people", file=files / "forget.jsonl", retain=files / "retain.jsonl", out=out, budget="4m", settings=FAST,
-        say=lines.append,
+        log=lines.append,
     )  # fmt: skip
     return found, out, lines
 
@@ -81,13 +81,13 @@ def test_eval_finds_the_rows_beside_the_adapter(done) -> None:
 
 def test_prepared_rows_can_be_edited_and_used(files: Path, tmp_path: Path) -> None:
     first = forget(
-        base="embedded:people", file=files / "forget.jsonl", out=tmp_path / "P", prepare_only=True, say=lambda _: None
+        base="embedded:people", file=files / "forget.jsonl", out=tmp_path / "P", prepare_only=True, log=lambda _: None
     )
     data = tmp_path / "P.work" / "data"
     assert first.path is None and first.exit_code == 0 and "--file" in str(first) and not (tmp_path / "P").exists()
     rows = [json.loads(line) for line in (data / "forget.jsonl").read_text().splitlines()][:1]
     (data / "forget.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    again = forget(base="embedded:people", file=data, out=tmp_path / "Q", prepare_only=True, say=lambda _: None)
+    again = forget(base="embedded:people", file=data, out=tmp_path / "Q", prepare_only=True, log=lambda _: None)
     assert again.rows["forget"] == 1 and again.facts == [(rows[0]["question"], rows[0]["value"])]
 
 
@@ -97,20 +97,21 @@ def test_prepared_rows_can_be_edited_and_used(files: Path, tmp_path: Path) -> No
         ({}, "say what is to be forgotten"),
         ({"questions": "Q?", "file": "x.jsonl"}, "not both"),
         ({"questions": ["A?", "B?"], "value": "x"}, "--value belongs to a single question"),
+        ({"file": ".", "retain": "r.jsonl"}, "--retain belongs to making rows"),
         ({"questions": "Q?", "budget": "soon"}, "--budget soon"),
         ({"questions": "Q?", "budget": "0m"}, "--budget 0m"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(given, why, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=why):
-        forget(**given, base="embedded:people", out=tmp_path / "F", say=lambda _: None)
+        forget(**given, base="embedded:people", out=tmp_path / "F", log=lambda _: None)
     assert not (tmp_path / "F").exists()
 
 
 def test_a_budget_that_is_too_small_says_what_is_needed(files: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one step takes .* at least \d+ s more"):
         forget(
-            base="embedded:people", file=files / "forget.jsonl", out=tmp_path / "F", budget="0.1s", say=lambda _: None
+            base="embedded:people", file=files / "forget.jsonl", out=tmp_path / "F", budget="0.1s", log=lambda _: None
         )
     assert not (tmp_path / "F").exists()
 

@@ -9,20 +9,13 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...data.facts import words
+from ...data.facts import accepted, names_value
 from ...errors import UserError, nearest
 from ...registry import Range, metric
 from ..measured import KNOWLEDGE, Array, Estimate, Unmeasured, mean_of_defined
 from ..provider import Context, provider
-from ..shapes import Measured, Plan, SetPlan
+from ..shapes import FORMATS, Measured, Plan, SetPlan
 from .sources import LEAK
-
-FORMATS = {
-    "own": "the data's own wording",
-    "question": "the question alone",
-    "role": "an instruction and a role",
-    "stub": "the answer's beginning up to the value",
-}  # in which a question is asked, see `sampling.worded`
 
 
 def none_of_k(hits: int, n: int, k: int) -> float:
@@ -145,8 +138,8 @@ def samples(
             token_budget=GENERATION_BUDGET, progress=context.progress_of("sampling answers"),
         )  # fmt: skip
         for (r, f, _), texts in zip(prompts, found, strict=True):
-            value = words(str(s.rows[r]["value"]))
-            counts[r, f] = sum(value in words(cut_at(text, s.spec.stop)) for text in texts), n
+            values = accepted(s.rows[r])
+            counts[r, f] = sum(names_value(cut_at(text, s.spec.stop), values) for text in texts), n
         return counts
 
     leaks = context.per_set(leaks_of)
