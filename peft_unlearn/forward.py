@@ -93,8 +93,8 @@ class _Stop(Exception):
 class Reference:
     """Which model losses compare with: the same weights with other adapters switched on.
 
-    mode: "before" (what was active before training: the base plus the frozen stack), "precomputed" (the same, and the rows hold its
-    log-probabilities already), "base" (every adapter off), or "adapter:<name>". `trained` is the adapter being trained.
+    mode: "before" (what was active before training: the base plus the frozen stack), "precomputed" (the same, and the rows hold
+    what is read of it already), "base" (every adapter off), or "adapter:<name>". `trained` is the adapter being trained.
     """
 
     mode: str = "before"
@@ -215,7 +215,7 @@ class Pass:
 
     Args:
         batch: ``input_ids``, ``attention_mask``, ``labels`` (batch, seq), -100 = no target; optionally ``ref_logp``
-            (batch, seq-1) cached, and ``alternate``, a batch of winner answers.
+            (batch, seq-1) or ``ref_head`` (targets, hidden) cached, and ``alternate``, a batch of winner answers.
         layers: the layers whose hidden states will be asked for (blocks by number, or module names).
         routers: the mixture-of-experts blocks whose router logits will be asked for.
         stop: end the forward after the deepest of `layers` (nothing beyond is needed).
@@ -264,10 +264,15 @@ class Pass:
             if "ref_logp" in self.batch:
                 self._cache["ref_logp"] = self.batch["ref_logp"][self.mask].float()
             else:
-                h = self._head_input(True)
+                h = self.ref_head
                 with self._mode(True):
                     self._cache["ref_logp"] = self._head.logp(h, self.targets)
         return self._cache["ref_logp"]
+
+    @property
+    def ref_head(self) -> Tensor:
+        """The reference's hidden states before the output embeddings at the targets, (n, hidden)."""
+        return self.batch["ref_head"] if "ref_head" in self.batch else self._head_input(True)
 
     def map_logits(self, fn: Callable[..., Tensor], reference: bool = False) -> Tensor:
         """fn over the target positions' logits: (n,) or (n, k) float32.
@@ -279,7 +284,7 @@ class Pass:
         y = self.targets
         if not reference:
             return self._head.map(self._head_input(False), lambda z, i, j: fn(z, y[i:j]))
-        h_ref = self._head_input(True)
+        h_ref = self.ref_head
         frozen = type(self._head.module) is nn.Linear  # an adapted head has to be switched for the reference
 
         def with_reference(z: Tensor, i: int, j: int) -> Tensor:
@@ -336,10 +341,11 @@ class Pass:
         return self.mask.sum(1)[self.mask.any(1)].float()
 
     def see_reference(self) -> None:
-        """Run the reference model now, so that `reference_cache` holds it before the parameters move."""
-        self._run(True)
-        if not self._stop:
-            self._head_input(True)
+        """Run the reference model now, so that `reference_cache` holds it before the parameters move; rows may have it already."""
+        if not {"ref_logp", "ref_head"} & set(self.batch):
+            self._run(True)
+            if not self._stop:
+                self._head_input(True)
         if "alternate" in self.batch and self._reference_cache is not None:
             self.alternate.see_reference()
 

@@ -137,7 +137,10 @@ TRAIN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown rule": (change(rule="summ"), "no rule 'summ'. Did you mean 'sum'?"),
     "rule without its gradient": (change(rule="ngdiff", terms={"forget": {"ga": {}}}), "rule 'ngdiff' needs the gradient"),
     "unknown reference": (change(reference="after"), "reference='after' is not one of before"),
-    "precomputed is not enough": (change(reference="precomputed", terms={"forget": {"kl": {}}}), "kl need more"),
+    "precomputed is not enough": (
+        change(reference="precomputed", terms={"forget": {"representation_retention": {"layer": 0}}}),
+        "representation_retention need its inner layers",
+    ),
     "unknown adapter type": (change(adapter={"type": "lorra"}), "no PEFT type. Did you mean 'lora'?"),
     "refused adapter type": (change(adapter={"type": "prefix_tuning"}), "prefix_tuning is refused: it works through"),
     "adapter is a list": (change(adapter=[1]), "adapter: settings are a mapping"),

@@ -136,7 +136,7 @@ def _labelled(ids: list[int], first: int, labels: Sequence[int]) -> dict[str, li
 
 def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     """Right-padded tensors (batch, seq) of encoded rows; extra per-token float lists (e.g. ``ref_logp``, one value per
-    target) are padded into (batch, seq-1) at their targets' positions."""
+    target) are padded into (batch, seq-1) at their targets' positions; ``ref_head`` (targets of the row, hidden) is put end to end."""
     width = max(len(r["input_ids"]) for r in rows)
     out = {
         "input_ids": torch.full((len(rows), width), pad_id, dtype=torch.long),  # (batch, seq)
@@ -152,6 +152,8 @@ def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tenso
         ref = torch.zeros((len(rows), width - 1))
         ref[out["labels"][:, 1:] != IGNORE] = torch.cat([torch.as_tensor(r["ref_logp"]).float() for r in rows])
         out["ref_logp"] = ref  # (batch, seq-1)
+    if all("ref_head" in r for r in rows):
+        out["ref_head"] = torch.cat([r["ref_head"] for r in rows])
     return out
 
 

@@ -79,6 +79,7 @@ def recipe_for(
             "layers_to_transform": list(range(first, blocks)),
         },
         "terms": terms,
+        "reference": "precomputed",
         "train": {
             "learning_rate": s.learning_rate, "max_steps": s.steps, "per_device_train_batch_size": rows,
             "lr_scheduler_type": "linear", "warmup_steps": min(5, s.steps // 4), "adam_beta2": 0.99, "max_grad_norm": 1.0,

@@ -67,7 +67,7 @@ class UnlearnConfig(TrainingArguments):
         smoothing: of the gradient named forget: a name or ``{name: {hyper.., space: adapter | base}}``.
         step_size: automatic learning rate, e.g. ``gen``. Wants a constant schedule and a retain term.
         averaging: of the adapter, e.g. ``{wa: {start: 100}}``; the average is what training returns.
-        reference: before | base | adapter:<name> | precomputed (reference log-probs of the data computed once).
+        reference: before | base | adapter:<name> | precomputed (what the reference says of the data, computed once).
         anchor: the set walked through once per epoch; `per_anchor` rows of every other set join each of its rows: one number, or
             ``{set: number}``, where 0.5 is one row with every second anchor row.
         max_length: tokens per row; `on_overflow` says what happens beyond: error | truncate | chunk.
@@ -162,6 +162,15 @@ class UnlearnConfig(TrainingArguments):
         return sorted({t.batch for t in self.term_list} | {self.anchor})
 
     @property
+    def of_reference(self) -> dict[str, str]:
+        """Set -> what `reference.precompute` takes of the reference for its terms: ``ref_head`` where one reads logits."""
+        needs: dict[str, set[str]] = {}
+        for t in self.term_list:
+            needs.setdefault(t.batch, set()).update(t.objective.needs)
+        heads = {b: "ref_head" for b, n in needs.items() if "ref_logits" in n}
+        return {b: "ref_logp" for b, n in needs.items() if "ref_logp" in n} | heads
+
+    @property
     def rows_per_step(self) -> int:
         """Anchor rows of one optimizer step, over all micro-batches and processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
@@ -245,15 +254,15 @@ class UnlearnConfig(TrainingArguments):
                 )
 
     def _check_reference(self, errors: Errors) -> None:
-        mode, more_than_logp = self.reference, {"ref_logits", "ref_hidden", "ref_router"}
+        mode, more_than_logp = self.reference, {"ref_hidden", "ref_router"}
         if not isinstance(mode, str):
             errors.add(f"reference must be text, not {mode!r}")
         elif mode == "precomputed":
             more = sorted({t.objective.name for t in self.term_list if more_than_logp & set(t.objective.needs)})
             if more:
                 errors.add(
-                    f"reference: precomputed holds log-probabilities of targets only, and {', '.join(more)} need more of the "
-                    "reference model; use reference: before"
+                    f"reference: precomputed holds what the reference says at the targets, and {', '.join(more)} need its inner layers; "
+                    "use reference: before"
                 )
         elif mode not in ("before", "base") and not (mode.startswith("adapter:") and len(mode) > len("adapter:")):
             errors.add(f"reference={mode!r} is not one of before, base, adapter:<name>, precomputed")

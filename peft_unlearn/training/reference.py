@@ -1,11 +1,11 @@
-"""Reference log-probabilities taken once, before training, and cached beside the checkpoints."""
+"""What losses read of the reference model, taken once before training and cached beside the checkpoints."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,54 +23,57 @@ from ..tuners.names import belongs, scalings
 def precompute(
     model: Any,
     sets: Mapping[str, list[dict[str, Any]]],
-    names: Iterable[str],
+    wanted: Mapping[str, str],
     folder: Path,
     *,
     reference: Reference,
     pad_id: int,
     write: bool = True,
 ) -> None:
-    """Give every row of the named sets (and its winner answer) a ``ref_logp``: one value per target, (n,) float32.
+    """Give every row of the named sets (and its winner answer) what their losses read of the reference.
 
     Args:
+        wanted: set -> ``ref_logp``, one value per target, (n,) float32; or ``ref_head``, the hidden states before the output
+            embeddings at its targets, (n, hidden), from which any function of the logits follows.
         folder: where the cache lies, one file per key (see `cache_key`); made if it is not there.
         write: whether this process writes the file (the first rank does).
     """
-    for name in sorted(names):
+    for name, what in sorted(wanted.items()):
         rows = sets[name]
         both = rows + [r["alternate"] for r in rows if "alternate" in r]
-        if all("ref_logp" in r for r in both):
+        if all(what in r for r in both):
             continue
-        path = folder / f"reference-{cache_key(model, both, reference.trained)[:16]}.safetensors"
-        values = _cached(path, [n_targets(r) for r in both])
+        path = folder / f"reference-{cache_key(model, both, reference.trained)[:16]}.{what}.safetensors"
+        values = _cached(path, what, [n_targets(r) for r in both])
         if values is None:
-            values = reference_logp(model, both, reference, pad_id)
+            values = reference_values(model, both, reference, pad_id, what)
             if write:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 sweep_parts(path.parent)
                 stage, whole = part_of(path), torch.cat(values)
-                save_file({"ref_logp": whole}, stage, metadata={"sha256": hashlib.sha256(raw_bytes(whole)).hexdigest()})
+                save_file({what: whole}, stage, metadata={"sha256": hashlib.sha256(raw_bytes(whole)).hexdigest()})
                 os.replace(stage, path)
         for row, v in zip(both, values, strict=True):
-            row["ref_logp"] = v
+            row[what] = v
 
 
-def _cached(path: Path, lengths: list[int]) -> list[torch.Tensor] | None:
+def _cached(path: Path, what: str, lengths: list[int]) -> list[torch.Tensor] | None:
     """What an earlier run wrote to `path`; None where there is nothing, or not all of it as it was written."""
     try:
         with safe_open(path, framework="pt") as f:
-            whole, sha = f.get_tensor("ref_logp"), (f.metadata() or {}).get("sha256")
+            whole, sha = f.get_tensor(what), (f.metadata() or {}).get("sha256")
     except (OSError, SafetensorError):
         return None
-    if whole.shape != (sum(lengths),) or hashlib.sha256(raw_bytes(whole)).hexdigest() != sha:
+    if whole.shape[:1] != (sum(lengths),) or hashlib.sha256(raw_bytes(whole)).hexdigest() != sha:
         return None
     return list(whole.split(lengths))
 
 
-def reference_logp(
-    model: Any, rows: list[dict[str, Any]], reference: Reference, pad_id: int, size: int = 32
+@torch.no_grad()
+def reference_values(
+    model: Any, rows: list[dict[str, Any]], reference: Reference, pad_id: int, what: str = "ref_logp", size: int = 32
 ) -> list[torch.Tensor]:
-    """Log-probabilities of each row's targets under the reference, in the order of `rows`; batches of like length."""
+    """``ref_logp`` or ``ref_head`` of each row's targets, in the order of `rows`; batches of like length."""
     out: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     device = next(model.parameters()).device
@@ -78,7 +81,7 @@ def reference_logp(
         part = order[at : at + size]
         batch = {k: v.to(device) for k, v in pad([rows[i] for i in part], pad_id).items()}
         p = Pass(model, batch, reference=reference)
-        for i, v in zip(part, p.ref_logp.split(p.mask.sum(1).tolist()), strict=True):
+        for i, v in zip(part, getattr(p, what).split(p.mask.sum(1).tolist()), strict=True):
             out[i] = v.cpu()
     return out
 

@@ -169,7 +169,7 @@ class UnlearnTrainer(Trainer):
             precompute(
                 self.bare,
                 self.rows.sets,
-                {t.batch for t in self.config.term_list if "ref_logp" in t.objective.needs},
+                self.config.of_reference,
                 Path(self.config.work_dir),
                 reference=self.reference,
                 pad_id=self.pad_id,

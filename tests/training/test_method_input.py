@@ -62,8 +62,8 @@ GA = {"terms": {"forget": {"ga": {}}, "retain": {"nll": {}}}}
         ({"terms": {"retain": {"nll": {}}}, "smoothing": "sam"}, r"works on the gradient named forget"),
         ({"terms": {"forget": {"dpo": {}, "idk": {}}}}, r"would need several winner answers \(refusal, row\)"),
         (
-            {"terms": {"forget": {"undial": {}}}, "reference": "precomputed"},
-            r"undial need more of the\s+reference model",
+            {"terms": {"forget": {"representation_retention": {"layer": 0}}}, "reference": "precomputed"},
+            r"representation_retention need its inner layers",
         ),
         ({"terms": {"other": {"ga": {"batch": ""}}}}, r"batch names a set"),
         ({"per_anchor": {"retian": 2}}, r"no term reads the set 'retian'. Did you mean 'retain'"),

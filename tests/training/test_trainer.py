@@ -513,9 +513,9 @@ def test_precomputed_equals_before_and_is_cached(tmp_path, monkeypatch):
     live = make(tmp_path / "a", max_steps=3)
     live.train()
     calls = []
-    real = reference.reference_logp
+    real = reference.reference_values
     monkeypatch.setattr(
-        reference, "reference_logp", lambda model, rows, *more: calls.append(len(rows)) or real(model, rows, *more)
+        reference, "reference_values", lambda model, rows, *more: calls.append(len(rows)) or real(model, rows, *more)
     )
     cached = make(tmp_path / "b", reference="precomputed", max_steps=3)
     cached.train()
@@ -548,8 +548,25 @@ def test_precomputed_equals_before_and_is_cached(tmp_path, monkeypatch):
 def test_precomputed_refuses_dropout_and_losses_that_need_more(tmp_path):
     with pytest.raises(UserError, match=r"dropout|drops"):
         make(tmp_path / "a", tiny.lora(tiny.llama(), lora_dropout=0.1), reference="precomputed").train()
-    with pytest.raises(UserError, match="kl need more"):
-        config(tmp_path / "a", terms={"forget": {"ga": {}}, "retain": {"kl": {}}}, reference="precomputed")
+    with pytest.raises(UserError, match="representation_retention need its inner layers"):
+        config(
+            tmp_path / "a",
+            terms={"forget": {"ga": {}}, "retain": {"representation_retention": {"layer": 0}}},
+            reference="precomputed",
+        )
+
+
+def test_precomputed_distributions_equal_a_live_reference(tmp_path, monkeypatch):
+    terms = {"forget": {"npo": {}, "undial": {}}, "retain": {"kl": {}}}
+    live = make(tmp_path / "a", max_steps=3, terms=terms)
+    live.train()
+    cached = make(tmp_path / "b", max_steps=3, terms=terms, reference="precomputed")
+    runs = []
+    monkeypatch.setattr(Pass, "_run", (lambda real: lambda p, r: runs.append(r) or real(p, r))(Pass._run))
+    cached.train()
+    for n, p in parameters(live).items():
+        torch.testing.assert_close(parameters(cached)[n], p, atol=1e-6, rtol=1e-6)
+    assert runs.count(True) == 2  # once a set, before the first step
 
 
 def test_dropout_is_allowed_with_a_live_reference(tmp_path):
