@@ -23,6 +23,7 @@ from ..evaluation.subjects import work_data
 from ..folder.atomic import room_for, write_text
 from ..folder.base import load_base, load_config, load_tokenizer, resolve_base
 from ..folder.digest import digest_checkpoint
+from ..folder.dtype import dtype_of
 from ..folder.read import AdapterFolder
 from ..folder.recipe import dump_recipe
 from ..folder.write import check_destination, update_eval
@@ -31,7 +32,6 @@ from ..training.config import WORK
 from ..training.save import save_adapter
 from ..training.train import to_stderr
 from .ask import Asker, Progress
-from .dtype import fast_dtype
 from .outcome import Forgotten
 from .prepare import Request, as_questions, prepare
 from .settings import Settings, preset, recipe_for
@@ -106,7 +106,7 @@ def forget(
     kept = as_questions(load_rows(str(retain), "retain set")) if retain is not None else []
     base_dir, work = resolve_base(base), out.with_name(out.name + WORK)
     with room_for(out):
-        loaded = _load(base, base_dir, fast_dtype(base_dir) if dtype == "auto" else dtype, log)
+        loaded = _load(base, base_dir, dtype_of(dtype, base_dir), log)
         if prepared:
             request, data = Request([], []), Path(str(file)).expanduser()
         else:

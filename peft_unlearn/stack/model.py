@@ -13,6 +13,7 @@ from ..errors import UserError, nearest
 from ..folder.base import load_base, load_tokenizer, resolve_base
 from ..folder.card import add_tags
 from ..folder.digest import digest_checkpoint
+from ..folder.dtype import dtype_of
 from ..folder.fetch import resolve_adapter
 from ..folder.merge_record import RECORD, read_record
 from ..folder.read import AdapterFolder, read_adapter
@@ -63,6 +64,7 @@ class ForgetModel:
             adapters: folders, Hub ids or ``id@commit``, in stacking order: those that others were trained on top of come
                 first. A mapping names them. LoRA and expert adapters may stand together.
             scales: one per adapter; by default each manifest's own.
+            dtype: of the base; "auto": see `folder.dtype.fast_dtype`.
             fused: compute the LoRA adapters of a layer together (`stack.fused`), not one by one.
 
         Raises:
@@ -115,7 +117,8 @@ class ForgetModel:
             check_base(folder, base_dir, digest)
             check_tokenizer(folder.path, base_dir)
         fits = next(iter(folders.values())).manifest.targets
-        model = attach(load_base(base_dir, dtype, fits), folders)
+        kind = dtype_of(dtype, base_dir) if isinstance(dtype, str) else dtype
+        model = attach(load_base(base_dir, kind, fits), folders)
         add_tags(model)
         stack = cls(model, base_dir, folders, digest, fused)
         for name, value in wanted.items():
@@ -128,6 +131,11 @@ class ForgetModel:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(*(a.path for a in self.adapters.values()), self.base_dir)
         return self._tokenizer
+
+    @property
+    def dtype(self) -> str:
+        """What the base is computed in: float32, bfloat16 or float16."""
+        return str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
 
     def active(self) -> list[str]:
         """Names of the adapters that take part in the forward now."""
