@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from torch import nn
 from ..errors import Errors, UserError, nearest
 from ..folder.card import add_tags
 from ..folder.digest import base_tensors, targeted_names
-from ..head import held
 from ..stack.attach import add
 from ..tuners.delta import changes_base
-from ..tuners.linear import ALL_LINEAR, computes, linear_modules
+from ..tuners.linear import ALL_LINEAR, calls, linear_modules
 from ..tuners.names import belongs
 from ..tuners.registration import register
 from .own_base import quantized_module
@@ -210,15 +208,9 @@ def check_causal(model: Any) -> set[str] | None:
     if weight is None or weight.is_meta:
         return None
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=weight.device)
-    training, called = model.training, set()
-
-    def seen(module: nn.Module, args: Any, out: Any, name: str) -> None:
-        if computes(module, args, out):
-            called.add(name)
-
-    hooks = [m.register_forward_hook(partial(seen, name=n)) for n, m in model.named_modules()]
+    training = model.training
     try:
-        with held(*hooks):
+        with calls(model) as called:
             logits = model.eval()(input_ids=ids, use_cache=False).logits[:, :3].float()
     finally:
         model.train(training)

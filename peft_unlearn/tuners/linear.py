@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +54,41 @@ def linear_modules(model: Any, called: set[str] | None = None) -> Linears:
     others = {n.rpartition(".")[2] for n in plain.keys() - set(wanted)}
     names = {n if (leaf := n.rpartition(".")[2]) in others else leaf for n in wanted}
     return Linears(sorted(names), len(wanted) == len(linear))
+
+
+@contextmanager
+def calls(model: nn.Module) -> Iterator[set[str]]:
+    """Names of the modules that forward passes within it call, of linear ones those that gave a linear map (`computes`)."""
+    called: set[str] = set()
+
+    def seen(module: nn.Module, args: Any, out: Any, name: str) -> None:
+        if computes(module, args, out):
+            called.add(name)
+
+    hooks = [m.register_forward_hook(partial(seen, name=n)) for n, m in model.named_modules()]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def called_modules(model: Any) -> set[str] | None:
+    """Names of the modules that a forward over text calls (`calls`); None for a model without weights in memory."""
+    weight = next(iter(model.parameters()), None)
+    if weight is None or weight.is_meta:
+        return None
+    training = [m for m in model.modules() if m.training]
+    try:
+        for m in training:
+            m.training = False
+        with calls(model) as called:
+            model(input_ids=torch.tensor([[0, 1, 2, 3]], device=weight.device), use_cache=False)
+    finally:
+        for m in training:
+            m.training = True
+    return called
 
 
 def computes(module: nn.Module, args: tuple[Any, ...], out: Any) -> bool:
