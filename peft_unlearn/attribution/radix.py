@@ -2,25 +2,25 @@
 
 float32 values in the order of their bits (the sign turned around) are 32-bit whole numbers. One pass counts how many scores share
 their upper 16 bits, a second one counts the lower 16 bits within the bin that holds the k-th largest. Both histograms together are 1 MB
-whatever the number of scores, which are asked for part by part, twice.
+whatever the number of scores, which are asked for part by part, once for each pass and once to be taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_HALF = 1 << 16
+_HALF, _PIECE = 1 << 16, 1 << 22
 Parts = Callable[[], Iterable[Tensor]]  # the scores part by part, the same ones at every call
 
 
 class Threshold(NamedTuple):
     """key: of the smallest score that is taken (see `keys`); ties: how many scores equal to it are taken, the first by position.
 
-    count: how many are taken in all: k, or fewer where fewer may be taken.
+    count: how many are taken in all.
     """
 
     key: int
@@ -29,54 +29,69 @@ class Threshold(NamedTuple):
 
 
 def keys(scores: Tensor) -> Tensor:
-    """float32 scores as int64 in [0, 2**32) of the same order; -0.0 counts as 0.0. The scores must not be NaN."""
+    """float32 scores as int64 in [0, 2**32) of the same order, flat; -0.0 counts as 0.0. The scores must not be NaN."""
     bits = (scores.detach().float() + 0.0).reshape(-1).view(torch.int32).to(torch.int64)
     return torch.where(bits < 0, -1 - bits, bits + (1 << 31))
 
 
-_NEVER = int(keys(torch.tensor([-torch.inf]))[0])  # a score of -inf is never taken
+_NEVER = int(keys(torch.tensor([-torch.inf]))[0])
 
 
-def threshold(parts: Parts, k: int) -> Threshold:
-    """Where to cut so that exactly the k largest scores remain, ties in favor of the earlier; -inf is never taken."""
+def _pieces(parts: Parts) -> Iterator[Tensor]:
+    """Keys of all scores, at most so many at a time."""
+    for scores in parts():
+        yield from map(keys, scores.reshape(-1).split(_PIECE))
+
+
+def threshold(parts: Parts, wanted: int | Callable[[int], int]) -> Threshold:
+    """Where to cut so that exactly the k largest scores remain, ties in favor of the earlier.
+
+    wanted: k, or a function that gives it for the number of scores. A score of -inf is never taken; fewer remain where too few others
+    are there.
+    """
     high = torch.zeros(_HALF, dtype=torch.int64)
     never = 0
-    for scores in parts():
-        found = keys(scores)
+    for found in _pieces(parts):
         never += int((found == _NEVER).sum())
         high += torch.bincount(found >> 16, minlength=_HALF).cpu()
-    k = min(k, int(high.sum()) - never)
+    n = int(high.sum())
+    k = min(wanted(n) if callable(wanted) else wanted, n - never)
     if k <= 0:
         return Threshold(1 << 32, 0, 0)
-    bin_, above = _cut(high, k)
+    upper, above = _cut(high, k)
     low = torch.zeros(_HALF, dtype=torch.int64)
-    for scores in parts():
-        found = keys(scores)
-        low += torch.bincount(found[found >> 16 == bin_] & (_HALF - 1), minlength=_HALF).cpu()
+    for found in _pieces(parts):
+        low += torch.bincount(found[found >> 16 == upper] & (_HALF - 1), minlength=_HALF).cpu()
     at, more = _cut(low, k - above)
-    return Threshold((bin_ << 16) | at, k - above - more, k)
+    return Threshold((upper << 16) | at, k - above - more, k)
 
 
 def _cut(histogram: Tensor, k: int) -> tuple[int, int]:
     """(bin of the k-th largest, how many lie in bins above it)."""
     upto = histogram.flip(0).cumsum(0)  # from the largest down
-    at = int(torch.searchsorted(upto, torch.tensor(k)))
+    at = int(torch.searchsorted(upto, k))
     return _HALF - 1 - at, int(upto[at - 1]) if at else 0
 
 
-def positions(scores: Mapping[str, Callable[[], Tensor]], k: int) -> dict[str, Tensor]:
-    """Flat positions of the k largest entries of all scores together, by name, rising, int64 on the CPU; names that lost are left empty.
+def largest(
+    scores: Mapping[str, Callable[[], Tensor]], wanted: int | Callable[[int], int]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, which of its scores are among the k largest of all together: bool of their shape), name by name.
 
     Args:
         scores: name -> a function that gives this name's scores, equal at every call.
+        wanted: k, see `threshold`.
     """
-    cut = threshold(lambda: (score() for score in scores.values()), k)
-    left, out = cut.ties, {}
+    cut = threshold(lambda: (score() for score in scores.values()), wanted)
+    left = cut.ties
     for name, score in scores.items():
-        found = keys(score())
-        taken = found > cut.key
-        tied = (found == cut.key).nonzero().squeeze(1)[:left]
-        left -= len(tied)
-        taken[tied] = True
-        out[name] = taken.nonzero().squeeze(1).cpu()
-    return out
+        values = score()
+        taken = []
+        for piece in values.reshape(-1).split(_PIECE):
+            found = keys(piece)
+            here = found > cut.key
+            tied = (found == cut.key).nonzero().squeeze(1)[:left]
+            left -= len(tied)
+            here[tied] = True
+            taken.append(here)
+        yield name, torch.cat(taken).view(values.shape)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..forward import Reference
 from ..gradients.terms import Term
 from ..progress import Progress
-from ..registry import Method, Source, selection
+from ..registry import Method, Range, Source, selection
 from ..tuners.linear import ALL_LINEAR
 from ..tuners.selection import Selection
 from . import radix
@@ -31,6 +31,59 @@ from .streamed import Rows, eligible, gradients, input_axis, input_norms, scored
 DENSE = 0.1  # beyond this density a LoRA of usual rank is smaller and keeps more
 
 _WAGLE = Source("WAGLE: Strategic Weight Attribution for LLM Unlearning", "https://arxiv.org/abs/2410.17509", 2024)
+_SNIP = Source(
+    "SNIP: Single-shot Network Pruning based on Connection Sensitivity", "https://arxiv.org/abs/1810.02340", 2019
+)
+_WANDA = Source(
+    "A Simple and Effective Pruning Approach for Large Language Models", "https://arxiv.org/abs/2306.11695", 2024
+)
+_EMSO = Source("Get Confused Cautiously (EMSO)", "https://arxiv.org/abs/2408.04983", 2024)
+_SURE = Source(
+    "Catastrophic Failure of LLM Unlearning via Quantization (SURE)", "https://arxiv.org/abs/2410.16454", 2025
+)
+_OURS = Source("peft-unlearn: docs/selection.md", "https://github.com/peft-unlearn/peft-unlearn", 2026)
+
+
+@selection("wagle", source=_WAGLE)
+def wagle(
+    weight: Tensor, forget_grad: Tensor, retain_grad: Tensor, weight_rms: float, retain_grad_rms: float, *,
+    gamma: Annotated[float, Range(0, None, open_low=True)] | None = None,
+) -> Tensor:  # fmt: skip
+    """|(theta - g_r / gamma) g_f|: what taking the weight away would do to forgetting once the retain loss is back at its minimum.
+
+    The closed form of a bi-level problem whose lower level has the diagonal Hessian gamma I. For a large gamma it is `snip`, for a small
+    one |g_r g_f|. Gradients are means over target tokens, so that gamma does not depend on how many rows there are; the released code
+    (OPTML-Group/WAGLE, gamma 1e-6) adds up the means of N batches, which is gamma / N here.
+
+    Args:
+        gamma: null: rms(g_r) / rms(theta), where both terms are of one size.
+    """
+    scale = gamma if gamma is not None else retain_grad_rms / (weight_rms or 1.0)
+    return ((weight - retain_grad / (scale or 1.0)) * forget_grad).abs()
+
+
+@selection("snip", source=_SNIP)
+def snip(weight: Tensor, forget_grad: Tensor) -> Tensor:
+    """|theta g_f|: how much the forget loss changes, to first order, when the weight is set to zero."""
+    return (weight * forget_grad).abs()
+
+
+@selection("gradient", source=_WAGLE)
+def gradient(forget_grad: Tensor) -> Tensor:
+    """|g_f|: where the forget loss is steepest."""
+    return forget_grad.abs()
+
+
+@selection("magnitude", source=_WAGLE)
+def magnitude(weight: Tensor) -> Tensor:
+    """|theta|: the largest weights, whatever the data."""
+    return weight.abs()
+
+
+@selection("wanda", source=_WANDA)
+def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
+    """|theta| times the norm of the input feature that it is multiplied with, over the forget set."""
+    return weight.abs() * input_norm
 
 
 @selection("random", source=_WAGLE)
@@ -39,10 +92,35 @@ def random(weight: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(weight.shape, generator=generator)
 
 
-@selection("magnitude", source=_WAGLE)
-def magnitude(weight: Tensor) -> Tensor:
-    """|theta|: the largest weights, whatever the data."""
-    return weight.abs()
+@selection("emso", source=_EMSO, faithful="reconstructed")
+def emso(
+    entropy_grad: Tensor, ascent_grad: Tensor, *, contrast: Literal["product", "agreeing", "difference"] = "product"
+) -> Tensor:
+    """EMSO-style, reconstructed: entries where maximizing the entropy and gradient ascent pull strongly and in one direction.
+
+    The paper describes its contrastive gradient metric in words, and there is no code: a the gradient of the negative entropy, b that
+    of gradient ascent, both on the forget set alone.
+
+    Args:
+        contrast: "product": a b, never where it is not positive; "agreeing": |a| where the signs agree, never elsewhere; "difference":
+            |a| - |b|.
+    """
+    if contrast == "difference":
+        return entropy_grad.abs() - ascent_grad.abs()
+    agree = entropy_grad.sign() * ascent_grad.sign() > 0
+    return torch.where(agree, entropy_grad * ascent_grad if contrast == "product" else entropy_grad.abs(), -torch.inf)
+
+
+@selection("contrast_retain", source=_OURS, forget="neg_entropy", faithful="own")
+def contrast_retain(forget_grad: Tensor, retain_grad: Tensor, retain_grad_mean: float) -> Tensor:
+    """|g_f| / (|g_r| + mean |g_r|): steep for the forget set, flat for the retain set. Ours; unlike EMSO it needs retain rows."""
+    return forget_grad.abs() / (retain_grad.abs() + (retain_grad_mean or 1.0))
+
+
+@selection("sure", source=_SURE)
+def sure(forget_grad: Tensor, input_axis: int) -> Tensor:
+    """Norm of the forget gradient of every output row (neuron): whole rows are chosen, the paper's 90th percentile is ratio 0.1."""
+    return forget_grad.norm(dim=input_axis, keepdim=True)
 
 
 # --- what methods are fed ---------------------------------------------------------------------------------------------
@@ -172,8 +250,7 @@ def select(
         found = _Found(model, params, grads, norms, seed, device or next(iter(params.values())).device)
         scores = {n: partial(_score, chosen, values, found, n) for n in params}
         with torch.no_grad():
-            picked = _picked(scores, ratio, budget, method)
-            indices = {n: _entries(picked[n], scores[n]().shape, params[n].shape) for n in params}
+            indices = _chosen(scores, params, ratio, budget)
     record = {
         "method": chosen.name, "hyper": values, "ratio": ratio, "budget": budget, "seed": seed,
         "rows": {n: len(data[n]) for n in sorted(wanted)},
@@ -214,31 +291,33 @@ def _summed(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _score(method: Method, hyper: Mapping[str, Any], found: _Found, name: str) -> Tensor:
-    return method.fn(*(found.feed(i, name) for i in method.inputs), **hyper)
+    score = method.fn(*(found.feed(i, name) for i in method.inputs), **hyper)
+    if bool(score.isnan().any()):
+        raise UserError(
+            f"selection {method.name} gave scores of {name} that are not numbers: its inputs are too large, or the base holds NaN"
+        )
+    return score
 
 
-def _picked(scores: Mapping[str, Callable[[], Tensor]], ratio: float, budget: str, method: str) -> dict[str, Tensor]:
-    groups = [list(scores)] if budget == "global" else [[n] for n in scores]
+def _chosen(
+    scores: Mapping[str, Callable[[], Tensor]], params: Mapping[str, Tensor], ratio: float, budget: str
+) -> dict[str, Tensor]:
+    """Flat positions in each weight, rising, int64 on the CPU."""
+
+    def wanted(n: int) -> int:
+        if (k := math.floor(ratio * n + 1e-9)) < 1:
+            raise UserError(f"selection: ratio {ratio:g} of the {n} entries (or rows) of {where} is less than one")
+        return k
+
     out = {}
-    for names in groups:
-        n = sum(scores[x]().numel() for x in names)
-        if (k := math.floor(ratio * n)) < 1:
-            raise UserError(
-                f"ratio {ratio:g} of the {n} places in {names[0] if len(names) == 1 else 'all weights'} is less than one"
-            )
-        out |= radix.positions({x: scores[x] for x in names}, k)
+    for names in [list(scores)] if budget == "global" else [[n] for n in scores]:
+        where = names[0] if len(names) == 1 else "all these weights"
+        for name, taken in radix.largest({x: scores[x] for x in names}, wanted):
+            whole = taken.expand(params[name].shape)  # an axis of length 1 stands for all along it
+            out[name] = whole.reshape(-1).nonzero().squeeze(1).cpu()
     if not any(len(i) for i in out.values()):
-        raise UserError(f"selection {method} chose nothing: no entry may move by its rule on these data")
+        raise UserError("selection: nothing was chosen, no entry may move by this method on these data")
     return out
-
-
-def _entries(places: Tensor, scored_shape: torch.Size, shape: torch.Size) -> Tensor:
-    """Flat positions in a weight of flat positions in its scores, whose axes of length 1 stand for whole axes of the weight."""
-    if scored_shape == shape:
-        return places
-    mask = torch.zeros(scored_shape.numel(), dtype=torch.bool)
-    mask[places] = True
-    return mask.view(scored_shape).expand(shape).reshape(-1).nonzero().squeeze(1)
 
 
 def _warn(found: Selection) -> None:

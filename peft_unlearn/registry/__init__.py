@@ -201,9 +201,16 @@ def step_size(
     return _register("step_size", name, source=source, check=check, faithful=faithful)
 
 
-def selection(name: str, *, source: Source, faithful: str = "verified"):
-    """Register ``fn(model, data, *, hyper...) -> dict[str, BoolTensor]``."""
-    return _register("selection", name, source=source, faithful=faithful)
+def selection(name: str, *, source: Source, forget: str = "nll", faithful: str = "verified"):
+    """Register ``fn(input, ..., *, hyper...) -> scores`` of one weight, float32, higher = rather chosen, -inf = never.
+
+    The names of its inputs say what it is fed (`attribution.weights.INPUTS`). Scores have the weight's shape; an axis of length 1 means
+    that all entries along it stand or fall together.
+
+    Args:
+        forget: the objective that `forget_grad` is the gradient of, unless the user names another.
+    """
+    return _register("selection", name, source=source, forget=forget, faithful=faithful)
 
 
 def metric(
