@@ -1,4 +1,4 @@
-"""Makes PEFT know ``PEFT_UNLEARN_EXPERT_LORA``: at once where PEFT is imported already, else right after its import.
+"""Makes PEFT know our own types of adapters: at once where PEFT is imported already, else right after its import.
 
 PEFT has no plug-in discovery. Its registry takes outside methods, but only for names that its ``PeftType`` enumeration
 holds; so that is extended in place first. This module imports neither torch nor peft.
@@ -9,11 +9,15 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .peft_type import PEFT_TYPE, PREFIX, peft_type
+from .peft_type import FORGET_VECTOR, PEFT_TYPE, SPARSE_TYPE, peft_type
+
+# type -> what the classes in the folder of that name begin with
+_TYPES = {PEFT_TYPE: "ExpertLora", SPARSE_TYPE: "Sparse", FORGET_VECTOR: "ForgetVector"}
 
 
 def install() -> None:
@@ -24,20 +28,22 @@ def install() -> None:
         sys.meta_path.insert(0, _AfterPeft())
 
 
-def register() -> Any:
-    """Register the method with PEFT (imports it) and return its ``PeftType``; does nothing the second time."""
+def register(name: str = PEFT_TYPE) -> Any:
+    """Register our types with PEFT (imports it) and return the ``PeftType`` of that name; does nothing the second time."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.peft_types import register_peft_method
 
-    kind = peft_type()
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        from .expert_lora.config import ExpertLoraConfig
-        from .expert_lora.model import ExpertLoraModel
-
+    for each, classes in _TYPES.items():
+        if peft_type(each) in PEFT_TYPE_TO_CONFIG_MAPPING:
+            continue
+        room = f"{__package__}.{each.removeprefix('PEFT_UNLEARN_').lower()}"
         register_peft_method(
-            name=PEFT_TYPE.lower(), config_cls=ExpertLoraConfig, model_cls=ExpertLoraModel, prefix=PREFIX
+            name=each.lower(),
+            config_cls=getattr(import_module(f"{room}.config"), f"{classes}Config"),
+            model_cls=getattr(import_module(f"{room}.model"), f"{classes}Model"),
+            prefix=f"{each.lower()}_",
         )
-    return kind
+    return peft_type(name)
 
 
 def _register_or_warn() -> None:
@@ -46,8 +52,8 @@ def _register_or_warn() -> None:
         register()
     except Exception as e:
         warnings.warn(
-            f"peft_unlearn could not register {PEFT_TYPE} with this version of peft ({type(e).__name__}: {e}); "
-            "expert adapters cannot be loaded in this process",
+            f"peft_unlearn could not register its adapter types with this version of peft ({type(e).__name__}: {e}); "
+            "expert adapters, forget vectors and their kin cannot be loaded in this process",
             RuntimeWarning,
             stacklevel=2,
         )
