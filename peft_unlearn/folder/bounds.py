@@ -38,20 +38,26 @@ _BY_LAYER = s.maybe(
         "a mapping of layers", lambda v: isinstance(v, Mapping) and all(str(k).isdecimal() and len(k) < 6 for k in v)
     )
 )
+_COUNTS = s.maybe(
+    s.shape(
+        "a mapping of whole numbers",
+        lambda v: isinstance(v, Mapping) and all(s.is_whole(k) and k > 0 for k in v.values()),
+    )
+)
 _CONFIG = s.record(
     {
         "peft_type": s.TEXT, "task_type": s.maybe(s.TEXT), "base_model_name_or_path": s.maybe(s.TEXT), "revision": s.maybe(s.TEXT),
         "lora_alpha": s.maybe(s.FINITE), "lora_dropout": s.maybe(s.FINITE), "target_modules": _NAMES, "exclude_modules": _NAMES,
         "target_parameters": _TEXTS, "modules_to_save": _TEXTS, "layers_pattern": _NAMES, "layers_to_transform": _LAYERS,
         "use_rslora": _FLAG, "use_dora": _FLAG, "fan_in_fan_out": _FLAG, "inference_mode": _FLAG, "lora_bias": _FLAG,
-        "experts": _BY_LAYER, "num_experts": _BY_LAYER, "train_router": s.maybe(s.TEXT),
+        "experts": _BY_LAYER, "num_experts": _BY_LAYER, "train_router": s.maybe(s.TEXT), "counts": _COUNTS,
     },
     required=("peft_type",), more=True,
 )  # fmt: skip
 """Of what PEFT or we read of an adapter_config.json, the kinds of values."""
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".exe", ".sh", ".js")
-_WITH_CODE = ("config.json", "adapter_config.json", "expert_lora/adapter_config.json", "tokenizer_config.json",
-              "processor_config.json", "preprocessor_config.json", "generation_config.json")  # fmt: skip
+_WITH_CODE = ("config.json", "adapter_config.json", "tokenizer_config.json", "processor_config.json",
+              "preprocessor_config.json", "generation_config.json")  # fmt: skip
 _SIZES = ("r", "init_r", "target_r", "router_r", "num_virtual_tokens")
 _MOST_ITEMS, _MOST_LAYERS, _MOST_PATTERN = 10_000, 4096, 4000
 _NAME, _STEPS = 60, 3_000_000  # characters of a module's name, and the ways of matching one that are still quick
@@ -63,7 +69,10 @@ _REPEATS = {_OPS.MAX_REPEAT, _OPS.MIN_REPEAT, getattr(_OPS, "POSSESSIVE_REPEAT",
 
 def check_code(folder: Path, files: Mapping[str, Any], errors: Errors) -> None:
     """Refuse a folder that brings code: ``auto_map`` makes transformers import a file of it."""
-    for name in _WITH_CODE:
+    for name in [
+        *_WITH_CODE,
+        *(p.relative_to(folder).as_posix() for p in sorted(folder.glob("*/adapter_config.json"))),
+    ]:
         if (folder / name).is_file() and parse_json(
             read_text(folder / name, limit=MAX_JSON + 1), str(folder / name)
         ).get("auto_map"):
@@ -83,6 +92,9 @@ def check_config(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], 
     most = _largest_rank(entries) if config.get("peft_type") != "LOKR" else 10**9  # there a large r means: not factored
     for key in (k for k in _SIZES if config.get(k) is not None):
         _check_size(key, config[key], most, errors)
+    wanted, held = sum((config.get("counts") or {}).values()), sum(math.prod(e.shape) for e in entries.values())
+    if wanted > held:
+        errors.add(f"counts ask for {wanted:,} values, and the file has {held:,}")
     for key in ("rank_pattern", "alpha_pattern"):
         found = config.get(key) or {}
         if not isinstance(found, Mapping):

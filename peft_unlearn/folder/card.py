@@ -18,7 +18,7 @@ from .base import peft_base_name
 from .card_numbers import headline, numbers
 from .manifest import BaseRef, Manifest, path_like
 from .markdown import block, code, inline, one_line, table
-from .read import CARD, AdapterFolder
+from .read import CARD, TOGETHER, AdapterFolder
 from .yaml_io import MAX_CHARACTERS, dump_yaml, parse_yaml, read_text
 
 TAGS = ("forget-adapter", "machine-unlearning", "peft_unlearn")
@@ -176,6 +176,7 @@ def generated(card: ForgetCard) -> str:
         limits="".join(f"{line}\n" for line in _limits(card.manifest)),
         license=f"The adapter: {code(card.license, cell=False)}." if card.license else "The author states none.",
         **_use(card.manifest.base),
+        **_loading(card.config),
     ).rstrip()
 
 
@@ -195,6 +196,8 @@ def _facts(card: ForgetCard) -> list[list[str]]:
     where = f"; {len(m.targets)} adapted modules" * bool(m.targets)
     if method.get("peft_type") == "PEFT_UNLEARN_EXPERT_LORA":
         where += "; trained inside chosen experts, whose compact form is in `expert_lora/`"
+    if parts := config.get(TOGETHER):
+        where += f"; one adapter with those in {', '.join(code(p) for p in parts)}: plain PEFT has to load and activate all of them"
     counts = [f"{name} {row['n']} rows" for name, row in sorted(m.data.items())]
     rows = [
         ["base model", base],
@@ -263,6 +266,21 @@ def _use(base: BaseRef) -> dict[str, str]:
         "revision": f', revision="{base.revision}"' if base.revision else "",
         "here": "None" if known else '"FOLDER"',
         "base_flag": "" if known else " --base FOLDER",
+    }
+
+
+def _loading(config: dict[str, Any]) -> dict[str, str]:
+    """What plain PEFT needs besides the adapter's folder: this package for a type of its own, all parts of one in several."""
+    own = str(config.get("peft_type", "")).startswith("PEFT_UNLEARN")
+    subfolders = [s for s in config.get(TOGETHER) or [] if isinstance(s, str)]
+    parts = [
+        f"for part in {subfolders}:  # one adapter, whose entries lie in {len(subfolders) + 1} parts",
+        "    model.load_adapter(ADAPTER, part, subfolder=part)",
+        f"model.base_model.set_adapter({['default', *subfolders]})",
+    ]
+    return {
+        "plugin": "import peft_unlearn  # its type of adapter is not one of PEFT's own\n" if own else "",
+        "parts": "".join(f"{line}\n" for line in parts) if subfolders else "",
     }
 
 

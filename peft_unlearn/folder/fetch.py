@@ -14,7 +14,8 @@ from .manifest import path_like
 
 FILES: tuple[str, ...] = (
     "adapter_config.json", "adapter_model.safetensors", "forget.json", "recipe.yaml", "eval.json", "README.md",
-    "expert_lora/adapter_config.json", "expert_lora/adapter_model.safetensors",
+    *(f"{place}/{name}" for place in ("expert_lora", "sparse", "shira_r*")
+      for name in ("adapter_config.json", "adapter_model.safetensors")),
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip

@@ -16,6 +16,10 @@ from .yaml_io import MAX_JSON, parse_json, read_text
 
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "forget.json"
 RECIPE, EVAL, CARD = "recipe.yaml", "eval.json", "README.md"
+COMPACT = ("expert_lora", "sparse")
+"""Subfolders with an adapter's own form, beside the stock form on top: of an expert adapter, of a sparse one."""
+TOGETHER = "also_load_and_activate"
+"""In the configuration of a stock adapter that is a part of one: the subfolders with the others. PEFT repeats the key in a warning."""
 
 
 @dataclass
@@ -31,6 +35,11 @@ class AdapterFolder:
     @property
     def adapter_id(self) -> str:
         return self.manifest.adapter_id or f"sha256:{file_sha256(self.path / WEIGHTS)}"
+
+    @property
+    def compact(self) -> Path | None:
+        """Where the adapter's own form lies, if it has one beside the stock form."""
+        return next((self.path / n for n in COMPACT if (self.path / n / CONFIG).is_file()), None)
 
 
 def file_sha256(path: Path) -> str:
@@ -103,10 +112,11 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
 
 def check_asked(folder: Path, config: dict[str, Any]) -> None:
     """Refuse configurations, of the stock and of the compact form, that ask for more than the weights beside them hold."""
-    errors, compact = Errors(), folder / "expert_lora"
+    errors = Errors()
     check_config(config, read_header(folder / WEIGHTS), errors)
-    if (compact / CONFIG).is_file() and (compact / WEIGHTS).is_file():
-        check_config(read_json(compact / CONFIG), read_header(compact / WEIGHTS), errors)
+    for place in sorted(p.parent for p in folder.glob(f"*/{CONFIG}")):
+        if (place / WEIGHTS).is_file():
+            check_config(read_json(place / CONFIG), read_header(place / WEIGHTS), errors)
     errors.raise_if_any(str(folder / CONFIG))
 
 
@@ -116,7 +126,7 @@ def check_weights(path: Path, config: dict[str, Any]) -> None:
     if not entries:
         raise UserError(f"{path}: holds no tensors.")
     foreign = [n for n in entries if not n.startswith("base_model.")]
-    if foreign and config.get("peft_type") in ("LORA", "PEFT_UNLEARN_EXPERT_LORA"):
+    if foreign and config.get("peft_type") in ("LORA", "PEFT_UNLEARN_EXPERT_LORA", "PEFT_UNLEARN_SPARSE", "SHIRA"):
         raise UserError(f"{path}: not an adapter's tensors ({foreign[0]!r} does not start with base_model.).")
     hollow = [n for n, e in entries.items() if e.begin == e.end]
     if hollow:
@@ -125,16 +135,26 @@ def check_weights(path: Path, config: dict[str, Any]) -> None:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    second_factor = [n for n in entries if "lora_B" in n or "lora_embedding_B" in n]
-    moved = not second_factor and config.get("peft_type") != "LORA"
+    decisive = [n for n in entries if any(part in n for part in _DECISIVE)]
+    moved = not decisive and config.get("peft_type") != "LORA"
     try:
         with safe_open(str(path), framework="pt") as f:
             for name in entries:
                 tensor = f.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                     raise UserError(f"{path}: {name!r} holds NaN or infinite values.")
-                moved = moved or (name in second_factor and bool(tensor.any()))
+                moved = moved or (name in decisive and bool(tensor.any()))
     except SafetensorError as e:
         raise UserError(f"{path}: not a readable safetensors file ({e}).") from None
     if not moved:
-        raise UserError(f"{path}: the adapter does nothing: every lora_B is zero, so nothing was trained into it.")
+        raise UserError(
+            f"{path}: the adapter does nothing: every {_part_of(decisive)} is zero, so nothing was trained into it."
+        )
+
+
+_DECISIVE = ("lora_B", "lora_embedding_B", "shira_weight", "supertuning_values", "peft_unlearn_sparse_values")
+"""Tensors without which, if they are all zero, an adapter does nothing."""
+
+
+def _part_of(names: list[str]) -> str:
+    return next((part for part in _DECISIVE if any(part in n for n in names)), "lora_B")

@@ -20,7 +20,7 @@ from ..folder.yaml_io import parse_yaml, read_text
 from ..reporting.text import printable
 
 SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".txt", ".jinja", ".model")
-_TEXTS = (CARD, EVAL, RECIPE, MANIFEST, CONFIG, "expert_lora/adapter_config.json", "tokenizer_config.json")
+_TEXTS = (CARD, EVAL, RECIPE, MANIFEST, "tokenizer_config.json")  # and every adapter_config.json
 _ROOTS = ("home", "Users", "root", "tmp", "private", "var/tmp", "var/folders", "mnt", "media", "Volumes", "scratch",
           "workspace", "work", "content", "kaggle", "opt", "srv", "data", "gpfs", "lustre", "dbfs", "nfs")  # fmt: skip
 _PLACE = re.compile(
@@ -69,7 +69,7 @@ def pack(found: AdapterFolder, data: Any = None) -> Parcel:
             errors.add(f"{MANIFEST} gives no hash of {name}, so it cannot be checked")
     errors.raise_if_any(f"{found.path}")
     notes = _check_card(found, errors)
-    texts = {n: read_text(root / n) for n in names if n in _TEXTS}
+    texts = {n: read_text(root / n) for n in names if n in _TEXTS or Path(n).name == CONFIG}
     for name, text in texts.items():
         for problem in leaks(text, root):
             errors.add(f"{name} {problem}")
@@ -78,7 +78,7 @@ def pack(found: AdapterFolder, data: Any = None) -> Parcel:
         for problem in secrets_in((root / name).read_bytes().decode("latin-1")):
             errors.add(f"{name} {problem}")
     texts |= {n: _added_tokens(root / n) for n in names if n == "tokenizer.json"}
-    for name in (n for n in (CONFIG, RECIPE, "expert_lora/adapter_config.json") if n in texts):
+    for name in (n for n in texts if n == RECIPE or Path(n).name == CONFIG):
         for place, value in _leaves(parse_yaml(texts[name], name) if name == RECIPE else json.loads(texts[name])):
             if path_like(value):
                 errors.add(f"{name} holds a path ({place}: {value!r})")

@@ -21,7 +21,6 @@ from ..stack.fits import check_dependencies, check_tokenizer, check_weights_of, 
 from ..stack.identity import check_identity, n_settings, read_tokenizer
 from ..stack.removal import PROBE_TOLERANCE
 from ..training.adapt import adapted
-from ..tuners.stock import COMPACT
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
               "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")  # fmt: skip
@@ -114,7 +113,12 @@ def verify(folder: str | Path, base: str | Path | None = None, below: Sequence[s
 def _files(found: AdapterFolder, result: Verification) -> None:
     hashed = {n for n, sha in found.manifest.files.items() if sha is not None}
     read = [n for n in (CONFIG, WEIGHTS, RECIPE, *_TOKENIZER) if (found.path / n).is_file()]
-    read += [p.relative_to(found.path).as_posix() for p in (found.path / COMPACT).glob("*") if p.is_file()]
+    read += [
+        p.relative_to(found.path).as_posix()
+        for c in found.path.glob(f"*/{CONFIG}")
+        for p in c.parent.glob("*")
+        if p.is_file()
+    ]
     if free := sorted({*read} - hashed):
         result.add("files", "failed", f"{len(free)} files have no sha256 in the manifest, first {free[0]}")
     else:

@@ -19,27 +19,29 @@ import torch
 
 from ..errors import UserError
 from ..folder.digest import adapter_modules
-from ..folder.read import CONFIG, WEIGHTS, AdapterFolder
+from ..folder.read import CONFIG, WEIGHTS, AdapterFolder, read_json
 from ..tuners.names import belongs, scalings
-from ..tuners.peft_type import PEFT_TYPE
+from ..tuners.peft_type import PEFT_TYPE, SPARSE_TYPE
 from ..tuners.registration import register
-from ..tuners.stock import COMPACT
 
-_SUMS = ("LORA", PEFT_TYPE)
+_SUMS = ("LORA", PEFT_TYPE, SPARSE_TYPE)
+_SPARSE = ("SHIRA", "SUPERTUNING")  # stock types that are the sparse adapter's own form under another name
 
 
 def attach(base: Any, folders: Mapping[str, AdapterFolder]) -> Any:
     """`base` as a PeftModel with all of `folders` active, frozen, in evaluation mode. Ignores scales.
 
-    An expert adapter goes on in its compact form where its folder has one; that it says the same as the stock form beside
-    it, which is what the adapter's id stands for, is checked bit for bit. One without is brought into that form where it
-    has one, since PEFT's own layer for fused parameters demands the same parameters of all adapters.
+    An expert or sparse adapter goes on in its compact form where its folder has one; that it says the same as the stock form
+    beside it, which is what the adapter's id stands for, is checked bit for bit. One without is brought into that form where
+    it has one: PEFT's own layer for fused parameters demands the same parameters of all adapters, and those of SHiRA and
+    SUPERTUNING pass by the base layers' hooks and gradients.
     """
     model = base
     for name, folder in folders.items():
-        compact = folder.path / COMPACT
-        where = compact if (compact / CONFIG).is_file() else folder.path
+        compact = folder.compact
+        where = compact or folder.path
         try:
+            _check_positions(where, folder)
             converted = None if where is compact else _converted(model, name, folder)
             model = converted or load_by_peft(model, name, where)
         except (UserError, MemoryError):
@@ -47,7 +49,7 @@ def attach(base: Any, folders: Mapping[str, AdapterFolder]) -> Any:
         except Exception as e:  # of any class: what a configuration asks for fails wherever PEFT first meets it
             raise UserError(f"{folder.path}: PEFT cannot put this adapter on the base: {_brief(e)}.") from None
         if where is compact:
-            _check_compact(model, name, folder.path)
+            _check_compact(model, name, folder)
         _refuse_nested(model, folder.path)
     activate(model, list(folders))
     return model.eval()
@@ -82,15 +84,20 @@ def _load(model: Any, name: str, where: Path) -> Any:
 
 
 def _converted(model: Any, name: str, folder: AdapterFolder) -> Any:
-    """The model with a stock adapter on experts in the compact form; None where it has to be loaded as it is."""
-    if not folder.config.get("target_parameters"):
-        return None
+    """The model with a stock adapter on experts, or a sparse one, in the compact form; None where it has to be loaded as it is."""
     from peft import PeftModel, get_peft_model
 
-    from ..tuners.expert_lora.export import fill, read_stock
-
     try:
-        config, values = read_stock(folder, model)
+        if folder.config.get("target_parameters"):
+            from ..tuners.expert_lora.export import fill, read_stock
+
+            config, values = read_stock(folder, model)
+        elif folder.config["peft_type"] in _SPARSE:
+            from ..tuners.sparse.export import fill, read_sparse
+
+            config, values = read_sparse(folder, model)
+        else:
+            return None
     except UserError:
         return None
     config.inference_mode = True
@@ -190,28 +197,58 @@ def check_reloads(where: Path, base: Any) -> None:
         ) from None
 
 
-def _check_compact(model: Any, name: str, folder: Path) -> None:
+def _check_positions(where: Path, folder: AdapterFolder) -> None:
+    """Refuse a sparse adapter whose positions lie outside its parameters, or whose file and configuration differ."""
+    config = folder.config if where == folder.path else read_json(where / CONFIG)
+    if config.get("peft_type") == SPARSE_TYPE:
+        from ..tuners.sparse.export import read_entries
+
+        read_entries(where, config)
+
+
+def _check_compact(model: Any, name: str, folder: AdapterFolder) -> None:
     from safetensors.torch import load_file
 
-    from ..tuners.expert_lora.export import stock_tensors
+    if str(model.peft_config[name].peft_type.value) == SPARSE_TYPE:
+        from ..tuners.sparse.export import stock_parts
+    else:
+        from ..tuners.expert_lora.export import stock_tensors
 
-    stock, mine = load_file(str(folder / WEIGHTS)), stock_tensors(model, name)
-    if set(stock) != set(mine) or any(not torch.equal(stock[k], mine[k].to(stock[k].dtype)) for k in stock):
-        raise UserError(
-            f"{folder}: {COMPACT}/ and {WEIGHTS} hold two different adapters; one of them was replaced after training. "
-            f"Delete {COMPACT}/ to use the stock form, or get the folder anew."
-        )
+        def stock_parts(model: Any, name: str) -> dict[str, dict[str, torch.Tensor]]:
+            return {"": stock_tensors(model, name)}
+
+    assert folder.compact is not None
+    for sub, mine in stock_parts(model, name).items():
+        place = folder.path / sub / WEIGHTS
+        stock = load_file(str(place)) if place.is_file() else {}
+        if set(stock) != set(mine) or any(not torch.equal(stock[k], mine[k].to(stock[k].dtype)) for k in stock):
+            own = folder.compact.name
+            raise UserError(
+                f"{folder.path}: {own}/ and {place.relative_to(folder.path)} hold two different adapters; one of them was replaced "
+                f"after training. Delete {own}/ to use the stock form, or get the folder anew."
+            )
 
 
 def _refuse_nested(model: Any, where: Path) -> None:
     layers = adapter_modules(model)
     for at, layer in layers.items():
         inner = layers.get(f"{at}.base_layer")
-        if inner is not None and type(inner) is not type(layer):
+        if inner is not None and type(inner) is not type(layer) and not _adds_around(layer, inner):
             raise UserError(
                 f"{where}: adapts {at.removeprefix('base_model.model.')}, which carries an adapter of another kind already "
                 f"({type(inner).__name__} under {type(layer).__name__}); these cannot be active together."
             )
+
+
+def _adds_around(layer: Any, inner: Any) -> bool:
+    """Whether a LoRA stands around a sparse adapter: each adds to the weight, in whatever order."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    from ..tuners.sparse.layer import SparseLayer
+
+    if not isinstance(inner, SparseLayer) or not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
+        return False
+    return not getattr(layer, "lora_variant", None)  # DoRA and its kin compute with the weight itself
 
 
 def detach(model: Any, name: str) -> list[str]:

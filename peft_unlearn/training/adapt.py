@@ -55,8 +55,8 @@ def peft_config(spec: Mapping[str, Any] | None) -> Any:
         raise UserError(f"adapter: settings are a mapping, e.g. {{type: lora, r: 16}}, not {spec!r}")
     spec = {"type": "lora", **(spec or {})}
     kind = str(spec.pop("type")).upper()
-    if kind == "EXPERT_LORA":
-        kind = str(register().value)
+    if kind in ("EXPERT_LORA", "SPARSE"):
+        kind = str(register(f"PEFT_UNLEARN_{kind}").value)
     names = {t.name for t in PeftType}
     if kind not in names:
         raise UserError(

@@ -24,7 +24,7 @@ from ..stack.attach import check_reloads
 from ..stack.fits import tokenizer_difference
 from ..stack.identity import identity_of
 from ..tuners.names import belongs
-from ..tuners.peft_type import PEFT_TYPE
+from ..tuners.peft_type import PEFT_TYPE, SPARSE_TYPE
 from .adapt import adapted
 from .config import METHODS, UnlearnConfig
 from .own_base import probes_of_files
@@ -125,8 +125,13 @@ def _digest_of(base_dir: Path, modules: list[str]) -> str | None:
 
 
 def stock_export(model: Any, name: str, base: BaseRef) -> Callable[[Path], dict[str, torch.Tensor]] | None:
-    """For an expert adapter: stock PEFT files on top, which load without this package, and the compact form in ``expert_lora/``."""
-    if str(model.peft_config[name].peft_type.value) != PEFT_TYPE:
+    """For an expert or sparse adapter: stock PEFT files on top, which load without this package, and the compact form beside them."""
+    kind = str(model.peft_config[name].peft_type.value)
+    if kind == SPARSE_TYPE:
+        from ..tuners.sparse import export
+
+        return lambda stage: export.save_into(stage, model, name, peft_base_name(base.ref), base.revision)[0]
+    if kind != PEFT_TYPE:
         return None
     from ..tuners.expert_lora.export import save_into, stock_tensors
 
@@ -166,7 +171,7 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
     return {
         "base": str(base),
         "data": {**({"bundle": refs["forget"]} if len(set(refs.values())) == 1 else refs), **options},
-        "adapter": {"type": "expert_lora" if kind == PEFT_TYPE else kind.lower(), **shape},
+        "adapter": {"type": kind.removeprefix("PEFT_UNLEARN_").lower(), **shape},
         "reference": config.reference,
         "terms": config.terms,
         **methods,

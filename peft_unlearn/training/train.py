@@ -24,6 +24,7 @@ from ..stack.below import Below, read_below
 from .adapt import get_forget_model
 from .recipe import CHOOSING, Run, prepare
 from .save import negate, save_adapter
+from .selecting import chosen
 from .stopping import StopOnSignal, stoppable
 from .trainer import UnlearnTrainer
 
@@ -62,7 +63,7 @@ def train(
     run, below = prepare(recipe, out, base, data), read_below(recipe.get("stack"), stack)
     below.check(run.base_dir)
     check_destination(out, (folder.path for folder in below.folders.values()))
-    model, tokenizer = _adapted_model(run, below, progress)
+    model, tokenizer = _adapted_model(run, below, progress, resume)
     scorer, judges = _judges(run, model, tokenizer)
     trainer = UnlearnTrainer(
         model, run.config, data=run.data, processing_class=tokenizer, callbacks=[*callbacks, *judges], score=scorer
@@ -92,7 +93,7 @@ def train(
     return save_adapter(trainer, out, base=run.base, recipe=run.recipe, depends_on=below.ids)
 
 
-def _adapted_model(run: Run, below: Below, progress: Progress) -> tuple[Any, Any]:
+def _adapted_model(run: Run, below: Below, progress: Progress, resume: bool) -> tuple[Any, Any]:
     """(the base with the new adapter on top of those below, tokenizer); what the run leaves to the base is settled on the way."""
     from transformers import set_seed
 
@@ -104,6 +105,8 @@ def _adapted_model(run: Run, below: Below, progress: Progress) -> tuple[Any, Any
     if below:
         model = below.put_on(model)
         run.recipe = {**run.recipe, "stack": below.rows()}
+    if run.selecting is not None:
+        run.adapter = run.selecting.adapter(chosen(run, model, tokenizer, progress, resume))
     set_seed(run.config.seed)  # the adapter's random start
     return get_forget_model(model, run.adapter), tokenizer
 

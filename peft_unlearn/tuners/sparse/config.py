@@ -58,11 +58,16 @@ class SparseConfig(PeftConfig):
         ) != set(self.counts or ()):
             wrong.append(f"shapes {_shown(self.shapes)}: expected the shape of each parameter in counts")
         if not wrong:
+            # JSON sorts its keys, and the tensors hold one parameter after the other: so one order always.
+            self.counts, self.shapes = (
+                dict(sorted((self.counts or {}).items())),
+                dict(sorted((self.shapes or {}).items())),
+            )
             for name, k in (self.counts or {}).items():
                 if k > (size := math.prod((self.shapes or {})[name])):
                     wrong.append(f"counts: {name} has {size} entries, and {k} of them are wanted")
-        if not is_number(self.scale) or not math.isfinite(self.scale):
-            wrong.append(f"scale {self.scale!r}: expected a finite number")
+        if not is_number(self.scale) or not math.isfinite(self.scale) or not self.scale:
+            wrong.append(f"scale {self.scale!r}: expected a finite number that is not 0")
         if wrong:
             raise ValueError("SparseConfig: " + "; ".join(wrong))
 

@@ -79,6 +79,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """(k,), float32 on a half-precision base too."""
         return getattr(self, VALUES)[adapter]
 
+    def positions(self, adapter: str) -> Tensor:
+        """(k,), flat positions in each of the adapted parameters."""
+        return getattr(self, INDICES)[adapter]
+
     def parameter(self, name: str) -> Tensor:
         """A parameter of the base layer."""
         found = self.get_base_layer()._parameters[name]
@@ -88,7 +92,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def entries(self, adapter: str) -> dict[str, Pair]:
         """Parameter -> (positions int64, values times scaling) of one adapter."""
         counts = self.counts[adapter]
-        positions = getattr(self, INDICES)[adapter].split(list(counts.values()))
+        positions = self.positions(adapter).split(list(counts.values()))
         values = (self.values(adapter) * self.scaling[adapter]).split(list(counts.values()))
         return {n: (i.long(), v) for n, i, v in zip(counts, positions, values, strict=True)}
 
