@@ -15,6 +15,7 @@ from ..folder.base import load_config, load_tokenizer, resolve_base
 from ..folder.schema import COUNT, NUMBER, POSITIVE, is_number, is_whole, maybe, one_of, shape
 from .adapt import peft_config
 from .config import METHODS, UnlearnConfig, require_sets
+from .selecting import Selecting, understood
 
 AUTO = "auto"
 _EVAL_KEYS = ("suite", "every", "n", "keep_best", "retain_floor", "stop_below")
@@ -37,6 +38,7 @@ class Run:
     base_dir: Path
     negate: float | None = None  # save the adapter's delta times minus this (task vectors)
     auto: dict[str, Any] | None = None  # how attribution chooses the experts that `adapter` goes into
+    selecting: Selecting | None = None  # how the entries are chosen that a sparse adapter trains; `adapter` is None till then
 
 
 def auto_options(spec: dict[str, Any], errors: Errors) -> dict[str, Any] | None:
@@ -60,18 +62,18 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     """
     if recipe.get("compose") is not None:
         raise UserError("this recipe sums adapters and trains nothing: run `peft-unlearn compose` on its parts")
-    config, adapter, negate, auto = _understood(recipe, out)
+    config, adapter, negate, auto, selecting = _understood(recipe, out)
     bundle = load_data(recipe.get("data"), data)
     require_sets(config, bundle)
     base_dir = resolve_base(recipe.get("base"), override=base)
     _check_layers(config, base_dir)
     named = str(base or recipe.get("base"))
     recipe = _with_template(recipe, bundle, base_dir)
-    return Run(_as_run(recipe, data), config, adapter, bundle, named, base_dir, negate, auto)
+    return Run(_as_run(recipe, data), config, adapter, bundle, named, base_dir, negate, auto, selecting)
 
 
-def _understood(recipe: Mapping[str, Any], out: str | Path) -> tuple[UnlearnConfig, Any, float | None, Any]:
-    """(config, PEFT config, negation, how experts are chosen) of a recipe; every complaint at once."""
+def _understood(recipe: Mapping[str, Any], out: str | Path) -> tuple[UnlearnConfig, Any, float | None, Any, Selecting | None]:
+    """(config, PEFT config, negation, how experts and how entries are chosen) of a recipe; every complaint at once."""
     errors, config, adapter = Errors(), None, None
     given = recipe.get("adapter")
     if not isinstance(given, (Mapping, type(None))):
@@ -85,17 +87,18 @@ def _understood(recipe: Mapping[str, Any], out: str | Path) -> tuple[UnlearnConf
     auto = auto_options(spec, errors)
     if auto is not None:
         spec["experts"] = {0: [0]}  # stands in until attribution has run, so that everything else is checked now
+    selecting = understood(recipe, spec, errors)
     try:
         config = from_recipe(recipe, str(out))
     except UserError as e:
         errors.absorb(e)
     try:
-        adapter = peft_config(spec)
+        adapter = None if str(spec.get("type")).lower() == "sparse" else peft_config(spec)
     except UserError as e:
         errors.absorb(e)
     errors.raise_if_any(f"recipe {recipe.get('name', '')}".strip())
     assert config is not None
-    return config, adapter, None if negate is None else float(negate), auto
+    return config, adapter, None if negate is None else float(negate), auto, selecting
 
 
 def _with_template(recipe: Mapping[str, Any], bundle: ForgetRetain, base_dir: Path) -> Mapping[str, Any]:
@@ -164,8 +167,6 @@ def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
     train = {**eval_options(sections["eval"], errors), **sections["train"]}
     if reserved := sorted(set(train) & {"output_dir", "terms", "rule", "reference"}):
         errors.add(f"train: {', '.join(reserved)} does not belong there; it has a place of its own")
-    if recipe.get("selection") is not None:
-        errors.add("selection is not available in this version")
     if recipe.get("terms") is None:
         errors.add("terms are missing: give what is forgotten and kept, e.g. {forget: {npo: {}}, retain: {nll: {}}}")
     known = {f.name for f in fields(UnlearnConfig) if f.init}
