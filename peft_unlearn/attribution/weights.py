@@ -274,9 +274,9 @@ def _check(method: Method, hyper: Mapping[str, Any], ratio: float, budget: str) 
 
 def _terms(what: str, method: Method, forget: Sequence[Term] | str | None) -> list[Term]:
     name, batch = _GRADIENTS[what]
-    if name is None and not isinstance(forget, str | None):
+    if name is None and forget is not None and not isinstance(forget, str):
         return list(forget)
-    objective = registry.get("objective", name or forget or method.extra["forget"])
+    objective = registry.get("objective", name or str(forget or method.extra["forget"]))
     if wrong := objective.check({}):
         raise UserError(f"selection {method.name}: {'; '.join(wrong)}")
     return [Term(what, batch, objective, 1.0, objective.resolve({}))]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import BUNDLE, Base, Data, Folder, Json, Sets, app, emit, finish, recipe_of, show
+from .options import BUNDLE, Base, Data, Folder, Json, Rows, Sets, app, emit, finish, recipe_of, show
 
 
 @app.command()
@@ -97,6 +97,39 @@ def experts(
     found = run(base, data, ranking=ranking)  # type: ignore[arg-type]
     if out is not None:
         write_file(out, found.picture())
+    finish(found, json)
+
+
+@app.command()
+def attribute(
+    base: Annotated[str, typer.Option("--base", help="Base model: a folder, a Hub id, or embedded:NAME.")],
+    data: Annotated[str, typer.Option("--data", help=BUNDLE)],
+    method: Annotated[str, typer.Option(help="Selection method: see `methods selection`.")] = "wagle",
+    ratio: Annotated[float, typer.Option(help="Share of the weights that may move, above 0 and at most 1.")] = 0.005,
+    out: Annotated[str, typer.Option("--out", help="Folder for selection.safetensors, .json and .png.")] = "selection",
+    budget: Annotated[str, typer.Option(help="The share of all weights together: global, or of each: module.")] = "global",
+    targets: Annotated[list[str] | None, typer.Option("--target", help="Modules or expert weights by name; repeat it.")] = None,
+    objective: Annotated[str | None, typer.Option("--forget", help="Objective of the forget gradient; default the method's.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=C", help="Set a hyper-parameter.")] = None,
+    n: Rows = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of random scores.")] = 0,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
+    accumulators: Annotated[str, typer.Option(help="Of the summed gradients: float32 or bfloat16.")] = "float32",
+    on_cpu: Annotated[bool, typer.Option("--on-cpu", help="Keep the summed gradients in host memory.")] = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Choose which weights a sparse adapter may move: scores on the frozen base, exactly the share that was asked for."""
+    from ..attribution import attribute as job
+    from ..progress import bars
+
+    job.check_out(out)
+    with bars() as progress:
+        found = job.attribute(
+            base, data, method=method, ratio=ratio, hyper=job.hyper_of(sets or []), budget=budget,
+            target_modules=targets or "all-linear", forget=objective, n=n, seed=seed, dtype=dtype, accumulators=accumulators,
+            on_cpu=on_cpu, progress=progress,
+        )  # fmt: skip
+    found.write(out)
     finish(found, json)
 
 

@@ -31,6 +31,7 @@ _JSON = tuple(map(frozenset, (
     ("format", "base_levels", "ranking", "behind"),  # compare
     ("format", "adapter_ids", "own", "cost"),  # interference
     ("format", "objectives", "points"),  # effect
+    ("format", "method", "ratio", "density", "where"),  # attribute
 )))  # fmt: skip
 """Keys that the JSON of a command always has."""
 

@@ -40,6 +40,25 @@ class Selection:
         """Share of the entries of the named parameters."""
         return self.count / max(1, sum(torch.Size(s).numel() for s in self.shapes.values()))
 
+    def check_origin(self, base: str, data: Mapping[str, str]) -> None:
+        """Refuse a base, or data, other than those that the selection was made with; what it did not read may be any.
+
+        Args:
+            base: digest of the base (`folder.digest.digest_checkpoint`). data: set -> sha256 of its rows (`ForgetRetain.sha256`).
+
+        Raises:
+            UserError: everything that differs, with what to do.
+        """
+        made, read = self.about.get("base", {}), self.about.get("data", {})
+        other = [f"the {n} rows are others" for n in self.about.get("rows", {}) if n in read and data.get(n) != read[n]]
+        if made.get("digest", base) != base:
+            other.insert(0, f"the base has the digest {base[:12]}, that one {made['digest'][:12]}")
+        if other:
+            raise UserError(
+                f"the selection ({self.about.get('method')}, of {made.get('ref')}) was made with something else: "
+                f"{'; '.join(other)}. Scores of other weights or rows say nothing here: make one with `peft-unlearn attribute`"
+            )
+
     def save(self, path: str | Path) -> Path:
         """One safetensors file: int32 positions where they fit, shapes and `about` in its header."""
         from safetensors.torch import save
