@@ -23,6 +23,7 @@ _WHERE = {
     "UnlearnTrainer": "training.trainer",
     "UserError": "errors",
     "attack": "attacks.attack",
+    "attribute": "attribution.attribute",
     "averaging": "registry",
     "calibrate": "analysis.calibrate",
     "card": "sharing.card",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .analysis.evidence import report as report
     from .analysis.interference import interference as interference
     from .attacks.attack import attack as attack
+    from .attribution.attribute import attribute as attribute
     from .attribution.experts import experts as experts
     from .data.bundle import ForgetRetain as ForgetRetain
     from .errors import UserError as UserError
