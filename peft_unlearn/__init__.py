@@ -37,7 +37,7 @@ _WHERE = {
     "get_forget_model": "training.adapt",
     "interference": "analysis.interference",
     "make_score": "evaluation.quick",
-    "merge": "merging.merge",
+    "merge": "analysis.merged",
     "methods": "registry",
     "metric": "registry",
     "objective": "registry",
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .analysis.effect_of_run import effect as effect
     from .analysis.evidence import report as report
     from .analysis.interference import interference as interference
+    from .analysis.merged import merge as merge
     from .attacks.attack import attack as attack
     from .attribution.attribute import attribute as attribute
     from .attribution.experts import experts as experts
@@ -74,7 +75,6 @@ if TYPE_CHECKING:
     from .forward import Pass as Pass
     from .forward import Reference as Reference
     from .merging.compose import compose as compose
-    from .merging.merge import merge as merge
     from .registry import Range as Range
     from .registry import Source as Source
     from .registry import averaging as averaging

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .options import Base, Cascade, Json, app, finish
+from .options import Base, Cascade, Data, Json, SuiteName, app, finish
 
 stack_app = typer.Typer(help="The adapters of one deployment: a ledger and a lock file.", no_args_is_help=True)
 app.add_typer(stack_app, name="stack")
@@ -23,7 +23,7 @@ def merge(
     out: Annotated[str, typer.Option("--out", "--to", help="Folder for the merged model.")] = "",
     base: Base = None,
     stack: Annotated[str | None, typer.Option(help="Instead of DIR: the active adapters of this stack file.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the base's own.")] = "auto",
     scale: Annotated[list[str] | None, typer.Option(metavar="[NAME=]NUMBER", help="Scale; with several adapters, by name.")] = None,
     rounding: Annotated[str, typer.Option(help="nearest, or stochastic: the change in the mean, with noise.")] = "nearest",
     seed: Annotated[int, typer.Option(min=0, help="Of stochastic rounding.")] = 0,
@@ -31,20 +31,25 @@ def merge(
         str | None, typer.Option(help="Other weights of the same architecture: the base after quantization, as floats.")
     ] = None,
     in_memory: Annotated[bool, typer.Option("--in-memory", help="Build the model instead of streaming its files.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Compare with the unmerged model on the probe prompts.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Judge the merged model even where no layer lost much: the suite, else the probe prompts.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write it even if rounding undoes the forgetting.")] = False,
+    data: Data = None,
+    suite: SuiteName = None,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Write base plus adapters as a plain model; run again after an interruption, it goes on."""
+    """Write base plus adapters as a plain model that still forgets; run again after an interruption, it goes on."""
     if bool(folders) == bool(stack):
         raise UserError("merge: name the adapters' folders, or a stack file with --stack.")
-    from ..merging.merge import merge as run
+    from ..analysis.merged import merge as run
     from ..progress import bars
 
     wanted: Any = stack or folders
     with bars() as progress:
         report = run(
             wanted, base, out, dtype=dtype, scale=parse_scales(scale), rounding=rounding, seed=seed, onto=onto,
-            in_memory=in_memory, check=check, progress=progress,
+            in_memory=in_memory, check=check, force=force, data=data, suite=suite, progress=progress,
         )  # fmt: skip
     finish(report, json)
 

@@ -6,6 +6,8 @@ made of, could be had from a second copy of the model only; and it rounds to the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from .stage import KEEP
 from .stream import Overlay, empty_table, wide_patterns
 
 
-def merge_in_memory(job: Job, min_cosine: float) -> None:
+def merge_in_memory(job: Job, passes: Callable[[Path], None]) -> None:
     """As the streamed merge, through the model in float32."""
     job.was_read(digest_checkpoint(job.base_path))
     with staged(job.out, lambda _: KEEP) as stage:
@@ -35,7 +37,7 @@ def merge_in_memory(job: Job, min_cosine: float) -> None:
         for unit in [(w, e) for w, experts in overlay.units().items() for e in experts]:
             kind = torch.float32 if any(p.search(unit[0]) for p in wide) else dtype
             _add(model, unit, overlay, kind, job, sums[unit])
-        job.account(sums, min_cosine)
+        job.account(sums)
         _cast(model, dtype, wide)
         model.save_pretrained(str(stage))
         load_tokenizer(*job.tokenizers).save_pretrained(str(stage))
@@ -46,6 +48,8 @@ def merge_in_memory(job: Job, min_cosine: float) -> None:
             raise RuntimeError(f"{stage}: the files written are not what is in memory: {proof.reason}")
         job.report.digest = proof.checkpoint_digest
         write_record(stage, job.record())
+        del model
+        passes(stage)
 
 
 @torch.no_grad()
@@ -53,9 +57,10 @@ def _add(model: Any, unit: Unit, overlay: Overlay, dtype: torch.dtype, job: Job,
     """Add a unit's delta to the model, rounded to `dtype`."""
     weight, expert = unit
     left, right = overlay.product(weight, expert) or (None, None)
-    assert left is not None and right is not None
+    assert left is not None
     parameter = model.get_parameter(weight)
-    matrix = (parameter if expert is None else parameter[expert]).flatten(1)
+    matrix = parameter if expert is None else parameter[expert]
+    matrix = matrix.view(matrix.shape[0], -1)
     rng = generator(job.seed, f"{weight}[{expert}]") if job.rounding == "stochastic" else None
     adder = Adder(dtype)
     for part in blocks(*matrix.shape):

@@ -171,7 +171,8 @@ class Layout:
         """pattern on disk -> the delta there, by the converter's own reverse; checked by its own forward."""
         found = {t: factors(t, expert) for t in group.targets}
         shapes = {t: self._shape(t) if expert is None else self._shape(t)[1:] for t in found}
-        moved, right = (_left_factors if self._moves_rows_alone(group) else _whole_deltas)(found, shapes)
+        factored = all(p is None or p[1] is not None for p in found.values())
+        moved, right = (_left_factors if factored and self._moves_rows_alone(group) else _whole_deltas)(found, shapes)
         out = self._reverse(group, moved if expert is None else {t: x[None] for t, x in moved.items()})
         one = {p: x[0] if expert is not None and x.shape[0] == 1 and x.dim() == 3 else x for p, x in out.items()}
         return {p: (x.flatten(1), right) for p, x in one.items()}

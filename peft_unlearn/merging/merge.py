@@ -11,12 +11,14 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..folder.base import resolve_base
 from ..folder.digest import combined, digest_checkpoint
+from ..folder.dtype import own_dtype
 from ..folder.fetch import resolve_adapter
 from ..folder.merge_record import RECORD, read_record, write_record
 from ..folder.read import AdapterFolder, read_adapter
@@ -25,6 +27,7 @@ from ..stack.fits import check_dependencies, check_tokenizer
 from ..stack.identity import check_identity
 from ..stack.names import Adapters, names_of, scales_of
 from ..stack.stackfile import is_stack, load
+from .gate import Judge, by_probes, gate
 from .layout import Layout
 from .report import MIN_COSINE, Job, LayerMerge, MergeReport
 from .rounding import DTYPES, ROUNDINGS, Sums
@@ -37,7 +40,7 @@ def merge(
     adapters: Adapters,
     base_dir: str | Path | None = None,
     out: str | Path = "",
-    dtype: str = "float32",
+    dtype: str = "auto",
     scale: float | Sequence[float] | Mapping[str, float] | None = None,
     min_cosine: float = MIN_COSINE,
     *,
@@ -46,6 +49,8 @@ def merge(
     onto: str | Path | None = None,
     in_memory: bool = False,
     check: bool = False,
+    force: bool = False,
+    judge: Judge = by_probes,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> MergeReport:
     """Write base + adapters as a plain model to `out`, loadable by AutoModelForCausalLM.
@@ -57,44 +62,44 @@ def merge(
         adapters: one folder (or Hub id), or several in stacking order; their deltas are summed in one pass. Or a stack file:
             its active adapters at their scales.
         base_dir: default the first manifest's base.
-        dtype: float32, bfloat16 or float16; what the class keeps in float32 stays in it.
+        dtype: float32, bfloat16, float16, or auto: the base's own; what the class keeps in float32 stays in it.
         scale: default each manifest's own; one number for one adapter, else a list or name -> number.
-        min_cosine: refuse when a layer's kept delta has a smaller cosine with the wanted one.
+        min_cosine: where a layer's kept delta has a smaller cosine with the wanted one, the merged model is judged before it
+            appears (`gate.gate`): it has to behave as the unmerged one.
         rounding: "nearest", or "stochastic": the delta in expectation, with noise (`seed`). Its cosine is low by nature and
             is reported, not refused; refused is a gain further than `MAX_DRIFT` from 1.
         onto: take the weights from this folder instead of the base: same architecture, other numbers (the base quantized
             and dequantized, say). Nothing can say then whether the adapter means anything on them.
         in_memory: build the model; for the rare layouts that cannot be streamed.
-        check: load merged and unmerged model and compare them on the probe prompts (`report.check`).
+        check: judge it in any case; the numbers are in `report.check`.
+        force: write it whatever was lost.
+        judge: compares the merged model in a folder with the unmerged one, see `gate`; None where it cannot.
         progress: called with ("shards", how many are written, of how many).
 
     Raises:
-        MergeRefused: rounding would lose a layer's delta. UserError: an adapter that is no plain sum, other weights, a
+        MergeRefused: rounding would lose the adapter. UserError: an adapter that is no plain sum, other weights, a
             value that does not fit the dtype, an `out` that holds anything, a damaged file.
     """
     job = _prepare(adapters, base_dir, out, dtype, scale, rounding, seed, onto)
-    if _done(job, min_cosine):
-        pass
+    passes = partial(gate, job, min_cosine=min_cosine, judge=judge, check=check, force=force)
+    if _done(job):
+        passes(job.out)
     elif in_memory:
         from .in_memory import merge_in_memory
 
-        merge_in_memory(job, min_cosine)
+        merge_in_memory(job, passes)
     else:
-        _stream(job, min_cosine, progress or (lambda *_: None))
-    if check:
-        job.check_probes()
+        _stream(job, passes, progress or (lambda *_: None))
     return job.report
 
 
 def _prepare(
     adapters: Adapters, base_dir: Any, out: Any, dtype: str, scale: Any, rounding: str, seed: int, onto: Any
 ) -> Job:
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype {dtype!r}: expected one of auto, {', '.join(DTYPES)}.")
     if rounding not in ROUNDINGS:
         raise UserError(f"rounding {rounding!r}: expected one of {', '.join(ROUNDINGS)}.")
-    if rounding == "stochastic" and dtype == "float32":
-        raise UserError("rounding 'stochastic' is for bfloat16 and float16: nothing is rounded away in float32.")
     if not str(out):
         raise UserError("merge: say where to write the merged model (--out).")
     target = Path(out).expanduser()
@@ -110,6 +115,9 @@ def _prepare(
             f"{base_path}: is itself a merged model ({RECORD}: {names}), and an adapter is merged once, into the base that it "
             "was trained on. Give that base with --base, and all adapters in one call."
         )
+    dtype = own_dtype(base_path) if dtype == "auto" else dtype
+    if rounding == "stochastic" and dtype == "float32":
+        raise UserError("rounding 'stochastic' is for bfloat16 and float16: nothing is rounded away in float32.")
     digests = {f.manifest.base.digest for f in folders.values()}
     if len(digests) > 1:
         raise UserError(
@@ -141,7 +149,7 @@ def _given(adapters: Adapters, scale: Any) -> tuple[dict[str, AdapterFolder], di
     return folders, scales
 
 
-def _done(job: Job, min_cosine: float) -> bool:
+def _done(job: Job) -> bool:
     """Whether this very merge lies at its destination, whole; the report is filled from its record then.
 
     Raises:
@@ -154,20 +162,19 @@ def _done(job: Job, min_cosine: float) -> bool:
         record = read_record(place) or {}
         same = record["digest"] == digest_checkpoint(place) and (place / "config.json").is_file()
         layers = [LayerMerge(**row) for row in record["layers"]]
-        kept = job.rounding == "stochastic" or (record["worst_cosine"] or 1.0) >= min_cosine
     except (UserError, KeyError, TypeError):
-        same, layers, kept = False, [], False
-    if same and kept:
+        same, layers = False, []
+    if same:
         job.was_read(digest_checkpoint(job.base_path))
         same = all(record.get(k) == v for k, v in job.record().items() if k not in ("digest", "worst_cosine", "layers"))
-    if not (same and kept):
+    if not same:
         check_destination(place)
     sweep(place)
     job.report.digest, job.report.layers, job.report.done = record["digest"], layers, True
     return True
 
 
-def _stream(job: Job, min_cosine: float, progress: Callable[[str, int, int], None]) -> None:
+def _stream(job: Job, passes: Callable[[Path], None], progress: Callable[[str, int, int], None]) -> None:
     entries = checkpoint_tensors(job.base_path)
     layout = Layout(job.base_path, entries, job.targets)
     stream = Stream(layout, job.overlay(layout.model), job.dtype, job.rounding, job.seed)
@@ -180,8 +187,9 @@ def _stream(job: Job, min_cosine: float, progress: Callable[[str, int, int], Non
     with MergeStage(job.out, about) as stage:
         try:
             records = _write_shards(job, stream, by_shard, stage, progress)
-            _account(job, stream, records, min_cosine)
+            _account(job, stream, records)
             _sidecars(job, stage.model, records)
+            passes(stage.model)
             stage.finish()
         except UserError:
             stage.discard()
@@ -219,7 +227,7 @@ def _write_shards(
     return records
 
 
-def _account(job: Job, stream: Stream, records: Mapping[str, dict[str, Any]], min_cosine: float) -> None:
+def _account(job: Job, stream: Stream, records: Mapping[str, dict[str, Any]]) -> None:
     """The base's digest, from what was read; the output's; and the table."""
     read, written, sums = {}, {}, empty_table(stream.units)
     for record in records.values():
@@ -231,7 +239,7 @@ def _account(job: Job, stream: Stream, records: Mapping[str, dict[str, Any]], mi
             sums[weight, expert].add(Sums(*values))
     job.was_read(combined(read))
     job.report.digest = combined(written)
-    job.account(sums, min_cosine)
+    job.account(sums)
 
 
 def _sidecars(job: Job, model: Path, records: Mapping[str, dict[str, Any]]) -> None:

@@ -1,29 +1,29 @@
-"""A merge that was asked for, what it kept of its adapters, and the refusal where that is too little."""
+"""A merge that was asked for, and what it kept of its adapters."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
-from ..folder.base import load_base, load_tokenizer
-from ..folder.manifest import NEUTRAL_PROMPTS, probe_logits
 from ..folder.read import AdapterFolder
 from ..reporting.result import Result
 from ..reporting.tables import Table, to_text
 from ..stack.fits import check_base
-from ..stack.model import ForgetModel
-from ..tuners.delta import Deltas
+from ..tuners.delta import read_deltas
 from .layout import Unit
 from .rounding import Sums
 from .stream import Overlay
 
+if TYPE_CHECKING:
+    from .gate import ProbeCheck, SuiteCheck
+
 MIN_COSINE = 0.9
-MAX_DRIFT = 0.1
-"""Stochastic rounding: how far the gain of a layer may be from 1 before its noise is taken to drown the delta."""
+SHOWN = 10
+"""Layers in the printed table, the worst."""
 
 
 @dataclass
@@ -39,27 +39,10 @@ class LayerMerge:
 
 
 @dataclass
-class ProbeCheck:
-    """Largest |logit - logit| at the prompts' last positions, all computed in float32: merged against unmerged, and for
-    comparison unmerged against the base. same_top: at how many prompts merged and unmerged agree on the likeliest token."""
-
-    prompts: int
-    difference: float
-    effect: float
-    same_top: int
-
-    def __str__(self) -> str:
-        return (
-            f"on {self.prompts} probe prompts merged and unmerged differ by at most {self.difference:.2g} in a logit (the "
-            f"adapters themselves move one by {self.effect:.2g}); the likeliest token is the same at {self.same_top}. What is "
-            "forgotten is judged by `peft-unlearn eval`, not by these."
-        )
-
-
-@dataclass
 class MergeReport(Result):
     """scale: of the one adapter, or name -> scale of several. digest: of the files written; base_digest: of those read.
-    adapters: name -> adapter id. resumed: shards that an earlier run had written. done: an earlier run had written all."""
+    adapters: name -> adapter id. resumed: shards that an earlier run had written. done: an earlier run had written all.
+    check: what the merged model was judged by, see `gate`. lossy: which layers lost much of their change, in words."""
 
     out: str
     dtype: str
@@ -70,33 +53,46 @@ class MergeReport(Result):
     base_digest: str | None = None
     adapters: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
-    check: ProbeCheck | None = None
+    check: ProbeCheck | SuiteCheck | None = None
     done: bool = False
+    lossy: str | None = None
 
     @property
     def worst_cosine(self) -> float | None:
         return min((row.cosine for row in self.layers if row.cosine is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k != "done"} | {"worst_cosine": self.worst_cosine}
+        return {k: v for k, v in asdict(self).items() if k not in ("done", "lossy")} | {
+            "worst_cosine": self.worst_cosine
+        }
 
     def remarks(self) -> list[str]:
-        return (
-            [f"{self.out}: an earlier run of this merge had finished; nothing was written again."] if self.done else []
+        done = f"{self.out}: an earlier run of this merge had finished; nothing was written again."
+        kept = (
+            "the merged model behaves as the unmerged one, see below"
+            if self.check
+            else "written all the same (--force)"
         )
+        return [done] * self.done + ([f"{self.lossy}; {kept}."] if self.lossy else [])
 
-    def __str__(self) -> str:
+    def table(self) -> str:
+        """The worst layers, in the order of their numbers."""
+        worst = {id(r) for r in sorted(self.layers, key=lambda r: 2.0 if r.cosine is None else r.cosine)[:SHOWN]}
         rows = [
             (
                 r.name, "none" if r.cosine is None else f"{r.cosine:.4f}", "none" if r.gain is None else f"{r.gain:.2f}",
                 f"{r.changed:.1%}", f"{r.relative:.2e}",
             )
-            for r in self.layers
+            for r in self.layers if id(r) in worst
         ]  # fmt: skip
-        table = to_text(Table(("layer", "cosine", "gain", "changed", "|D|/|W|"), rows))
+        text = to_text(Table(("layer", "cosine", "gain", "changed", "|D|/|W|"), rows))
+        more = len(self.layers) - len(rows)
+        return f"{text}\n{more} more layers, all of a higher cosine (--json has them)" if more else text
+
+    def __str__(self) -> str:
         scale = self.scale if isinstance(self.scale, dict) else {"": self.scale}
         scales = ", ".join(f"{n} {v:g}".strip() for n, v in scale.items())
-        lines = [f"merged in float32, stored as {self.dtype}, scale {scales}", table]
+        lines = [f"merged in float32, stored as {self.dtype}, scale {scales}", self.table()]
         if self.rounding == "stochastic":
             lines[0] += " (stochastic rounding)"
             lines.append(
@@ -105,12 +101,9 @@ class MergeReport(Result):
         return "\n".join(lines if self.check is None else [*lines, str(self.check)])
 
 
-class MergeRefused(UserError):
-    """The cast would lose too much of the adapter; `report` holds the table."""
-
-    def __init__(self, message: str, report: MergeReport) -> None:
-        super().__init__(message)
-        self.report = report
+def by_number(name: str) -> list[Any]:
+    """A sort key in which layer 2 comes before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 @dataclass
@@ -145,7 +138,7 @@ class Job:
 
     def overlay(self, model: Any) -> Overlay:
         """The deltas, checked against the model's shapes. Raises `UserError` also for a weight that is tied to another."""
-        found = Overlay([(Deltas(f, model), self.scales[n]) for n, f in self.folders.items()])
+        found = Overlay([(read_deltas(f, model), self.scales[n]) for n, f in self.folders.items()])
         found.refuse_tied(model)
         return found
 
@@ -155,14 +148,14 @@ class Job:
         for folder in self.folders.values() if self.expected is not None else ():
             check_base(folder, self.base_path, digest)
 
-    def account(self, units: Mapping[Unit, Sums], min_cosine: float) -> None:
-        """Fill the table; raise `MergeRefused` where a layer's delta does not survive the cast."""
+    def account(self, units: Mapping[Unit, Sums]) -> None:
+        """Fill the table, in the order of the layers' numbers."""
         for (weight, expert), s in units.items():
             name = weight.removesuffix(".weight") if expert is None else f"{weight}[{expert}]"
             relative = math.sqrt(s.wanted / s.weight) if s.weight > 0 else 0.0
             row = LayerMerge(name, s.cosine, s.changed / s.n if s.n else 0.0, relative, s.gain)
             self.report.layers.append(row)
-        _refuse_lossy(self.report, min_cosine)
+        self.report.layers.sort(key=lambda r: by_number(r.name))
 
     def record(self) -> dict[str, Any]:
         """forget-merge.json: no times and no places, so that equal merges are equal bytes."""
@@ -181,40 +174,3 @@ class Job:
             "worst_cosine": report.worst_cosine,
             "layers": [asdict(row) for row in report.layers],
         }
-
-    def check_probes(self) -> None:
-        """Load the merged and the unmerged model, one after the other, and compare them on the first manifest's prompts."""
-        paths = {n: f.path for n, f in self.folders.items()}
-        probes = next(iter(self.folders.values())).manifest.probes
-        prompts = (probes and probes.prompts) or list(NEUTRAL_PROMPTS)
-        tokenizer = load_tokenizer(*self.tokenizers)
-        stack = ForgetModel.from_pretrained(self.base_path, paths, self.scales)
-        on = probe_logits(stack.model, tokenizer, prompts)
-        with stack.disabled() as plain:
-            off = probe_logits(plain, tokenizer, prompts)
-        del stack, plain
-        now = probe_logits(load_base(self.out, fits=self.targets), tokenizer, prompts)
-        same_top = int((now.argmax(-1) == on.argmax(-1)).sum())
-        difference, effect = float((now - on).abs().max()), float((on - off).abs().max())
-        self.report.check = ProbeCheck(len(prompts), difference, effect, same_top)
-
-
-def _refuse_lossy(report: MergeReport, min_cosine: float) -> None:
-    wanted = [r for r in report.layers if r.cosine is not None and r.gain is not None]
-    stochastic = report.rounding == "stochastic"
-    bad = [r for r in wanted if (abs(r.gain - 1) > MAX_DRIFT if stochastic else r.cosine < min_cosine)]  # type: ignore[operator]
-    if not bad:
-        return
-    if stochastic:
-        worst = max(bad, key=lambda r: abs((r.gain or 0) - 1))
-        what = f"what was kept along the wanted change is not all of it, the noise of rounding is too large (worst gain {worst.gain:.2f}"
-    else:
-        worst = min(bad, key=lambda r: r.cosine or 0)
-        what = f"the kept change has a cosine under {min_cosine:g} with the wanted one (worst {worst.cosine:.2f}"
-    other = "" if stochastic else "--rounding stochastic (keeps the change in the mean, adds noise); "
-    raise MergeRefused(
-        f"Merging as {report.dtype} would lose the adapter: in {len(bad)} of {len(report.layers)} layers {what}, "
-        f"{worst.name}); nothing was written.\n{report}\nWays out: --dtype float32; a larger --scale; {other}merging into the "
-        "base as it is after quantization (--onto, see docs/merge.md); or serve the adapter unmerged on the base.",
-        report,
-    )

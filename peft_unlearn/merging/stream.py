@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from .layout import Layout, Product, Slab, Unit
 from .pipeline import SIZE, Pipeline, Ring
 from .rounding import Adder, Overflow, Sums, blocks, cast_block, generator
 
+if TYPE_CHECKING:
+    from ..tuners.sparse.delta import SparseDeltas
+
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _SAFE = {v: k for k, v in TORCH_NAMES.items()}
 
@@ -34,7 +37,7 @@ _SAFE = {v: k for k, v in TORCH_NAMES.items()}
 class Overlay:
     """The sum of several adapters' deltas, each times its scale, by weight and expert."""
 
-    def __init__(self, parts: Sequence[tuple[Deltas, float]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Deltas | SparseDeltas, float]]) -> None:
         self.parts = [(d, s) for d, s in parts if s != 0]
 
     def units(self) -> dict[str, list[int | None]]:
@@ -50,6 +53,8 @@ class Overlay:
         found = [(*d.product(weight, expert), scale) for d, scale in self.parts if weight in d]
         if not found:
             return None
+        if any(right is None for _, right, _ in found):  # a sparse adapter among them
+            return sum((left if right is None else left @ right) * scale for left, right, scale in found), None  # type: ignore[return-value]
         return torch.cat([left * scale for left, _, scale in found], dim=1), torch.cat([right for _, right, _ in found])
 
     def refuse_tied(self, model: nn.Module) -> None:

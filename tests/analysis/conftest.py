@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "evaluation"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "folder"))
 
 
 @pytest.fixture(scope="session")

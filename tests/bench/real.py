@@ -22,8 +22,8 @@ import torch
 from peft_unlearn.data.formats import load_rows
 from peft_unlearn.data.neutral import CODE
 from peft_unlearn.evaluation.score import on_one_model, score
-from peft_unlearn.folder.versions import installed_versions
 from peft_unlearn.folder.dtype import fast_dtype
+from peft_unlearn.folder.versions import installed_versions
 from peft_unlearn.request.forget import forget
 from peft_unlearn.stack.model import ForgetModel
 

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.digest import digest_checkpoint
 from peft_unlearn.folder.write import write_adapter
+from peft_unlearn.merging.gate import MergeRefused
 from peft_unlearn.merging.merge import merge
-from peft_unlearn.merging.report import MergeRefused
 
 
 def test_float32_merge_equals_the_adapted_model(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    report = merge(adapter_dir, base_dir, out)
+    report = merge(adapter_dir, base_dir, out, dtype="float32")
     assert len(report.layers) == 4 and (report.worst_cosine or 0) > 0.9999
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     assert torch.allclose(logits(model), logits(adapted(base_dir)), atol=1e-5)

@@ -16,6 +16,7 @@ from tinyfolder import RECIPE, adapted, manifest_for, save_base, tokenizer, writ
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.folder.write import write_adapter
+from peft_unlearn.merging.gate import MergeRefused
 from peft_unlearn.merging.merge import merge
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -128,9 +129,12 @@ def test_killed_after_the_rename_a_repeat_says_done(
     assert found.done and "had finished" in found.remarks()[0] and not first.done and not first.remarks()
     assert (found.digest, found.base_digest, found.layers) == (first.digest, first.base_digest, first.layers)
     assert contents(out) == wanted and not list(tmp_path.glob(".m.merge-*")) and "done" not in found.to_dict()
-    for odd in ({"scale": 2.0}, {"dtype": "float32"}, {"rounding": "stochastic"}, {"min_cosine": 1.0 + 1e-9}):
+    for odd in ({"scale": 2.0}, {"dtype": "float32"}, {"rounding": "stochastic"}):
         with pytest.raises(UserError, match="never replaces"):
             merge(adapter, base, out, **{"dtype": "bfloat16", **odd})
+    with pytest.raises(MergeRefused, match="would lose"):  # of a finished one too the behavior is looked at
+        merge(adapter, base, out, dtype="bfloat16", min_cosine=1.1, judge=lambda *_: None)
+    assert merge(adapter, base, out, dtype="bfloat16", min_cosine=1.1).check.lost is None and contents(out) == wanted
     (out / "config.json").unlink()
     with pytest.raises(UserError, match="never replaces"):
         merge(adapter, base, out, dtype="bfloat16")
