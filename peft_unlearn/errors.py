@@ -19,6 +19,10 @@ class UserError(Exception):
     problems: tuple[str, ...] = ()
 
 
+class Diverged(UserError):
+    """A run that left what can be trained: losses that are not finite, or a kept set that is being lost."""
+
+
 class Interrupted(Exception):
     """A run ended early for a reason outside the input: a lost resource, or the user's own stop (exit code 3)."""
 

@@ -30,3 +30,20 @@ def test_training_says_steps_with_its_latest_losses(capsys) -> None:
     bar.on_train_end(None, state, None)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10 and lines[-1] == "unlearning: 20/20  forget 0.5"
+
+
+def test_lines_say_what_is_left_of_long_work_and_what_was_judged(capsys, monkeypatch) -> None:
+    clock = iter(range(0, 10**6, 60))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with bars() as progress:
+        for done in range(11):
+            progress("asking", done, 10)
+    lines = capsys.readouterr().err.splitlines()
+    assert "min left" in lines[0] and "min left" not in lines[-1]
+    bar, state = training_bar(), SimpleNamespace(global_step=0, max_steps=2)
+    bar.on_train_begin(None, state, None)
+    bar.on_evaluate(None, state, None, metrics={"eval_forget/value_accuracy": 0.25, "eval_forget/probability": 0.1})
+    state.global_step = 2
+    bar.on_step_end(None, state, None)
+    bar.on_train_end(None, state, None)
+    assert capsys.readouterr().err.splitlines()[-1] == "unlearning: 2/2  forget/value_accuracy 0.25"

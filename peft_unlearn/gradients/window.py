@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import Diverged, UserError
 from ..forward import Pass, Reference
 from ..registry import Method
 from .terms import Term, count_units
@@ -108,7 +108,8 @@ class Window:
         """The update direction of one optimizer step.
 
         Raises:
-            UserError: a non-finite gradient (names the term and the tensors), or all of them exactly zero.
+            Diverged: a non-finite gradient (names the term and the tensors).
+            UserError: all of them exactly zero.
         """
         counts = self.counts(window)
         g: dict[str, Vec] = {}
@@ -268,10 +269,7 @@ class Window:
         bad = [n for n, t in zip(self.space.names, v.tensors, strict=True) if not torch.isfinite(t).all()]
         methods = ", ".join(t.objective.name for t in self.terms if t.gradient == name)
         where = f"in {len(bad)} tensors, first {', '.join(bad[:3])}" if bad else "in the loss itself"
-        raise UserError(
-            f"the gradient of {name} ({methods}) is not finite (loss {value:g}) {where}; lower the learning rate or bound "
-            "the forget loss (npo, simnpo)"
-        )
+        raise Diverged(f"the gradient of {name} ({methods}) is not finite (loss {value:g}) {where}")
 
     def _cosines(self, g: Mapping[str, Vec], norms: Mapping[str, float]) -> dict[str, float]:
         names = list(g)

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..data.collate import collate
-from ..errors import UserError
+from ..errors import Diverged, UserError
 from ..folder.atomic import write_text
 from ..gradients.vector import Space
 from ..training.recipe import from_recipe
@@ -36,8 +36,6 @@ FLOOR: dict[str, float] = {"neighbors": 0.85, "general": 0.95, "code": 0.95}
 LEAST_STEPS = 8
 SCALES = (0.8, 1.25)
 """Scales tried beside 1, last: a trim, not a repair."""
-GUARD = 4.0
-"""Nats per token that a kept set's loss may rise by before the run is stopped."""
 
 
 def floor_of(name: str, base: Mapping[str, float], rows: Mapping[str, int]) -> float:
@@ -71,6 +69,7 @@ class Trial:
     steps: int = 0
     seconds: float = 0.0
     ended: str = "all steps"
+    diverged: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,19 +91,10 @@ class _Judge(TrainerCallback):
     over, or when what is kept is being destroyed."""
 
     def __init__(self, tuner: Tuner, trial: Trial, every: int) -> None:
-        self.tuner, self.trial, self.every, self.trainer = tuner, trial, every, None
-        self.start: dict[str, float] = {}
+        self.tuner, self.trial, self.every = tuner, trial, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step, last = state.global_step, self.trainer.last_step  # type: ignore[attr-defined]
-        kept = {k: v for k, v in last.values.items() if k != "forget"}
-        self.start = self.start or kept
-        worst = max((kept[k] - self.start[k] for k in kept), default=0.0)
-        if not all(map(math.isfinite, last.values.values())) or worst > GUARD:
-            self._stop(
-                control, f"step {step}: a kept set's loss rose by {worst:.2f} nats; a smaller learning rate is needed"
-            )
-            return
+        step = state.global_step
         if step % self.every and step < state.max_steps and self.tuner.left() > 0:
             return
         numbers = self.tuner.judge(step, self.trial)
@@ -213,8 +203,10 @@ class Tuner:
         watch = _Judge(self, trial, max(2, s.steps // 5))
         trainer = UnlearnTrainer(self.model, config, data=self.data, processing_class=self.tokenizer, callbacks=[watch])
         quiet(trainer)
-        watch.trainer = trainer  # type: ignore[assignment]
-        trainer.train()
+        try:
+            trainer.train()
+        except Diverged as e:  # ends this run, not the search
+            trial.diverged, trial.ended = True, str(e)
         trial.steps, trial.seconds = trainer.state.global_step, round(time.monotonic() - began, 1)
         self.log(f"  {trial.ended}, {trial.seconds:.0f} s")
         return trainer
@@ -234,7 +226,7 @@ class Tuner:
         lacking, s = missing(self.best[2], self.base, self.rows), trial.settings
         if not lacking or len(self.trials) > 3:
             return None
-        if "rose" in trial.ended:
+        if trial.diverged:
             changed = replace(s, learning_rate=s.learning_rate / 3)
         elif lacking.keys() & FLOOR.keys():  # more is lost than wanted: gentler, for longer
             changed = replace(s, learning_rate=s.learning_rate / 2, steps=round(1.5 * s.steps))

@@ -22,6 +22,7 @@ from ..forward import Reference
 from ..gradients.parse import SCOPES, SPACES, parse_method, parse_terms
 from ..gradients.terms import alternates_of
 from ..gradients.window import Window
+from .guard import RISE
 
 WORK = ".work"
 METHODS = ("rule", "smoothing", "step_size", "averaging")  # recipe keys that name a registered method
@@ -73,6 +74,7 @@ class UnlearnConfig(TrainingArguments):
         max_length: tokens per row; `on_overflow` says what happens beyond: error | truncate | chunk.
         allow_untrained: parameter names (or parts) that may stay without a gradient.
         router_learning_rate: of the routers that an expert adapter trains; default the learning rate itself.
+        retain_guard: nats per token that the loss of a kept set may rise by before the run is stopped (`RetainGuard`).
     """
 
     terms: dict[str, Any] | None = None
@@ -87,6 +89,7 @@ class UnlearnConfig(TrainingArguments):
     on_overflow: str = "error"
     allow_untrained: list[str] = field(default_factory=list)
     router_learning_rate: float | None = None
+    retain_guard: float = RISE
 
     # TrainingArguments whose defaults would hurt here
     learning_rate: float = 1e-4

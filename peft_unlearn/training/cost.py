@@ -120,6 +120,8 @@ def _empty_model(run: Run) -> Any:
             blocks = [k for k in moe_blocks(base) if k in run.auto.get("layers", [k])]
             blocks = blocks[: 1 if "top" in run.auto else None]
             run.adapter = replace(run.adapter, experts={k: list(range(n)) for k in blocks})
+        if run.selecting is not None:
+            run.adapter = run.selecting.planned(base)
         return get_forget_model(base, run.adapter)
 
 

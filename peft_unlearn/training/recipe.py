@@ -21,6 +21,8 @@ AUTO = "auto"
 _EVAL_KEYS = ("suite", "every", "n", "keep_best", "retain_floor", "stop_below")
 OWN_CHECK = ("terms", "reference", "anchor", "on_overflow")  # say more of what they want than their type
 BEST = "forget_at_floor"  # the metric that evaluation adds for keep_best
+# a checkpoint every tenth of a run, and the latest two kept, where a recipe says nothing of checkpoints
+_TENTHS = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 2}
 _BLOCKS = shape("a list of blocks, e.g. [1, 2]", lambda v: isinstance(v, list) and v != [] and all(map(is_whole, v)))
 # options of experts: auto
 CHOOSING = {"per_layer": COUNT, "top": COUNT, "layers": maybe(_BLOCKS), "ranking": one_of("affinity", "contrast")}
@@ -165,6 +167,8 @@ def from_recipe(recipe: Mapping[str, Any], output_dir: str) -> UnlearnConfig:
             errors.add(f"{key} is a section with keys, not {given!r}")
         sections[key] = given if isinstance(given, Mapping) else {}
     train = {**eval_options(sections["eval"], errors), **sections["train"]}
+    if not _TENTHS.keys() & train.keys():
+        train |= _TENTHS
     if reserved := sorted(set(train) & {"output_dir", "terms", "rule", "reference"}):
         errors.add(f"train: {', '.join(reserved)} does not belong there; it has a place of its own")
     if recipe.get("terms") is None:

@@ -12,13 +12,14 @@ import torch
 
 from .. import registry
 from ..attribution.attribute import origin
+from ..attribution.streamed import eligible
 from ..attribution.weights import select
 from ..data.bundle import ForgetRetain
 from ..data.collate import padding_id
 from ..errors import Errors, UserError, nearest
 from ..folder.base import base_reference
 from ..folder.digest import digest_checkpoint
-from ..folder.schema import COUNT, TEXT, is_number, is_whole, maybe, one_of, shape
+from ..folder.schema import COUNT, TEXT, is_number, is_whole, one_of, shape
 from ..tuners.linear import ALL_LINEAR
 from ..tuners.selection import Selection
 from ..tuners.sparse.config import SparseConfig
@@ -56,6 +57,14 @@ class Selecting:
             every = {n: torch.arange(torch.Size(s).numel()) for n, s in chosen.shapes.items()}
             chosen = replace(chosen, indices=every)
         return SparseConfig(selection=chosen, scale=self.scale, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+
+    def planned(self, base: Any) -> SparseConfig:
+        """The config of an adapter of this size on a base without weights, to be counted: which entries is not known yet."""
+        if self.file is not None:
+            return self.adapter(Selection.load(self.file))
+        shapes = {n: tuple(p.shape) for n, p in eligible(base, self.target_modules).items()}
+        counts = {n: max(1, int(self.ratio * torch.Size(s).numel())) for n, s in shapes.items()}
+        return self.adapter(Selection({n: torch.arange(k) for n, k in counts.items()}, shapes))
 
     def choose(
         self,
@@ -123,7 +132,9 @@ def _check(found: Selecting, errors: Errors) -> None:
         errors.add(f"selection has no {next(iter(found.hyper))!r}.{nearest(next(iter(found.hyper)), _OPTIONS)}")
 
 
-def chosen(run: Any, model: Any, tokenizer: Any, progress: Callable[[str], None], resume: bool = False) -> Selection:
+def chosen(
+    run: Any, model: Any, tokenizer: Any, progress: Callable[[str], None] = lambda _: None, resume: bool = False
+) -> Selection:
     """The selection of a run: from the recipe's file, from its working folder where it goes on, else made now and kept there.
 
     Raises:

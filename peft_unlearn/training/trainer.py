@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from ..data.bundle import ForgetRetain
 from ..data.collate import PairedRows, StreamSampler, collate, padding_id
-from ..errors import UserError
+from ..errors import Diverged, UserError
 from ..forward import Reference, check_rows, dropouts
 from ..gradients.step_size import peeked_update
 from ..gradients.terms import with_experts
@@ -40,6 +40,7 @@ from .checkpoints import (
     write_state,
 )
 from .config import UnlearnConfig, encode_set, require_sets
+from .guard import RetainGuard, what_helps
 from .reference import precompute, stack_digest
 from .untrained import Untrained
 
@@ -110,6 +111,7 @@ class UnlearnTrainer(Trainer):
         self._sums: dict[str, list[float]] = defaultdict(list)
         self._restored: dict[str, Any] | None = None
         self.average_state: dict[str, Any] = {}
+        self.add_callback(RetainGuard(self, args.retain_guard))
         if args.step_size_method is not None or args.averaging_method is not None:
             self.add_callback(_AfterStep(self))
 
@@ -213,6 +215,8 @@ class UnlearnTrainer(Trainer):
         try:
             with self.accelerator.autocast():
                 step = self.window.step(window)
+        except Diverged as e:
+            raise Diverged(f"step {self.state.global_step + 1}: {e}; {what_helps(self)}") from e
         except UserError as e:
             raise UserError(f"step {self.state.global_step + 1}: {e}") from e
         if self.state.global_step == 0:

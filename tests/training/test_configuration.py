@@ -103,7 +103,7 @@ def test_survives_copy_and_pickle():
         ({"reference": "after"}, "reference='after' is not one of before, base"),
         ({"reference": "adapter:"}, "is not one of before, base"),
         ({"reference": 5}, "reference must be text"),
-        ({"reference": "precomputed", "terms": {"forget": {"kl": {}}}}, "kl need more of the reference model"),
+        ({"reference": "precomputed", "terms": {"retain": {"representation_retention": {"layer": 0}}}}, "need its inner layers"),
         ({"selection": "top"}, "selection is not available"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": "lucky"}, "seed must be a whole number, not 'lucky'"),

@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 
 from peft_unlearn import registry
 from peft_unlearn.data.collate import PairedRows, StreamSampler
-from peft_unlearn.errors import UserError
+from peft_unlearn.errors import Diverged, UserError
 from peft_unlearn.evaluation.quick import ForgetAtFloor, StopOn
 from peft_unlearn.forward import Pass
 from peft_unlearn.training import reference
 from peft_unlearn.training import trainer as trainer_module
 from peft_unlearn.training.adapt import _NO, get_forget_model, peft_config
-from peft_unlearn.training.checkpoints import STATE, last_checkpoint
+from peft_unlearn.training.checkpoints import STATE, last_checkpoint, load_adapter
 from peft_unlearn.training.config import UnlearnConfig
+from peft_unlearn.training.recipe import from_recipe
 from peft_unlearn.training.trainer import UnlearnTrainer
 
 TERMS = {"forget": {"npo": {"beta": 0.5}}, "retain": {"nll": {}}}
@@ -703,3 +704,28 @@ def test_rows_that_the_model_cannot_read_are_named_before_the_first_step(tmp_pat
         GPT2LMHeadModel(gpt), config(tmp_path, max_length=48, on_overflow="truncate"), data={**DATA, "forget": long},
         processing_class=tiny.tokenizer(), peft_config=lora,
     )  # fmt: skip
+
+
+def test_a_run_that_loses_what_it_is_to_keep_is_stopped(tmp_path):
+    over = {"save_strategy": "steps", "save_steps": 1, "retain_guard": 0.05, "learning_rate": 1.0, "max_steps": 50}
+    t = make(tmp_path / "a", terms={"forget": {"ga": {}}, "retain": {"nll": {"weight": 0.01}}}, **over)
+    with pytest.raises(
+        Diverged, match=r"the loss of 'retain' rose from .*learning_rate to 0.2.*checkpoint-\d+ holds"
+    ) as e:
+        t.train()
+    assert 3 <= t.state.global_step < 50 and str(tmp_path) in str(e.value)
+    load_adapter(t.bare, t.config.work_dir + "/checkpoint-1", "default")  # whole
+    make(tmp_path / "b", terms=t.config.terms, **{**over, "retain_guard": 1e9, "max_steps": 5}).train()
+
+
+def test_losses_without_a_unit_of_nats_and_the_forget_loss_end_no_run(tmp_path):
+    terms = {"forget": {"ga": {"weight": 100.0}}, "retain": {"representation_retention": {"layer": 0}}}
+    make(tmp_path / "a", terms=terms, retain_guard=1e-9, learning_rate=1.0, max_steps=6).train()
+
+
+def test_a_checkpoint_every_tenth_unless_the_recipe_says_otherwise(tmp_path):
+    recipe = {"terms": {"forget": {"ga": {}}}, "train": {"max_steps": 20, "use_cpu": True}}
+    c = from_recipe(recipe, str(tmp_path / "a"))
+    assert (c.save_strategy, c.save_steps, c.save_total_limit) == ("steps", 0.1, 2)
+    own = from_recipe({**recipe, "train": {**recipe["train"], "save_steps": 5}}, str(tmp_path / "a"))
+    assert own.save_steps == 5 and own.save_total_limit is None
