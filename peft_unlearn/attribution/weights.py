@@ -25,7 +25,7 @@ from ..progress import Progress
 from ..registry import Method, Range, Source, selection
 from ..tuners.linear import ALL_LINEAR
 from ..tuners.selection import Selection
-from . import radix
+from .radix import largest
 from .streamed import Rows, eligible, gradients, input_axis, input_norms, scored
 
 DENSE = 0.1  # beyond this density a LoRA of usual rank is smaller and keeps more
@@ -312,7 +312,7 @@ def _chosen(
     out = {}
     for names in [list(scores)] if budget == "global" else [[n] for n in scores]:
         where = names[0] if len(names) == 1 else "all these weights"
-        for name, taken in radix.largest({x: scores[x] for x in names}, wanted):
+        for name, taken in largest({x: scores[x] for x in names}, wanted):
             whole = taken.expand(params[name].shape)  # an axis of length 1 stands for all along it
             out[name] = whole.reshape(-1).nonzero().squeeze(1).cpu()
     if not any(len(i) for i in out.values()):
