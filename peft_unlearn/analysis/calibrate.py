@@ -33,7 +33,7 @@ from ..reporting import calibrate as shown
 from ..reporting.document import Part
 from ..reporting.result import Result
 from ..stack.model import ForgetModel
-from ..tuners.delta import changes_base
+from ..tuners.delta import changes_base, is_sparse
 from .search import FLOOR, Calibration, Levels, search
 
 FORMAT = 1
@@ -47,6 +47,7 @@ class Calibrated(Result):
 
     search: the curve and the point chosen.   retain_model: the levels of
     the model trained without the forget set.   baked: lora_alpha took the scale in.   stored: it is in the adapter's folder.
+    dtype: what the models were computed in.
     """
 
     search: Calibration
@@ -57,6 +58,7 @@ class Calibrated(Result):
     adapter_id: str
     baked: bool = False
     stored: bool = False
+    dtype: str = "float32"
     title = "Calibration"
 
     @property
@@ -75,7 +77,7 @@ class Calibrated(Result):
             "as_trained": next((p.to_dict() for p in self.search.curve if p.scale == 1.0), None),
             "retain_only": None if self.retain_model is None else self.retain_model.to_dict(),
             "scale_before": self.scale_before, "baked": self.baked, "stored": self.stored,
-            "n": {"forget": base.forget.n, "retain": base.retain.n}, "adapter_id": self.adapter_id,
+            "n": {"forget": base.forget.n, "retain": base.retain.n}, "adapter_id": self.adapter_id, "dtype": self.dtype,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -90,7 +92,7 @@ class Calibrated(Result):
 
 def calibrate(
     folder: str | Path, *, retain_floor: float = FLOOR, metric: str = METRIC, max_scale: float = 1.0, bake: bool = False,
-    n: int | None = None, base: str | None = None, data: str | None = None, progress: Progress | None = None,
+    n: int | None = None, base: str | None = None, data: str | None = None, dtype: str = "auto", progress: Progress | None = None,
     write: bool = True,
 ) -> Calibrated:  # fmt: skip
     """Search the scale (`search`), store it in forget.json and the search as block "calibration" of eval.json.
@@ -98,6 +100,7 @@ def calibrate(
     Args:
         bake: lora_alpha takes the scale in, so that plain PEFT runs at it (`folder.rescale.bake`).
         n: at most so many rows of each set; nothing is stored then, nor with write=False.
+        dtype: what the models are computed in, see `ForgetModel`; with `bake` float32, since the probes are written anew.
 
     Where no scale will do, forget.json stays as it is and ``scale`` is None.
     """
@@ -109,13 +112,17 @@ def calibrate(
     if write:
         check_writable(found.path)
     bundle = bundle_for([found], data)
-    stack = ForgetModel.from_pretrained(base, {"adapter": found.path})
+    if bake and dtype not in ("auto", "float32"):
+        raise UserError(f"bake writes the adapter's probes anew, which are of float32; leave out the dtype {dtype!r}")
+    stack = ForgetModel.from_pretrained(base, {"adapter": found.path}, dtype="float32" if bake else dtype)
     read = make_read(bundle, stack.tokenizer, metric, n)
     at = at_scale(stack, "adapter")
     result = search(read, at, levels_of(stack.disabled, read), retain_floor, max_scale, progress)
-    retain_model = embedded_retain_model(found.manifest.base.ref, bundle)
+    retain_model = embedded_retain_model(found.manifest.base.ref, bundle, stack.dtype)
     levels = None if retain_model is None else levels_of(retain_model, read)
-    done = Calibrated(result, metric, max_scale, levels, found.manifest.scale, found.adapter_id, stored=write)
+    done = Calibrated(
+        result, metric, max_scale, levels, found.manifest.scale, found.adapter_id, stored=write, dtype=stack.dtype
+    )
     if write:
         if done.scale is not None:
             done.baked = bake and done.scale != 1.0
@@ -165,8 +172,9 @@ def check_exact(folder: AdapterFolder) -> None:
     """
     config, errors = folder.config, Errors()
     kind = str(config["peft_type"])
-    if kind not in ("LORA", "PEFT_UNLEARN_EXPERT_LORA"):
-        errors.add(f"its PEFT type is {kind}, which has no scale")
+    sparse = is_sparse(folder)
+    if kind not in ("LORA", "PEFT_UNLEARN_EXPERT_LORA") and not sparse:
+        errors.add(f"its PEFT type is {kind}, whose scale is not known to be the factor of a sum of weights")
     if config.get("use_dora"):
         errors.add("it is a DoRA adapter, which re-normalizes the weights: half the scale is not half the change")
     if config.get("bias") not in (None, "none"):
@@ -178,7 +186,7 @@ def check_exact(folder: AdapterFolder) -> None:
         errors.add(f"{changes} changes the base's own weights")
     if folder.manifest.depends_on:
         errors.add("it was trained on top of other adapters: at scale 0 those are left, not the base")
-    if not errors.messages:
+    if not errors.messages and not sparse:
         stray = [n for n in read_header(folder.path / WEIGHTS) if "lora_" not in n]
         if stray:
             errors.add(f"{len(stray)} of its tensors are no LoRA factors, first {stray[0]!r}")

@@ -33,6 +33,7 @@ from ..training.adapt import get_forget_model
 from ..training.checkpoints import STATE, damage
 from ..training.config import WORK, encode_set
 from ..training.recipe import Run, prepare
+from ..training.selecting import chosen
 from ..training.train import generate_alternates
 
 ADAPTER = "default"
@@ -250,6 +251,8 @@ def _model(run: Run) -> tuple[Any, dict[str, list[dict[str, Any]]], int]:
     config = run.config
     base, tokenizer = load_base(run.base_dir, "bfloat16" if config.bf16 else "float32"), load_tokenizer(run.base_dir)
     generate_alternates(run, base, tokenizer)
+    if run.selecting is not None:
+        run.adapter = run.selecting.adapter(chosen(run, base, tokenizer, resume=True))
     set_seed(config.seed)
     model = get_forget_model(base, run.adapter, adapter_name=ADAPTER).to(config.device).eval()
     names = sorted({"forget", "retain", *(t.batch for t in config.term_list)})

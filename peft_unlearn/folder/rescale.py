@@ -42,6 +42,11 @@ def bake(folder: str | Path, scale: float, probes: Probes | None = None) -> Adap
     scale = _checked(scale)
     if not scale:
         raise UserError(f"{found.path}: baking scale 0 would leave an adapter that does nothing; take it off instead.")
+    if found.config.get("lora_alpha") is None:
+        raise UserError(
+            f"{found.path}: is of type {found.config['peft_type']}, whose files have no factor to be multiplied; calibrate without "
+            f"--bake, or write the adapter at that scale as one of its own: peft-unlearn compose {found.path}:{scale:g} --out DIR"
+        )
     for path in sorted(found.path.rglob(CONFIG)):
         if json.loads(path.read_text(encoding="utf-8")).get("train_router") == "full":
             raise UserError(

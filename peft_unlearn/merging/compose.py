@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,12 @@ from ..stack.attach import attach, load_by_peft
 from ..stack.fits import check_base, check_tokenizer
 from ..stack.identity import identity_in
 from ..stack.removal import unload
-from ..tuners.delta import Deltas
+from ..tuners.delta import Deltas, is_sparse
+from ..tuners.sparse.delta import SparseDeltas
+from ..tuners.sparse.export import STOCK, Entries, linear_in
+from ..tuners.sparse.export import write as write_sparse
 from ..tuners.stock import write_stock
+from .layout import meta_model
 from .summed import Summed, summed
 
 Part = tuple[str | Path, float]
@@ -44,20 +48,21 @@ Part = tuple[str | Path, float]
 @dataclass
 class Composition(Result):
     """What was written. terms: of the sum, as the recipe has them. errors: weight -> |D - D_r| / |D| (Frobenius) where it was
-    cut to a rank, else empty."""
+    cut to a rank, else empty. entries: of a sum of sparse adapters, which has no rank."""
 
     folder: AdapterFolder
     terms: list[dict[str, Any]]
-    rank: int
+    rank: int | None
     n_weights: int
     errors: dict[str, float] = field(default_factory=dict)
     probed: bool = False
+    entries: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "out": str(self.folder.path), "adapter_id": self.folder.adapter_id, "parts": self.terms, "rank": self.rank,
             "weights": self.n_weights, "errors": self.errors, "worst_error": max(self.errors.values(), default=None),
-            "probes": self.probed,
+            "probes": self.probed, **({} if self.entries is None else {"entries": self.entries}),
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -65,9 +70,14 @@ class Composition(Result):
             f"{p['weight']:+g} {p['name']}" + (f" (at its scale {p['scale']:g})" if p["scale"] != 1 else "")
             for p in self.terms
         )
-        head = f"{self.folder.path}: {terms}, rank {self.rank}, {self.n_weights} weights, {self.folder.adapter_id[:19]}"
+        size = f"rank {self.rank}" if self.entries is None else f"{self.entries:,} entries"
+        head = f"{self.folder.path}: {terms}, {size}, {self.n_weights} weights, {self.folder.adapter_id[:19]}"
         rows = [(name, f"{error:.2e}") for name, error in self.errors.items()]
-        table = to_text(Table(("weight", "relative error"), rows)) if rows else "exact: the factors stand side by side"
+        table = (
+            to_text(Table(("weight", "relative error"), rows))
+            if rows
+            else f"exact: the {'factors stand side by side' if self.entries is None else 'union of the entries'}"
+        )
         return f"{head}\n{table}"
 
 
@@ -114,9 +124,13 @@ def compose(
     given = _collected(parts)
     check_destination(out, (folder.path for folder, _ in given))
     base_dir = _base_of(given, base, probe)
-    rows = summed([Deltas(folder) for folder, _ in given], [w * float(f.manifest.scale) for f, w in given])
+    union = _union(given, rank, base_dir)
+    rows = (
+        {}
+        if union is not None
+        else summed([Deltas(f) for f, _ in given], [w * float(f.manifest.scale) for f, w in given])
+    )
     errors = {} if rank is None else {weight: row.cut(rank) for weight, row in rows.items()}
-    tensors, config = _stock(rows, given)
     described = [
         {"adapter": f.adapter_id, "name": _name(f), "weight": w, "scale": float(f.manifest.scale)} for f, w in given
     ]
@@ -126,11 +140,20 @@ def compose(
         "base": given[0][0].manifest.base.ref,
         "compose": {"parts": described, "rank": rank},
     }
-    manifest = _manifest(given, recipe, rows, errors)
+    at = {n.removesuffix(".weight") for n in union} if union is not None else {
+        r.like.weight if r.like.kind == "parameter" else r.like.module for r in rows.values()
+    }  # fmt: skip
+    manifest = _manifest(given, recipe, sorted(at), errors)
     tokenizer = _tokenizer(given[0][0], base_dir)
 
     def write(stage: Path) -> dict[str, Tensor]:
-        write_stock(stage, config, tensors, peft_base_name(manifest.base.ref), manifest.base.revision)
+        name = peft_base_name(manifest.base.ref), manifest.base.revision
+        if union is not None:
+            return write_sparse(
+                stage, union, _linear(given, base_dir), 1.0, given[0][0].config.get("task_type"), *name
+            )[0]
+        tensors, config = _stock(rows, given)
+        write_stock(stage, config, tensors, *name)
         return tensors
 
     if probe and base_dir is not None and tokenizer is not None and not manifest.depends_on:
@@ -138,7 +161,11 @@ def compose(
             write(Path(scratch))
             manifest = _probed(manifest, Path(scratch), base_dir, tokenizer)
     folder = write_adapter(out, None, manifest, recipe, tokenizer=tokenizer, save=write)
-    return Composition(folder, described, config.r, len(rows), errors, manifest.probes is not None)
+    if union is not None:
+        return Composition(
+            folder, described, None, len(union), {}, manifest.probes is not None, sum(map(len, union.values()))
+        )
+    return Composition(folder, described, folder.config["r"], len(rows), errors, manifest.probes is not None)
 
 
 def _refuse_trained(out: str | Path) -> None:
@@ -199,6 +226,45 @@ def _base_of(given: list[tuple[AdapterFolder, float]], base: str | Path | None, 
     return found
 
 
+def _union(
+    given: list[tuple[AdapterFolder, float]], rank: int | None, base_dir: Path | None
+) -> dict[str, Entries] | None:
+    """The sum of sparse adapters, parameter by parameter: the union of their entries. None where all are low-rank.
+
+    Raises:
+        UserError: low-rank ones among them, a rank, or a sum that is zero.
+    """
+    sparse = [is_sparse(f) for f, _ in given]
+    if not any(sparse):
+        return None
+    if not all(sparse):
+        low, other = (given[sparse.index(kind)][0].path for kind in (False, True))
+        raise UserError(
+            f"{low} is low-rank and {other} sparse: their sum is neither, and as a whole matrix it would be the size of the base. Stack "
+            "them (peft-unlearn stack), or merge both into the base (peft-unlearn merge)."
+        )
+    if rank is not None:
+        raise UserError("compose: sparse adapters have no rank to be cut to; leave --rank out.")
+    model = None if base_dir is None else meta_model(base_dir)
+    found: dict[str, list[tuple[Entries, float]]] = {}
+    for folder, weight in given:
+        deltas = SparseDeltas(folder, model)
+        for name, e in deltas.entries.items():
+            found.setdefault(name, []).append((e, weight * float(folder.manifest.scale) * deltas.scale))
+    out = {name: Entries.summed(parts) for name, parts in sorted(found.items())}
+    if not any(bool(e.values.any()) for e in out.values()):
+        raise UserError("compose: the sum is zero, which is the base itself; no adapter was written.")
+    return out
+
+
+def _linear(given: list[tuple[AdapterFolder, float]], base_dir: Path | None) -> Callable[[str], bool]:
+    """Whether a parameter is the weight of a linear layer: as the base says; without it, as those on top say that SHiRA holds."""
+    if base_dir is not None:
+        return linear_in(meta_model(base_dir))
+    known = {n for f, _ in given if f.config["peft_type"] in STOCK for n in SparseDeltas(f).entries}
+    return lambda name: name in known
+
+
 # --- writing -------------------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +301,7 @@ def _depth(weight: str, row: Summed, parameters: dict[str, Summed]) -> int:
 
 
 def _manifest(
-    given: list[tuple[AdapterFolder, float]], recipe: dict[str, Any], rows: dict[str, Summed], errors: dict[str, float]
+    given: list[tuple[AdapterFolder, float]], recipe: dict[str, Any], targets: list[str], errors: dict[str, float]
 ) -> Manifest:
     ids = {f.adapter_id for f, _ in given}
     needs = dict.fromkeys(d for f, _ in given for d in f.manifest.depends_on if d not in ids)
@@ -261,7 +327,7 @@ def _manifest(
         data=data,
         versions=versions(),
         depends_on=list(needs),
-        targets=sorted({r.like.weight if r.like.kind == "parameter" else r.like.module for r in rows.values()}),
+        targets=targets,
         name=recipe["name"],
         description=recipe["description"],
     )
@@ -279,12 +345,13 @@ def _probed(manifest: Manifest, stage: Path, base_dir: Path, tokenizer: Any) -> 
 
     The base is loaded with it by PEFT's own means first, as anyone would; every tensor has to arrive.
     """
+    folder = AdapterFolder(stage, manifest, {}, json.loads((stage / CONFIG).read_text(encoding="utf-8")), None)
+    base = load_base(base_dir, fits=manifest.targets)
     try:
-        model = load_by_peft(load_base(base_dir, fits=manifest.targets), "default", stage)
+        model = attach(base, {"default": folder}) if is_sparse(folder) else load_by_peft(base, "default", stage)
     except ValueError as e:
         raise RuntimeError(f"PEFT does not load what was composed: {e}") from None
     found = probes(model.eval(), tokenizer)
-    folder = AdapterFolder(stage, manifest, {}, json.loads((stage / CONFIG).read_text(encoding="utf-8")), None)
     modules = targeted_names(attach(unload(model), {"default": folder}))  # the names that a check will ask for
     try:
         targeted = digest_checkpoint(base_dir, modules)

@@ -144,21 +144,24 @@ def chosen(
 
     spec: Selecting = run.selecting
     base, data = base_reference(run.base, run.base_dir, digest_checkpoint(run.base_dir)), run.data.sha256
-    kept = Path(run.config.work_dir) / FILE
-    if spec.file is not None:
-        found = Selection.load(spec.file)
-        found.check_origin(base.digest, data)
-        run.recipe = {**run.recipe, "selection": {**run.recipe["selection"], "file": _hashed(spec.file)}}
-    elif resume and kept.is_file():
+    kept, hashed = Path(run.config.work_dir) / FILE, (spec.file or "").startswith("sha256:")
+    if (resume or hashed) and kept.is_file():
         found = Selection.load(kept)
         found.check_origin(base.digest, data)
+    elif hashed:
+        raise UserError("this recipe knows its selection by a hash alone: give the file, --set selection.file=PATH")
+    elif spec.file is not None:
+        found = Selection.load(spec.file)
+        found.check_origin(base.digest, data)
     else:
-        about = origin(base.ref, base.digest, data)
         with bars() as shown:
+            about = origin(base.ref, base.digest, data)
             found = spec.choose(model, tokenizer, run.data, run.config, about, shown)
-        if run.config.process_index == 0:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            found.save(kept)
+    if spec.file is not None and not hashed:
+        run.recipe = {**run.recipe, "selection": {**run.recipe["selection"], "file": _hashed(spec.file)}}
+    if run.config.process_index == 0:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        found.save(kept)
     progress(
         f"selected: {found.count:,} entries of {len(found.shapes)} weights ({found.density:.2%}), {found.about.get('method')}"
     )

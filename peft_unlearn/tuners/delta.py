@@ -21,13 +21,17 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..folder.read import WEIGHTS, AdapterFolder
 from ..folder.safetensors_io import TensorEntry, read_header
+from .peft_type import SPARSE_TYPE
+
+if TYPE_CHECKING:
+    from .sparse.delta import SparseDeltas
 
 _KEPT = 6  # weights whose factors stay in memory: the projections of one layer of experts, read in turns
 
@@ -65,14 +69,29 @@ def changes_base(config: Mapping[str, Any]) -> str | None:
 _REWRITE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "lora-ga")  # prefixes: pissa_niter_4
 
 
+def read_deltas(folder: AdapterFolder, model: nn.Module | None = None) -> Deltas | SparseDeltas:
+    """What the adapter in a folder adds to each weight. Raises `UserError` for one that is not a sum with the base's weights."""
+    if is_sparse(folder):
+        from .sparse.delta import SparseDeltas
+
+        return SparseDeltas(folder, model)
+    return Deltas(folder, model)
+
+
+def is_sparse(folder: AdapterFolder) -> bool:
+    """Whether an adapter is chosen entries with values: our own type, SHiRA, or SUPERTUNING without a low-rank part."""
+    kind = folder.config["peft_type"]
+    return kind in (SPARSE_TYPE, "SHIRA") or (kind == "SUPERTUNING" and not folder.config.get("r"))
+
+
 def plain_sum(folder: AdapterFolder) -> None:
     """Raise `UserError` unless the adapter is a plain sum W + s B A: what can be merged, composed and concatenated."""
     config, where = folder.config, folder.path
     kind = config["peft_type"]
     if kind != "LORA":
         raise UserError(
-            f"{where}: merging or composing adapters of type {kind} is not supported; only LORA is a sum of weights. "
-            "Serve it unmerged on its base."
+            f"{where}: merging or composing adapters of type {kind} is not supported; what is a sum of weights are LoRA, and "
+            "sparse adapters where they are taken. Serve it unmerged on its base."
         )
     for key, (what, why) in _NOT_A_SUM.items():
         if config.get(key):
