@@ -13,6 +13,7 @@ from ..data.load import DATA_OPTIONS, load_data
 from ..errors import Errors, UserError, nearest
 from ..folder.base import load_config, load_tokenizer, resolve_base
 from ..folder.schema import COUNT, NUMBER, POSITIVE, is_number, is_whole, maybe, one_of, shape
+from ..tuners.selection import Selection
 from .adapt import peft_config
 from .config import METHODS, UnlearnConfig, require_sets
 from .selecting import Selecting, understood
@@ -41,6 +42,7 @@ class Run:
     negate: float | None = None  # save the adapter's delta times minus this (task vectors)
     auto: dict[str, Any] | None = None  # how attribution chooses the experts that `adapter` goes into
     selecting: Selecting | None = None  # how the entries are chosen that a sparse adapter trains; `adapter` is None till then
+    selected: Selection | None = None  # once they are
 
 
 def auto_options(spec: dict[str, Any], errors: Errors) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from ..data.collate import pad
 from ..folder.atomic import part_of, sweep_parts
+from ..folder.digest import adapter_modules
 from ..forward import Pass, Reference
 from ..tuners.names import belongs, scalings
 
@@ -96,6 +97,8 @@ def cache_key(model: Any, rows: list[dict[str, Any]], trained: str) -> str:
     for n, p in model.named_parameters():
         if not belongs(n, trained):
             h.update(f"{n}{p.dtype}{tuple(p.shape)}".encode() + raw_bytes(p))
+    for n, t in fixed_tensors(model, others):
+        h.update(f"{n}{t.dtype}{tuple(t.shape)}".encode() + raw_bytes(t))
     h.update(json.dumps([[r["input_ids"], r["labels"]] for r in rows]).encode())
     return h.hexdigest()
 
@@ -109,7 +112,21 @@ def stack_digest(model: Any, trained: str) -> str | None:
     for n, p in model.named_parameters():
         if any(belongs(n, a) for a in others):
             h.update(n.encode() + raw_bytes(p))
+    for n, t in fixed_tensors(model, others):
+        h.update(n.encode() + raw_bytes(t))
     return h.hexdigest()
+
+
+def fixed_tensors(model: Any, adapters: Sequence[str]) -> list[tuple[str, torch.Tensor]]:
+    """Tensors of adapters that are no parameters and decide what they do all the same: the positions of sparse ones, SHiRA's too."""
+    found = []
+    for name, layer in adapter_modules(model).items():
+        for kind in getattr(layer, "other_param_names", ()):
+            held = getattr(layer, kind, None)
+            for a in adapters if hasattr(held, "keys") else ():
+                if a in held.keys() and isinstance(held[a], torch.Tensor):  # noqa: SIM118  a module of buffers
+                    found.append((f"{name}.{kind}.{a}", held[a]))
+    return found
 
 
 def _scales(model: Any, adapters: list[str]) -> list[Any]:

@@ -203,6 +203,7 @@ def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str
     return {
         "terms": terms,
         **{kind: {m[0].name: {**m[1], **more}} if m else None for kind, (m, more) in parts.items()},
+        "selection": _selection(adapter),
         "peft_type": getattr(adapter.peft_type, "value", str(adapter.peft_type)),
         "negate": (recipe.get("adapter") or {}).get("negate"),
         **({"stack": [{"id": r["adapter"], "scale": r["scale"]} for r in rows]} if (rows := _rows(recipe)) else {}),
@@ -216,6 +217,14 @@ def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str
         "anchor": config.anchor,
         "per_anchor": config.per_anchor,
     }
+
+
+def _selection(adapter: Any) -> dict[str, Any] | None:
+    """How a sparse adapter's entries were chosen; None for other adapters."""
+    chosen = getattr(adapter, "chosen", None)
+    if chosen is None:
+        return None
+    return {"refresh": "never", **chosen.about, "entries": chosen.count, "density": chosen.density}
 
 
 def _rows(recipe: dict[str, Any]) -> list[dict[str, Any]]:

@@ -72,14 +72,15 @@ class Selecting:
         tokenizer: Any,
         data: ForgetRetain,
         config: UnlearnConfig,
+        turn: int = 0,
         about: Mapping[str, Any] | None = None,
         progress: Callable[..., None] | None = None,
     ) -> Selection:
-        """The entries by this recipe, on `model` as it is now."""
+        """The entries by this recipe, on `model` as it is now; the `turn`-th time in the run."""
         rows = {n: encode_set(config, data, n, tokenizer) for n in ("forget", "retain") if data.rows(n)}
         return select(
             model, rows, method=self.method, ratio=self.ratio, hyper=self.hyper, target_modules=self.target_modules,
-            budget=self.budget, forget=self.forget, pad_id=padding_id(tokenizer), size=self.size, seed=config.seed,  # type: ignore[arg-type]
+            budget=self.budget, forget=self.forget, pad_id=padding_id(tokenizer), size=self.size, seed=config.seed + turn,  # type: ignore[arg-type]
             accumulators=getattr(torch, self.accumulators), device=self.device, about=about, progress=progress,
         )  # fmt: skip
 
@@ -156,7 +157,7 @@ def chosen(
     else:
         with bars() as shown:
             about = origin(base.ref, base.digest, data)
-            found = spec.choose(model, tokenizer, run.data, run.config, about, shown)
+            found = spec.choose(model, tokenizer, run.data, run.config, about=about, progress=shown)
     if spec.file is not None and not hashed:
         run.recipe = {**run.recipe, "selection": {**run.recipe["selection"], "file": _hashed(spec.file)}}
     if run.config.process_index == 0:

@@ -22,6 +22,7 @@ from ..forward import Reference
 from ..gradients.terms import alternates_of
 from ..stack.below import Below, read_below
 from .adapt import get_forget_model
+from .mask import refreshed
 from .recipe import CHOOSING, Run, prepare
 from .save import negate, save_adapter
 from .selecting import chosen
@@ -68,6 +69,7 @@ def train(
     trainer = UnlearnTrainer(
         model, run.config, data=run.data, processing_class=tokenizer, callbacks=[*callbacks, *judges], score=scorer
     )
+    refresh = refreshed(run, trainer, tokenizer)
     quiet(trainer)
     shift = _watch_selection(run, trainer)
     first = trainer.is_world_process_zero()
@@ -81,6 +83,8 @@ def train(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; nothing was written to {out}, and "
             f"{run.config.work_dir} holds a checkpoint of it: the same command with --resume goes on from there"
         )
+    if refresh is not None:
+        refresh.compact()
     if not first:
         return None
     if shift is not None:
@@ -106,7 +110,8 @@ def _adapted_model(run: Run, below: Below, progress: Progress, resume: bool) -> 
         model = below.put_on(model)
         run.recipe = {**run.recipe, "stack": below.rows()}
     if run.selecting is not None:
-        run.adapter = run.selecting.adapter(chosen(run, model, tokenizer, progress, resume))
+        run.selected = chosen(run, model, tokenizer, progress, resume)
+        run.adapter = run.selecting.adapter(run.selected)
     set_seed(run.config.seed)  # the adapter's random start
     return get_forget_model(model, run.adapter), tokenizer
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,7 +42,8 @@ from .checkpoints import (
 )
 from .config import UnlearnConfig, encode_set, require_sets
 from .guard import RetainGuard, what_helps
-from .reference import precompute, stack_digest
+from .mask import Refresh, UpdateMask
+from .reference import fixed_tensors, precompute, raw_bytes, stack_digest
 from .untrained import Untrained
 
 
@@ -111,9 +113,15 @@ class UnlearnTrainer(Trainer):
         self._sums: dict[str, list[float]] = defaultdict(list)
         self._restored: dict[str, Any] | None = None
         self.average_state: dict[str, Any] = {}
+        self.mask: UpdateMask | None = None
         self.add_callback(RetainGuard(self, args.retain_guard))
         if args.step_size_method is not None or args.averaging_method is not None:
             self.add_callback(_AfterStep(self))
+
+    def use_mask(self, mask: UpdateMask) -> None:
+        """Train inside `mask` from now on."""
+        self.mask = mask
+        self.add_callback(mask)
 
     @property
     def bare(self) -> Any:
@@ -165,6 +173,8 @@ class UnlearnTrainer(Trainer):
             self._resumed = resume_from_checkpoint
             self._restored = read_state(resume_from_checkpoint, self._fingerprint())
             self.average_state, self._ended = self._restored["average"], stopped(resume_from_checkpoint)
+            if isinstance(self.mask, Refresh):
+                self.mask.load_state_dict(self._restored["mask"])
         space = Space.trainable(self.bare)
         self._untrained = Untrained(self.bare, space, self.config.allow_untrained)
         if self.config.reference == "precomputed":
@@ -184,6 +194,8 @@ class UnlearnTrainer(Trainer):
         if "averaged" in self.average_state:
             averaged = [t.to(p.device) for t, p in zip(self.average_state["averaged"], space.params, strict=True)]
             space.write(Vec(averaged))
+        if isinstance(self.mask, Refresh):
+            self._untrained.allowed = [*self._untrained.allowed, *self.mask.idle()]
         if self.state.global_step and not resume_from_checkpoint:
             self._untrained.after_run()
         return out
@@ -223,6 +235,8 @@ class UnlearnTrainer(Trainer):
             self._untrained.after_first_step(step.moved)
         for p, t in zip(self.window.space.params, step.update.tensors, strict=True):
             p.grad = t.to(p.dtype)
+        if self.mask is not None:
+            self.mask.on_gradient()
         self.last_step = step
         for key, value in step.logs().items():
             self._sums[key].append(value)
@@ -260,7 +274,10 @@ class UnlearnTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every rank writes its own random state
         if self.args.should_save:
             window = self.window.state_dict() if self.window else {}
-            write_state(folder, {"window": window, "average": self.average_state, "run": self._fingerprint()})
+            state = {"window": window, "average": self.average_state, "run": self._fingerprint()}
+            if isinstance(self.mask, Refresh):
+                state["mask"] = self.mask.state_dict()
+            write_state(folder, state)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -286,8 +303,12 @@ class UnlearnTrainer(Trainer):
         c = self.config
         rows = [[(r["input_ids"], r["labels"]) for r in rows] for _, rows in sorted(self.rows.sets.items())]
         method = (c.terms, c.rule, c.smoothing, c.step_size, c.averaging, c.reference)
-        below = stack_digest(self.bare, self.trained_adapter)
-        return fingerprint(method, c.anchor, c.per_anchor, c.seed, c.rows_per_step, rows, *([below] if below else []))
+        more = [below] if (below := stack_digest(self.bare, self.trained_adapter)) else []
+        if places := fixed_tensors(self.bare, [self.trained_adapter]):
+            more.append([[n, hashlib.sha256(raw_bytes(t)).hexdigest()] for n, t in places])
+        if isinstance(self.mask, Refresh):
+            more.append(["refresh", self.mask.every])
+        return fingerprint(method, c.anchor, c.per_anchor, c.seed, c.rows_per_step, rows, *more)
 
 
 class _NothingLeft(Exception):
