@@ -1,4 +1,4 @@
-"""`Pass`: the one place that runs a model on batches of tokens.
+"""`Pass`: the one place that runs a model on batches of tokens, or of images.
 
 What an objective reads (log-probabilities, any function of the logits, hidden states, the same of the reference model)
 is computed lazily from ONE forward per pass and model mode. Logits are never held for a whole batch: the head's input is taken
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import Errors, UserError
-from .head import Head, causal_lm, held
+from .head import ClassHead, Head, causal_lm, held
 from .tuners.expert_lora.blocks import moe_blocks
 
 # --- the model's parts ------------------------------------------------------------------------------------------------
@@ -214,7 +214,8 @@ class Pass:
     """One batch seen by one model (and, where asked, by its reference).
 
     Args:
-        batch: ``input_ids``, ``attention_mask``, ``labels`` (batch, seq), -100 = no target; optionally ``ref_logp``
+        batch: ``input_ids``, ``attention_mask``, ``labels`` (batch, seq), -100 = no target, or, of an image classifier,
+            ``pixel_values`` (batch, channels, height, width) and ``labels`` (batch, 2) = (-100, class); optionally ``ref_logp``
             (batch, seq-1) or ``ref_head`` (targets, hidden) cached, and ``alternate``, a batch of winner answers.
         layers: the layers whose hidden states will be asked for (blocks by number, or module names).
         routers: the mixture-of-experts blocks whose router logits will be asked for.
@@ -235,14 +236,16 @@ class Pass:
         reference_cache: dict[str, dict[Any, Tensor]] | None = None,
     ) -> None:
         self.model, self.batch, self.reference = model, batch, reference
-        self.input_ids: Tensor = batch["input_ids"]
-        self.attention_mask: Tensor = batch["attention_mask"]
+        self.images: Tensor | None = batch.get("pixel_values")  # a row of a classifier is a sequence with one target
+        if self.images is None:
+            self.input_ids: Tensor = batch["input_ids"]
+            self.attention_mask: Tensor = batch["attention_mask"]
         self.labels: Tensor = batch["labels"]
         self.mask: Tensor = self.labels[:, 1:] != -100  # (batch, seq-1): position t predicts token t+1
         self.targets: Tensor = self.labels[:, 1:][self.mask]  # (n,)
         self._layers, self._stop = list(dict.fromkeys(layers)), stop
         self._routers = list(dict.fromkeys(routers))
-        self._head = Head(model)
+        self._head = Head(model) if self.images is None else ClassHead()
         self._seen: dict[bool, dict[Any, Tensor]] = {}
         self._reference_cache = reference_cache
         self._cache: dict[str, Tensor] = {}
@@ -395,9 +398,12 @@ class Pass:
         for k in self._routers:
             router = router_module(self.model, k)
             hooks.append((router, take(("router", k), partial(_raw_logits, experts=found[k].num_experts))))
-        handles = [self._head.module.register_forward_pre_hook(take_head)]
-        handles += [module.register_forward_hook(hook) for module, hook in hooks]
+        handles = [module.register_forward_hook(hook) for module, hook in hooks]
         with held(*handles), self._mode(reference), suppress(_Stop):
-            self.model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
+            if self.images is not None:
+                seen["targets"] = self.model(pixel_values=self.images).logits  # (rows, classes)
+            else:
+                with held(self._head.module.register_forward_pre_hook(take_head)):
+                    self.model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
         self._seen[reference] = seen
         return seen

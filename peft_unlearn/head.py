@@ -198,3 +198,18 @@ class Head:
 def token_logp(z: Tensor, y: Tensor) -> Tensor:
     """Log-probability of target y (m,) under logits z (m, vocab): (m,)."""
     return z.gather(1, y[:, None]).squeeze(1) - z.logsumexp(1)
+
+
+class ClassHead:
+    """`Head` of an image classifier, whose few logits are there at once: what it is given are the logits (rows, classes)."""
+
+    module = nn.Identity()
+
+    def logp(self, z: Tensor, y: Tensor) -> Tensor:
+        return token_logp(z.float(), y)
+
+    def logits(self, z: Tensor) -> Tensor:
+        return z.float()
+
+    def map(self, z: Tensor, fn: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+        return fn(z.float().clone(), 0, len(z))  # readers may work in its memory

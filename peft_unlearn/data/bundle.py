@@ -27,7 +27,7 @@ TARGETS = ("answer", "value")
 _TABLES = (".jsonl", ".csv", ".parquet")  # a folder's .json and .txt beside the named sets are mostly something else
 FIELDS = tuple(dict.fromkeys(f for fields in LAYOUTS.values() for f in fields))
 # modules of this room that know a benchmark's own layout: recognizes(spec) -> bool, load(spec, template) -> ForgetRetain
-LAYOUT_MODULES = ("tofu", "muse", "mcq")
+LAYOUT_MODULES = ("tofu", "muse", "mcq", "images")
 
 
 @dataclass
@@ -116,6 +116,8 @@ class ForgetRetain:
         extra = {k: v for k, v in found.items() if k not in ("forget", "holdout")}
         portable = f"embedded:{name}?" + "&".join(f"{k}={v}" for k, v in sorted(options.items()))
         refs: dict[str, str] = {k: portable for k in SETS}  # noqa: C420
+        if name == "digits":
+            return importlib.import_module(".images", __package__).bundle_of(found, refs)
         return cls(found["forget"], retain, found["holdout"], extra=extra, refs=refs, template=template)
 
     def sets(self) -> dict[str, list[dict[str, Any]]]:

@@ -136,7 +136,12 @@ def _labelled(ids: list[int], first: int, labels: Sequence[int]) -> dict[str, li
 
 def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     """Right-padded tensors (batch, seq) of encoded rows; extra per-token float lists (e.g. ``ref_logp``, one value per
-    target) are padded into (batch, seq-1) at their targets' positions; ``ref_head`` (targets of the row, hidden) is put end to end."""
+    target) are padded into (batch, seq-1) at their targets' positions; ``ref_head`` (targets of the row, hidden) is put end to end.
+    Rows of images are stacked: ``pixel_values`` (batch, channels, height, width) and ``labels`` (batch, 2): a sequence of one target each.
+    """
+    if rows and "pixel_values" in rows[0]:
+        labels = torch.tensor([[IGNORE, r["labels"]] for r in rows])
+        return {"pixel_values": torch.stack([r["pixel_values"] for r in rows]), "labels": labels}
     width = max(len(r["input_ids"]) for r in rows)
     out = {
         "input_ids": torch.full((len(rows), width), pad_id, dtype=torch.long),  # (batch, seq)

@@ -9,12 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UserError, nearest
-from . import domains, people
+from . import digits, domains, people
 
 PREFIX = "embedded:"
-OPTIONS: dict[str, dict[str, int | str]] = {"people": {"seed": 0}, "domains": {"forget": "chem", "seed": 0}}
-NAMES = tuple(OPTIONS)  # the data sets; each has a base of the same name, and a retain model beside it
-BASES = (*NAMES, "domains-natural")  # the last: trained like domains, its routing never seeded; a negative example
+OPTIONS: dict[str, dict[str, int | str]] = {
+    "people": {"seed": 0}, "domains": {"forget": "chem", "seed": 0}, "digits": {"forget": "3", "seed": 0},
+}  # fmt: skip
+NAMES = tuple(OPTIONS)  # the data sets
+RETAIN_MODELS = {"people": "people", "domains": "domains", "digits-resnet": "digits", "digits-vit": "digits"}
+"""Bases that have a retain model beside them -> the data set that both were trained on."""
+BASES = (
+    *RETAIN_MODELS,
+    "domains-natural",
+)  # the last: trained like domains, its routing never seeded; a negative example
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -41,7 +48,7 @@ def is_embedded(reference: object) -> bool:
 
 def _known(name: str, names: tuple[str, ...] = BASES) -> str:
     if name not in names:
-        what = "model or data set" if names is BASES else "data set"
+        what = "data set" if names is NAMES else "model or data set"
         raise UserError(f"There is no embedded {what} {name!r}.{nearest(name, names)}")
     return name
 
@@ -56,7 +63,7 @@ def retain_model_path(name: str = "people") -> Path:
 
     That of ``domains`` was trained without chem; for another forget domain it is no reference.
     """
-    if _known(name) not in NAMES:
+    if _known(name) not in RETAIN_MODELS:
         raise UserError(f"The embedded model {name} has no retain model.")
     return asset("bases", f"{name}-retain")
 
@@ -72,10 +79,10 @@ def retain_model_for(base: str, data: str | None) -> Path | None:
     name, _ = parse(base)
     if name == "people":
         return retain_model_path(name)
-    if name not in NAMES or not is_embedded(data):
+    if name not in RETAIN_MODELS or not is_embedded(data):
         return None
-    used, options = resolve(str(data).partition("#")[0])
-    return retain_model_path(name) if (used, options) == (name, OPTIONS[name]) else None
+    wanted, found = RETAIN_MODELS[name], resolve(str(data).partition("#")[0])
+    return retain_model_path(name) if found == (wanted, OPTIONS[wanted]) else None
 
 
 def parse(reference: str) -> tuple[str, dict[str, int | str]]:
@@ -88,14 +95,14 @@ def parse(reference: str) -> tuple[str, dict[str, int | str]]:
             f"{reference!r} is not an embedded reference: those read embedded:people or embedded:people?seed=0."
         )
     name, mark, query = reference.removeprefix(PREFIX).partition("?")
-    known = OPTIONS.get(_known(name), {})
+    known = OPTIONS.get(_known(name, (*NAMES, *BASES)), {})
     options: dict[str, int | str] = {}
     for part in query.split("&") if mark else ():
         key, _, value = part.partition("=")
         if key and key not in known:
             raise UserError(f"{reference!r}: unknown option {key!r}.{nearest(key, known)}")
         if key == "forget":
-            options[key] = domains.check_forget(value)
+            options[key] = (digits if name == "digits" else domains).check_forget(value)
         elif key and value.isascii() and value.isdigit():
             options[key] = int(value)
         else:
@@ -110,7 +117,9 @@ def resolve(reference: str) -> tuple[str, dict[str, int | str]]:
 
 
 def rows(reference: str = "embedded:people") -> dict[str, list[dict]]:
-    """The sets of an embedded data set by name, as `people.generate` and `domains.generate` describe them."""
+    """The sets of an embedded data set by name, as `generate` of `people`, `domains` and `digits` describe them."""
     name, options = resolve(reference)
     seed = int(options["seed"])
-    return people.generate(seed) if name == "people" else domains.generate(seed, str(options["forget"]))
+    if name == "people":
+        return people.generate(seed)
+    return (digits if name == "digits" else domains).generate(seed, str(options["forget"]))

@@ -5,6 +5,7 @@ A row is a plain dict in one of four layouts; `LAYOUTS` names their fields. Ever
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,8 +32,14 @@ _KNOWN = {
 """A field that tells of a layout people have -> the mapping that reads it."""
 
 
+IMAGE = "pixel_values"
+"""The field of a row that is an image with a ``label`` (`images`); it stands for no text."""
+
+
 def layout_of(row: Mapping[str, Any]) -> str | None:
-    """Name of the first layout whose fields are all there."""
+    """Name of the first layout whose fields are all there; ``image`` for an image."""
+    if IMAGE in row:
+        return "image"
     return next((name for name, fields in LAYOUTS.items() if all(f in row for f in fields)), None)
 
 
@@ -41,6 +48,8 @@ def complaint(row: Any) -> str | None:
     if not isinstance(row, Mapping):
         return f"is a {type(row).__name__}, not an object with fields"
     layout = layout_of(row)
+    if layout == "image":
+        return _complaint_image(row)
     if layout is None:
         have = ", ".join(map(repr, row)) or "none"
         hint = next((f"; data.fields: {fields} reads these" for mark, fields in _KNOWN.items() if mark in row), "")
@@ -56,6 +65,16 @@ def complaint(row: Any) -> str | None:
     if not row[target].strip():
         return f"field {target!r} is empty: there is nothing to learn or to forget in it"
     return None
+
+
+def _complaint_image(row: Mapping[str, Any]) -> str | None:
+    pixels, label = row[IMAGE], row.get("label")
+    if getattr(pixels, "ndim", 0) != 3 or str(pixels.dtype) not in ("float32", "uint8"):
+        return f"field {IMAGE!r} is no array (channels, height, width) of float32 or uint8"
+    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+        return f"field 'label' is {label!r}, not the number of a class"
+    finite = pixels.dtype == "uint8" or bool((abs(pixels) < float("inf")).all())
+    return None if finite else f"field {IMAGE!r} holds values that are no numbers"
 
 
 def _complaint_messages(messages: Any) -> str | None:
@@ -147,6 +166,8 @@ def to_text(row: Mapping[str, Any], tokenizer: Any = None, template: Template = 
             gives arguments to the chat template, for messages rows too; see `chat.template_args`.
     """
     layout, (name, args) = layout_of(row), parse_template(template)
+    if layout == "image":
+        raise UserError("is an image, and this is for texts: use a base that is an image classifier")
     if layout == "text":
         return "", row["text"]
     if layout in ("prompt/completion", "prompt/response"):
@@ -162,12 +183,16 @@ def to_text(row: Mapping[str, Any], tokenizer: Any = None, template: Template = 
 def target_of(row: Mapping[str, Any]) -> str | None:
     """The text that a row is there for: its answer, completion or last message; None for plain text."""
     layout = layout_of(row)
-    if layout in (None, "text"):
+    if layout in (None, "text", "image"):
         return None
     return str(row["messages"][-1]["content"] if layout == "messages" else row[LAYOUTS[layout][-1]]).strip()
 
 
 def identity(row: Mapping[str, Any]) -> str:
-    """Canonical JSON of the fields that make the row's text: what set hashes and overlap checks compare."""
+    """Canonical JSON of the fields that make the row's text, or label and hash of an image: what set hashes and overlap checks compare."""
+    if IMAGE in row:
+        pixels = row[IMAGE]
+        head = f"{pixels.dtype} {pixels.shape}".encode()
+        return json.dumps({"image": hashlib.sha256(head + pixels.tobytes()).hexdigest(), "label": row["label"]})
     fields = LAYOUTS[layout_of(row) or "text"]
     return json.dumps({f: row[f] for f in fields}, sort_keys=True, ensure_ascii=False)

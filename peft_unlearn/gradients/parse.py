@@ -39,6 +39,10 @@ def _term(gradient: str, name: str, hyper: Any, errors: Errors) -> Term | None:
         return None
     hyper = dict(hyper or {})
     weight, batch = hyper.pop("weight", 1.0), hyper.pop("batch", BATCH_OF.get(gradient, gradient))
+    joint = hyper.pop("joint", False)
+    if not isinstance(joint, bool):
+        errors.add(f"{at}.{name}: joint is true (one mean over the batches of all joint terms) or false, not {joint!r}")
+        return None
     if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
         errors.add(f"{at}.{name}: weight must be a finite number, not {weight!r}")
         return None
@@ -53,7 +57,7 @@ def _term(gradient: str, name: str, hyper: Any, errors: Errors) -> Term | None:
     wrong = method.check(hyper)
     for w in wrong:
         errors.add(f"{at}: {w}")
-    return None if wrong else Term(gradient, batch, method, float(weight), method.resolve(hyper))
+    return None if wrong else Term(gradient, batch, method, float(weight), method.resolve(hyper), joint)
 
 
 def parse_method(

@@ -12,13 +12,17 @@ from ..registry import Method
 
 @dataclass(frozen=True)
 class Term:
-    """weight * mean over units of objective(batch), counted towards the gradient of that name."""
+    """weight * mean over units of objective(batch), counted towards the gradient of that name.
+
+    joint: the sum is divided by the units of all joint terms together, not by its own: one mean over a mixed batch.
+    """
 
     gradient: str
     batch: str
     objective: Method
     weight: float = 1.0
     hyper: Mapping[str, Any] = field(default_factory=dict)
+    joint: bool = False
 
     @property
     def layers(self) -> tuple[int | str, ...]:
@@ -45,7 +49,7 @@ def count_units(
     targets = batch["labels"][:, 1:] != -100
     if unit == "token":
         return int(targets.sum())
-    if unit == "sequence":
+    if unit in ("sequence", "row"):
         return int(targets.any(1).sum())
     if unit == "position":
         return int(batch["attention_mask"].sum())

@@ -176,7 +176,7 @@ class Window:
         return float(total)
 
     def counts(self, window: Batches) -> list[int]:
-        """Units of each term over all micro-batches and ranks.
+        """What each term is divided by: its units over all micro-batches and ranks, of joint terms those of all their batches.
 
         Raises:
             UserError: a term has no unit in the whole window.
@@ -194,7 +194,8 @@ class Window:
                 raise UserError(
                     f"the {t.batch} batch has no {t.objective.unit} for {t.objective.name}: rows without targets"
                 )
-        return counts
+        joint = sum({t.batch: n for t, n in zip(self.terms, counts, strict=True) if t.joint}.values())
+        return [joint if t.joint else n for t, n in zip(self.terms, counts, strict=True)]
 
     def sweep(
         self,

@@ -1,5 +1,5 @@
 """Forget and retain losses. One function each: ``fn(p: Pass, *, hyper...) -> (n_units,)``, unreduced, minimized."""
 
-from . import distillation, entropy, likelihood, preference, representation, routing
+from . import classification, distillation, entropy, likelihood, preference, representation, routing
 
-__all__ = ["distillation", "entropy", "likelihood", "preference", "representation", "routing"]
+__all__ = ["classification", "distillation", "entropy", "likelihood", "preference", "representation", "routing"]

@@ -146,7 +146,7 @@ def objective(
 ):
     """Register ``fn(p: Pass, *, hyper...) -> (n_units,)``: one unreduced value per unit, minimized.
 
-    unit: "token" (targets), "sequence" (rows with a target), "position" (unpadded tokens), or ``fn(batch, hyper) -> int``.
+    unit: "token" (targets), "sequence" or "row" (rows with a target), "position" (unpadded tokens), or ``fn(batch, hyper) -> int``.
     alternates: where winner answers come from, if it reads any: "row" (field ``alternate``), "refusal", or "generated".
     Hyper-parameters are the keyword-only arguments.
     """
