@@ -72,6 +72,28 @@ def eligible(model: Any, targets: str | Iterable[str] = ALL_LINEAR) -> dict[str,
     return {full[c]: p for c, p in known.items() if c in wanted}
 
 
+def adapter_weights(model: Any, learned: bool) -> dict[str, nn.Parameter]:
+    """The trainable weights of an adapter, by their own names.
+
+    Args:
+        learned: they have to be more than a fresh start, since scores read values or gradients.
+
+    Raises:
+        UserError: there are none, or a LoRA whose B is zero throughout.
+    """
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad and p.dim() in (2, 3)}
+    if not params:
+        raise UserError("selection in space adapter: the model has no adapter that is trainable")
+    ends = [p for n, p in params.items() if "lora_B" in n]
+    if learned and ends and not any(bool(p.any()) for p in ends):
+        raise UserError(
+            "selection in space adapter: this LoRA is fresh. Where B is zero A has no gradient, and B itself no value, so that every "
+            "product of the two is zero and ranks nothing. Score the base's weights and choose structures of the LoRA (unit row, column, "
+            "module or rank), or train some steps first, or start it with B not zero (adapter.init_lora_weights: fila)"
+        )
+    return params
+
+
 def _chooses(module: Any, p: Tensor, leaf: str) -> bool:
     from transformers.pytorch_utils import Conv1D
 
@@ -151,6 +173,7 @@ def gradients(
     dtype: torch.dtype = torch.float32,
     device: Any = None,
     reference: Reference | None = None,
+    squared: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """d (weight * mean over all units of the objective) / d weight of every parameter, over all rows; inside `scored`.
@@ -158,31 +181,36 @@ def gradients(
     Args:
         dtype, device: of the accumulators; default float32 where the model is.
         reference: what an objective compares with; None: the model itself, as it is.
+        squared: instead of the gradient of all rows the mean over micro-batches of the square of each one's own, weighted by its units
+            (the diagonal of the empirical Fisher information).
 
     Raises:
         UserError: rows without targets, a gradient that is not finite, or an objective that compares with a reference.
     """
-    own = _own_reference(term, reference)
+    itself = _own_reference(term, reference)
     sums = {n: torch.zeros(p.shape, dtype=dtype, device=device or p.device) for n, p in params.items()}
 
     def taken(into: Tensor):
         def hook(p: Tensor) -> None:
             assert p.grad is not None
-            into.add_(p.grad.to(into.device, into.dtype))
+            g = p.grad.to(into.device, into.dtype)
+            into.add_(g * g * share if squared else g)
             p.grad = None
 
         return hook
 
     parts = batches(rows, term.batch, pad_id, size, next(model.parameters()).device)
     window = Window(model, [term], (registry.get("rule", "sum"), {}), reference=reference)
-    (count,) = window.counts(parts)
+    (count,), share = window.counts(parts), 1.0
     with held(*(p.register_post_accumulate_grad_hook(taken(sums[n])) for n, p in params.items())):
         for i, part in enumerate(parts):
             batch = part[term.batch]
-            if own:
+            if itself:
                 with torch.no_grad():
                     batch["ref_logp"] = _filled(batch, Pass(model, batch).logp)
-            window.loss(batch, [(term, count)]).backward()
+            own = window.counts([part])[0] if squared else count
+            share = own / count  # read by the hooks
+            window.loss(batch, [(term, own)]).backward()
             if progress is not None:
                 progress(f"gradient of {term.objective.name} on {term.batch}", i + 1, len(parts))
     if bad := [n for n, g in sums.items() if not bool(torch.isfinite(g).all())]:

@@ -1,18 +1,16 @@
 """Which weights may move: scores of every entry of the base's own weights, and the selection of the highest.
 
-A method is a function of what its parameters are called; `INPUTS` says what there is. It gives scores of one weight, higher = rather
+A method is a function of what its parameters are called; `inputs.INPUTS` says what there is. It gives scores of one weight, higher = rather
 chosen, -inf = never: one for each entry, or for each group of entries (an axis of length 1: all along it stand or fall together).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,8 +23,9 @@ from ..progress import Progress
 from ..registry import Method, Range, Source, selection
 from ..tuners.linear import ALL_LINEAR
 from ..tuners.selection import Selection
+from .inputs import GRADIENTS, Found, needed_by
 from .radix import largest
-from .streamed import Rows, eligible, gradients, input_axis, input_norms, scored
+from .streamed import Rows, adapter_weights, eligible, gradients, input_norms, scored
 
 DENSE = 0.1  # beyond this density a LoRA of usual rank is smaller and keeps more
 
@@ -123,73 +122,10 @@ def sure(forget_grad: Tensor, input_axis: int) -> Tensor:
     return forget_grad.norm(dim=input_axis, keepdim=True)
 
 
-# --- what methods are fed ---------------------------------------------------------------------------------------------
+# --- the selection ----------------------------------------------------------------------------------------------------
 
-# input -> (objective, batch); None: the one that the caller or the method names
-_GRADIENTS: dict[str, tuple[str | None, str]] = {
-    "forget_grad": (None, "forget"),
-    "retain_grad": ("nll", "retain"),
-    "entropy_grad": ("neg_entropy", "forget"),
-    "ascent_grad": ("ga", "forget"),
-}
-_STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {"rms": lambda x: (x * x).sum(), "mean": lambda x: x.abs().sum()}
-INPUTS = ("weight", *_GRADIENTS, "input_norm", "input_axis", "generator")
-# and of `weight` and the gradients, over all weights together: x_rms, the root of their mean square; x_mean, of |x|
 Budget = Literal["global", "module"]
-
-
-@dataclass
-class _Found:
-    """What a method is given for each weight, and about all of them together; all on the device of the accumulators."""
-
-    model: Any
-    params: Mapping[str, torch.nn.Parameter]
-    grads: Mapping[str, Mapping[str, Tensor]]
-    norms: Mapping[str, Tensor]
-    seed: int
-    device: Any
-    _about: dict[str, float] = field(default_factory=dict)
-
-    @cached_property
-    def axes(self) -> dict[str, int]:
-        return input_axis(self.model, self.params)
-
-    def tensor(self, what: str, name: str) -> Tensor:
-        """`weight` or a gradient of one weight, float32."""
-        x = self.params[name].detach() if what == "weight" else self.grads[what][name]
-        return x.to(self.device, torch.float32)
-
-    def feed(self, what: str, name: str) -> Any:
-        if what == "generator":
-            digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-            return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        if what == "input_axis":
-            return self.axes[name]
-        if what == "input_norm":
-            shape = [1] * self.params[name].dim()
-            shape[self.axes[name]] = -1
-            return self.norms[name].to(self.device).view(shape)
-        of, _, statistic = what.rpartition("_")
-        return self.overall(of, statistic) if statistic in _STATISTICS else self.tensor(what, name)
-
-    def overall(self, of: str, statistic: str) -> float:
-        key = f"{of}_{statistic}"
-        if key not in self._about:
-            parts = (_STATISTICS[statistic](self.tensor(of, n).double()) for n in self.params)
-            mean = float(sum(map(float, parts))) / sum(p.numel() for p in self.params.values())
-            self._about[key] = math.sqrt(mean) if statistic == "rms" else mean
-        return self._about[key]
-
-
-def _needed(method: Method) -> set[str]:
-    """Inputs of a method without their statistics' endings; TypeError for one that nothing here is called."""
-    found = set()
-    for name in method.inputs:
-        of, _, statistic = name.rpartition("_")
-        found.add(of if statistic in _STATISTICS and of in ("weight", *_GRADIENTS) else name)
-    if unknown := found - set(INPUTS):
-        raise TypeError(f"selection {method.name} cannot be fed {sorted(unknown)}; known: {', '.join(INPUTS)}")
-    return found
+Unit = Literal["entry", "row", "column", "module"]
 
 
 def select(
@@ -201,6 +137,8 @@ def select(
     hyper: Mapping[str, Any] | None = None,
     target_modules: str | Iterable[str] = ALL_LINEAR,
     budget: Budget = "global",
+    unit: Unit = "entry",
+    space: Literal["base", "adapter"] = "base",
     forget: Sequence[Term] | str | None = None,
     reference: Reference | None = None,
     pad_id: int = 0,
@@ -220,6 +158,9 @@ def select(
         hyper: hyper-parameters of the method.
         target_modules: of which weights; see `streamed.eligible`.
         budget: the share of all weights together ("global"), or of each ("module").
+        unit: what is chosen as a whole, and what the share is of: single entries, or output rows, input columns (by the sum of their
+            scores) or modules (by the mean; `about` holds them all as `scores`).
+        space: of the base's weights, or of the trainable adapter's own ("adapter"), which must not be fresh.
         forget: the objective of `forget_grad`: terms, or a name; default the method's own.
         reference: what such an objective compares with; None: the model itself.
         size: rows of a micro-batch.
@@ -230,11 +171,11 @@ def select(
         UserError: no such method, a ratio outside (0, 1] or one that chooses nothing, a set that the method reads is absent.
     """
     chosen = registry.get("selection", method)
-    _check(chosen, hyper or {}, ratio, budget)
+    _check(chosen, hyper or {}, ratio, budget, unit)
     values = chosen.resolve(hyper or {})
-    params = eligible(model, target_modules)
-    needed = _needed(chosen)
-    terms = {what: _terms(what, chosen, forget) for what in _GRADIENTS if what in needed}
+    params = eligible(model, target_modules) if space == "base" else adapter_weights(model, chosen.name != "random")
+    needed = needed_by(chosen)
+    terms = {what: _terms(what, chosen, forget) for what in GRADIENTS if what in needed}
     wanted = {t.batch for ts in terms.values() for t in ts} | ({"forget"} if "input_norm" in needed else set())
     if absent := sorted(name for name in wanted if not data.get(name)):
         raise UserError(f"selection {method} reads the {' and the '.join(absent)} set, and the data have none")
@@ -247,33 +188,39 @@ def select(
             for what, ts in terms.items()
         }  # fmt: skip
         norms = input_norms(model, params, data["forget"], **common) if "input_norm" in needed else {}
-        found = _Found(model, params, grads, norms, seed, device or next(iter(params.values())).device)
-        scores = {n: partial(_score, chosen, values, found, n) for n in params}
+        found = Found(model, params, grads, norms, seed, device or next(iter(params.values())).device)
+        scores = {n: partial(_score, chosen, values, found, n, unit) for n in params}
         with torch.no_grad():
             indices = _chosen(scores, params, ratio, budget)
+            about = {
+                **(about or {}),
+                **({"scores": {n: float(s()) for n, s in scores.items()}} if unit == "module" else {}),
+            }
     record = {
-        "method": chosen.name, "hyper": values, "ratio": ratio, "budget": budget, "seed": seed,
+        "method": chosen.name, "hyper": values, "ratio": ratio, "budget": budget, "unit": unit, "seed": seed,
         "rows": {n: len(data[n]) for n in sorted(wanted)},
         "terms": {w: {t.objective.name: {**t.hyper, "weight": t.weight, "batch": t.batch} for t in ts} for w, ts in terms.items()},
-        "overall": found._about, **(about or {}),
+        "overall": found.stated, **(about or {}),
     }  # fmt: skip
     out = Selection(indices, {n: tuple(p.shape) for n, p in params.items()}, record)
     _warn(out)
     return out
 
 
-def _check(method: Method, hyper: Mapping[str, Any], ratio: float, budget: str) -> None:
+def _check(method: Method, hyper: Mapping[str, Any], ratio: float, budget: str, unit: str) -> None:
     wrong = method.check(hyper)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
         wrong.append(f"ratio {ratio!r} must lie in (0, 1]: the share of the entries that may move")
     if budget not in ("global", "module"):
         wrong.append(f"budget {budget!r} is not one of global, module")
+    if unit not in get_args(Unit):
+        wrong.append(f"unit {unit!r} is not one of {', '.join(get_args(Unit))}")
     if wrong:
         raise UserError("selection: " + "; ".join(wrong))
 
 
 def _terms(what: str, method: Method, forget: Sequence[Term] | str | None) -> list[Term]:
-    name, batch = _GRADIENTS[what]
+    name, batch = GRADIENTS[what]
     if name is None and forget is not None and not isinstance(forget, str):
         return list(forget)
     objective = registry.get("objective", name or str(forget or method.extra["forget"]))
@@ -290,13 +237,20 @@ def _summed(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return first
 
 
-def _score(method: Method, hyper: Mapping[str, Any], found: _Found, name: str) -> Tensor:
+def _score(method: Method, hyper: Mapping[str, Any], found: Found, name: str, unit: str = "entry") -> Tensor:
     score = method.fn(*(found.feed(i, name) for i in method.inputs), **hyper)
     if bool(score.isnan().any()):
         raise UserError(
             f"selection {method.name} gave scores of {name} that are not numbers: its inputs are too large, or the base holds NaN"
         )
-    return score
+    if unit == "entry":
+        return score
+    whole = torch.where(score == -torch.inf, 0.0, score).expand(found.params[name].shape)
+    if unit == "module":
+        return whole.mean().view([1] * whole.dim())
+    inputs = found.axes[name]
+    outputs = 2 * whole.dim() - 3 - inputs  # the other one of the last two
+    return whole.sum(inputs if unit == "row" else outputs, keepdim=True)
 
 
 def _chosen(
@@ -321,7 +275,7 @@ def _chosen(
 
 
 def _warn(found: Selection) -> None:
-    if found.density <= DENSE:
+    if found.density <= DENSE or found.about["unit"] != "entry":
         return
     shapes = list(found.shapes.values())
     entries = sum(math.prod(s[:-2]) * (s[-2] + s[-1]) for s in shapes)

@@ -204,7 +204,7 @@ def step_size(
 def selection(name: str, *, source: Source, forget: str = "nll", faithful: str = "verified"):
     """Register ``fn(input, ..., *, hyper...) -> scores`` of one weight, float32, higher = rather chosen, -inf = never.
 
-    The names of its inputs say what it is fed (`attribution.weights.INPUTS`). Scores have the weight's shape; an axis of length 1 means
+    The names of its inputs say what it is fed (`attribution.inputs.INPUTS`). Scores have the weight's shape; an axis of length 1 means
     that all entries along it stand or fall together.
 
     Args:

@@ -395,3 +395,59 @@ def test_a_base_that_holds_nan_gives_no_selection(model: Any, data: Any) -> None
         select(model, data, method="snip", ratio=0.01)
     with pytest.raises(UserError, match="not numbers"):
         select(model, data, method="magnitude", ratio=0.01)
+
+
+# --- structures, and an adapter's own weights -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["row", "column", "module"])
+def test_structures_stand_or_fall_by_their_sum(model: Any, data: Any, unit: Any) -> None:
+    want = {
+        n: w.sum(1) if unit == "row" else w.sum(0) if unit == "column" else w.mean()
+        for n, w in scores64("snip", model, data).items()
+    }
+    found = select(model, data, method="snip", ratio=0.3, unit=unit)
+    flat_scores = torch.cat([w.reshape(-1) for w in want.values()])
+    k = int(0.3 * len(flat_scores))
+    edge = flat_scores.topk(k).values[-1]
+    for n, w in want.items():
+        mask = torch.zeros(found.shapes[n], dtype=torch.bool)
+        mask.view(-1)[found.indices[n]] = True
+        along = {"row": mask.all(1), "column": mask.all(0), "module": mask.all()}[unit]
+        assert int(mask.sum()) == int(along.sum()) * mask.numel() // along.numel(), "whole ones only"
+        assert along.equal(w >= edge * (1 - 1e-5))
+    if unit == "module":
+        assert found.about["scores"] == {n: pytest.approx(float(w), rel=1e-4) for n, w in want.items()}
+
+
+def test_the_square_of_each_batch_is_the_fisher_information(model: Any, data: Any) -> None:
+    params, nll = eligible(model, ["down_proj"]), registry.get("objective", "nll")
+    rows = sorted(data["forget"], key=lambda r: len(r["input_ids"]))
+    with scored(model, params):
+        found = gradients(model, params, rows, Term("g", "forget", nll), size=2, squared=True)
+    parts = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+    tokens = [sum(sum(t != -100 for t in r["labels"][1:]) for r in part) for part in parts]
+    for name, f in found.items():
+        want = sum(by_rows(p, False)[name].square() * n for p, n in zip(parts, tokens, strict=True)) / sum(tokens)
+        assert (f.double() - want).abs().max() < 1e-5 * want.max()
+
+
+def test_a_fresh_lora_ranks_nothing(model: Any, data: Any) -> None:
+    """The score of every factor is a product with a zero; the way out is said, three times."""
+    fresh = tiny.lora(model, moved=False)
+    with pytest.raises(
+        UserError, match=r"this LoRA is fresh.*unit row.*train some steps first.*init_lora_weights: fila"
+    ):
+        select(fresh, data, method="snip", ratio=0.1, space="adapter")
+    assert select(fresh, data, method="random", ratio=0.1, space="adapter").density == pytest.approx(0.1, rel=2e-3)
+    with pytest.raises(UserError, match="no adapter that is trainable"):
+        select(tiny.llama().requires_grad_(False), data, method="snip", ratio=0.1, space="adapter")
+
+
+def test_entries_of_an_adapter_that_was_trained(model: Any, data: Any) -> None:
+    lora = tiny.lora(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = select(lora, data, method="snip", ratio=0.2, space="adapter")
+    assert set(found.shapes) == {n for n, p in lora.named_parameters() if p.requires_grad}
+    assert {n.split(".")[-3] for n, i in found.indices.items() if len(i)} == {"lora_A", "lora_B"}
