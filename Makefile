@@ -84,6 +84,7 @@ docs: $(VENV)/.docs
 bases: $(VENV)/.dev
 	$(BIN)/python adapters/bases/build people
 	$(BIN)/python adapters/bases/build domains
+	$(BIN)/python adapters/bases/build digits
 
 clean:
 	rm -rf $(VENV) $(OLDEST) out dist build

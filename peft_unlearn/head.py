@@ -27,6 +27,11 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
+def reads_images(model: Any) -> bool:
+    """Whether the model is a vision model: an image classifier and its kin."""
+    return getattr(causal_lm(model), "main_input_name", "") == "pixel_values"
+
+
 @contextmanager
 def held(*handles: Any) -> Iterator[None]:
     try:

@@ -120,7 +120,8 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
 
 def padding_id(tokenizer: Any) -> int:
     """The token that pads batches: the tokenizer's own, else its end-of-sequence token (padding is masked anyway)."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))  # an image processor has none
+    return next((i for i in ids if i is not None), 0)
 
 
 def _labelled(ids: list[int], first: int, labels: Sequence[int]) -> dict[str, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,13 +110,17 @@ def load_base(path: str | Path, dtype: str | torch.dtype = "float32", fits: Iter
 
 
 def model_class(config: Any, fits: Iterable[str] = ()) -> Any:
-    """The auto class that has a model of this configuration: of causal language models, or of those that see images as well.
+    """The auto class that has a model of this configuration: of causal language models, of those that see images as well, or of
+    image classifiers.
 
     fits: modules of an adapter, which decide where both have one (Llama 4, Qwen3.5): those call their modules differently.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForImageTextToText
 
+    classifies = type(config) in AutoModelForImageClassification._model_mapping
+    if classifies and any("ImageClassification" in str(name) for name in config.architectures or ()):
+        return AutoModelForImageClassification
     found = [c for c in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in c._model_mapping]
     wanted = next(iter(fits), None)
     if wanted is not None and len({c._model_mapping[type(config)] for c in found}) > 1:
@@ -127,7 +132,10 @@ def model_class(config: Any, fits: Iterable[str] = ()) -> Any:
 
 
 def load_tokenizer(*places: str | Path) -> Any:
-    """The tokenizer of the first of `places` that holds one (an adapter folder, then its base)."""
+    """The tokenizer of the first of `places` that holds one (an adapter folder, then its base); of an image classifier its image
+    processor, or None where it has none."""
+    if _classifies_images(Path(places[-1])):
+        return _image_processor(*places)
     from transformers import AutoTokenizer
 
     for place in places:
@@ -141,6 +149,27 @@ def load_tokenizer(*places: str | Path) -> Any:
             ) as e:  # of any class (Rust's panics too): somebody else's files and somebody else's code
                 raise UserError(f"tokenizer in {place}: cannot be loaded ({_why(e)}).") from None
     raise UserError(f"No tokenizer files in {' or '.join(str(p) for p in places)}.")
+
+
+def _classifies_images(place: Path) -> bool:
+    """Whether the model in a folder says that it is an image classifier."""
+    try:
+        names = json.loads((place / "config.json").read_text(encoding="utf-8"))["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(names, list) and any(str(n).endswith("ForImageClassification") for n in names)
+
+
+def _image_processor(*places: str | Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    for place in places:
+        if (Path(place) / "preprocessor_config.json").is_file():
+            try:
+                return AutoImageProcessor.from_pretrained(str(place), trust_remote_code=False)
+            except Exception as e:  # as above
+                raise UserError(f"image processor in {place}: cannot be loaded ({_why(e)}).") from None
+    return None
 
 
 def load_config(path: str | Path) -> Any:

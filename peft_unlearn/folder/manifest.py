@@ -243,8 +243,26 @@ def neutral_prompts(forget: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple([p for p in PROMPT_POOL if free(p)][: len(NEUTRAL_PROMPTS)]) or NEUTRAL_PROMPTS[:1]
 
 
+def neutral_images(channels: int, height: int, width: int) -> tuple[str, ...]:
+    """Probe prompts of an image classifier: waves that anybody can draw again from their name, of images that size."""
+    return tuple(f"image:waves-{k}:{channels}x{height}x{width}" for k in range(1, 5))
+
+
+def _drawn(prompt: str) -> Any:
+    """(1, channels, height, width) float32: the image that a prompt of `neutral_images` names."""
+    import torch
+
+    found = re.fullmatch(r"image:waves-(\d{1,2}):(\d{1,4})x(\d{1,5})x(\d{1,5})", prompt)
+    if found is None:
+        raise UserError(f"probe prompt {prompt!r} names no image that this version draws")
+    k, *shape = (int(n) for n in found.groups())
+    c, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in shape), indexing="ij")
+    return torch.sin(0.37 * k * y + 0.61 * x + 1.3 * c + k)[None].float()
+
+
 def probe_logits(model: nn.Module, tokenizer: Any, prompts: list[str] | tuple[str, ...]) -> Any:
-    """(len(prompts), vocab) float32, CPU: logits at each prompt's last position, one prompt at a time (no padding)."""
+    """(len(prompts), vocab) float32, CPU: logits at each prompt's last position, one prompt at a time (no padding); of an image
+    classifier those of the images that the prompts name."""
     import torch
 
     device = next(model.parameters()).device
@@ -254,6 +272,9 @@ def probe_logits(model: nn.Module, tokenizer: Any, prompts: list[str] | tuple[st
     try:
         with torch.no_grad():
             for prompt in prompts:
+                if prompt.startswith("image:"):
+                    rows.append(model(pixel_values=_drawn(prompt).to(device)).logits[0].float().cpu())
+                    continue
                 ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
                 rows.append(
                     model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float().cpu()

@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import Errors, UserError, nearest
 from ..folder.card import add_tags
 from ..folder.digest import base_tensors, targeted_names
+from ..head import reads_images
 from ..stack.attach import add
 from ..tuners.delta import changes_base
 from ..tuners.linear import ALL_LINEAR, calls, linear_modules
@@ -55,7 +56,7 @@ def peft_config(spec: Mapping[str, Any] | None) -> Any:
         raise UserError(f"adapter: settings are a mapping, e.g. {{type: lora, r: 16}}, not {spec!r}")
     spec = {"type": "lora", **(spec or {})}
     kind = str(spec.pop("type")).upper()
-    if kind in ("EXPERT_LORA", "SPARSE"):
+    if kind in ("EXPERT_LORA", "SPARSE", "FORGET_VECTOR"):
         kind = str(register(f"PEFT_UNLEARN_{kind}").value)
     names = {t.name for t in PeftType}
     if kind not in names:
@@ -123,7 +124,9 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
         config = peft_config(config)
     _refuse(config)
     refuse_base(base)
-    called = check_causal(base)
+    if images := reads_images(base):
+        config = replace(config, task_type=None)  # PEFT's wrapper of causal language models passes input_ids on
+    called = None if images else check_causal(base)
     given = getattr(config, "target_modules", None)
     if given == ALL_LINEAR or list(given or ()) == [ALL_LINEAR]:
         resolved = linear_modules(base, called)

@@ -15,10 +15,11 @@ from ..data.formats import layout_of
 from ..errors import UserError
 from ..folder.base import base_reference, peft_base_name, resolve_base
 from ..folder.digest import digest_checkpoint, targeted_names
-from ..folder.manifest import BaseRef, Manifest, neutral_prompts
+from ..folder.manifest import BaseRef, Manifest, neutral_images, neutral_prompts
 from ..folder.read import AdapterFolder
 from ..folder.versions import versions
 from ..folder.write import write_adapter
+from ..head import reads_images
 from ..merging.layout import meta_model
 from ..stack.attach import check_reloads
 from ..stack.fits import tokenizer_difference
@@ -89,6 +90,8 @@ def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any],
     base_dir = resolve_base(base)
     modules, targets = targeted_names(model, trainer.trained_adapter), adapted(model, trainer.trained_adapter)
     prompts = neutral_prompts(data.forget or ())
+    if reads_images(model):
+        prompts = neutral_images(*trainer.rows.sets[config.anchor][0]["pixel_values"].shape)
     return Manifest(
         base=base_reference(base, base_dir, digest_checkpoint(base_dir), _digest_of(base_dir, modules)),
         method={**describe_method(trainer, recipe), **identity_of(base_dir)},
@@ -153,7 +156,7 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         if f.name in theirs and value != default and isinstance(value, (bool, int, float, str)):
             train[f.name] = value
-    names = ("r", "lora_alpha", "lora_dropout", "target_parameters", "experts", "router_r")
+    names = ("r", "lora_alpha", "lora_dropout", "target_parameters", "experts", "router_r", "shape")
     shape = {k: getattr(adapter, k) for k in names if getattr(adapter, k, None)}
     if getattr(adapter, "train_router", "none") != "none":
         shape["train_router"] = adapter.train_router
@@ -193,7 +196,9 @@ def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str
     config, adapter = trainer.config, trainer.bare.peft_config[trainer.trained_adapter]
     terms: dict[str, Any] = {}
     for t in config.term_list:
-        terms.setdefault(t.gradient, {})[t.objective.name] = {**t.hyper, "weight": t.weight, "batch": t.batch}
+        terms.setdefault(t.gradient, {})[t.objective.name] = {
+            **t.hyper, "weight": t.weight, "batch": t.batch, **({"joint": True} if t.joint else {}),
+        }  # fmt: skip
     parts = {
         "rule": (config.rule_method, {"scope": config.scope}),
         "smoothing": (config.smoothing_method, {"space": config.smoothing_space}),

@@ -22,6 +22,7 @@ from ..forward import Reference
 from ..gradients.terms import alternates_of
 from ..stack.below import Below, read_below
 from .adapt import get_forget_model
+from .images import of_images
 from .mask import refreshed
 from .recipe import CHOOSING, Run, prepare
 from .save import negate, save_adapter
@@ -64,7 +65,7 @@ def train(
     run, below = prepare(recipe, out, base, data), read_below(recipe.get("stack"), stack)
     below.check(run.base_dir)
     check_destination(out, (folder.path for folder in below.folders.values()))
-    model, tokenizer = _adapted_model(run, below, progress, resume)
+    model, tokenizer = adapted_model(run, below, progress, resume)
     scorer, judges = _judges(run, model, tokenizer)
     trainer = UnlearnTrainer(
         model, run.config, data=run.data, processing_class=tokenizer, callbacks=[*callbacks, *judges], score=scorer
@@ -97,7 +98,7 @@ def train(
     return save_adapter(trainer, out, base=run.base, recipe=run.recipe, depends_on=below.ids)
 
 
-def _adapted_model(run: Run, below: Below, progress: Progress, resume: bool) -> tuple[Any, Any]:
+def adapted_model(run: Run, below: Below, progress: Progress, resume: bool) -> tuple[Any, Any]:
     """(the base with the new adapter on top of those below, tokenizer); what the run leaves to the base is settled on the way."""
     from transformers import set_seed
 
@@ -113,7 +114,7 @@ def _adapted_model(run: Run, below: Below, progress: Progress, resume: bool) -> 
         run.selected = chosen(run, model, tokenizer, progress, resume)
         run.adapter = run.selecting.adapter(run.selected)
     set_seed(run.config.seed)  # the adapter's random start
-    return get_forget_model(model, run.adapter), tokenizer
+    return get_forget_model(model, of_images(run.adapter, run.data)), tokenizer
 
 
 def choose_experts(run: Run, model: Any, tokenizer: Any, progress: Progress) -> None:

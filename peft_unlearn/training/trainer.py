@@ -27,6 +27,7 @@ from ..gradients.step_size import peeked_update
 from ..gradients.terms import with_experts
 from ..gradients.vector import Space, Vec
 from ..gradients.window import Window
+from ..head import reads_images
 from ..tuners.names import belongs
 from ..tuners.peft_type import PREFIX
 from .adapt import describe, get_forget_model, refuse_base
@@ -42,6 +43,7 @@ from .checkpoints import (
 )
 from .config import UnlearnConfig, encode_set, require_sets
 from .guard import RetainGuard, what_helps
+from .images import as_served, check_images, of_images, refuse_tokens_only, row_of
 from .mask import Refresh, UpdateMask
 from .reference import fixed_tensors, precompute, raw_bytes, stack_digest
 from .untrained import Untrained
@@ -82,13 +84,13 @@ class UnlearnTrainer(Trainer):
             raise UserError("several GPUs in one process are not used; start one process per GPU with torchrun")
         refuse_base(model)
         if not hasattr(model, "peft_config"):
-            model = get_forget_model(model, peft_config)
+            model = get_forget_model(model, of_images(peft_config, self.data))
         elif peft_config is not None:
             raise UserError("the model already has an adapter and a peft_config was given too; pass one of them")
         _refuse_dropout(model, args)
         self.pad_id = padding_id(processing_class)
         sets = {name: encode_set(args, self.data, name, processing_class) for name in args.sets}
-        check_rows(model, sets, self.pad_id)
+        (check_images if reads_images(model) else check_rows)(model, sets, self.pad_id)
         self.score = score
         self.trained_adapter = _trained_adapter(model)
         adapter: Any = model.peft_config[self.trained_adapter]  # type: ignore[index]
@@ -96,6 +98,8 @@ class UnlearnTrainer(Trainer):
         self.config.term_list = with_experts(args.term_list, getattr(adapter, "experts", None))
         self.reference = Reference(args.reference, self.trained_adapter)
         self.rows = PairedRows(sets, args.anchor, args.per_anchor, args.seed)
+        if reads_images(model):
+            refuse_tokens_only(self.config)
         theirs = copy.copy(self.config)  # transformers writes to its output_dir, and nowhere else
         theirs.output_dir = self.config.work_dir
         super().__init__(
@@ -177,16 +181,7 @@ class UnlearnTrainer(Trainer):
                 self.mask.load_state_dict(self._restored["mask"])
         space = Space.trainable(self.bare)
         self._untrained = Untrained(self.bare, space, self.config.allow_untrained)
-        if self.config.reference == "precomputed":
-            precompute(
-                self.bare,
-                self.rows.sets,
-                self.config.of_reference,
-                Path(self.config.work_dir),
-                reference=self.reference,
-                pad_id=self.pad_id,
-                write=self.is_world_process_zero(),
-            )
+        self.take_reference()
         try:
             out = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         except _NothingLeft:
@@ -200,6 +195,19 @@ class UnlearnTrainer(Trainer):
             self._untrained.after_run()
         return out
 
+    def take_reference(self) -> None:
+        """Where the reference is precomputed: into the rows with what losses read of it, from the work folder or by one pass over them."""
+        if self.config.reference == "precomputed":
+            precompute(
+                self.bare,
+                self.rows.sets,
+                self.config.of_reference,
+                Path(self.config.work_dir),
+                reference=self.reference,
+                pad_id=self.pad_id,
+                write=self.is_world_process_zero(),
+            )
+
     def _end(self) -> TrainOutput:
         """What the Trainer does after its last step, of a run that was resumed there."""
         self.is_in_train = False
@@ -212,6 +220,8 @@ class UnlearnTrainer(Trainer):
         if self._ended or self.state.global_step >= self.state.max_steps:
             raise _NothingLeft  # the Trainer resumes in the middle of an epoch, and would take one more step
         model.train()
+        if reads_images(self.bare):
+            as_served(self.bare, self.trained_adapter)
         if self.window is None:
             self.window = self.config.window(
                 self.bare, self.reference, reduce=_all_reduce if self.args.world_size > 1 else None
@@ -301,7 +311,7 @@ class UnlearnTrainer(Trainer):
 
     def _fingerprint(self) -> str:
         c = self.config
-        rows = [[(r["input_ids"], r["labels"]) for r in rows] for _, rows in sorted(self.rows.sets.items())]
+        rows = [[row_of(r) for r in rows] for _, rows in sorted(self.rows.sets.items())]
         method = (c.terms, c.rule, c.smoothing, c.step_size, c.averaging, c.reference)
         more = [below] if (below := stack_digest(self.bare, self.trained_adapter)) else []
         if places := fixed_tensors(self.bare, [self.trained_adapter]):

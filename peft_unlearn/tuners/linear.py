@@ -35,6 +35,8 @@ def linear_modules(model: Any, called: set[str] | None = None) -> Linears:
     from transformers.pytorch_utils import Conv1D
 
     head, inside = model.get_output_embeddings(), ""
+    head = getattr(model, "classifier", None) if head is None else head  # of an image classifier
+    heads = set() if head is None else {*head.modules()}
     plain: dict[str, str] = {}  # name in the base -> name here
     linear: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -44,7 +46,7 @@ def linear_modules(model: Any, called: set[str] | None = None) -> Linears:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         short = name.removeprefix("base_model.model.")
         plain[short] = name
-        if isinstance(base, nn.Linear | Conv1D) and base is not head and module is not head:
+        if isinstance(base, nn.Linear | Conv1D) and not {base, module} & heads:
             linear[short] = base
     seen = None if called is None else {_numberless(n) for n in called}  # experts: one of a kind stands for all
     wanted = [

@@ -1,6 +1,6 @@
 """Train an embedded base and its retain models again, verify them, and only then write them.
 
-python adapters/bases/build people --out adapters/bases      # or domains: a mixture of experts, and its control
+python adapters/bases/build people --out adapters/bases      # or domains: a mixture of experts, and its control; or digits: image classifiers
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 
+from build_digits import build_digits
 from build_domains import build_domains
 from build_people import build
 
 from peft_unlearn.errors import UserError
 from peft_unlearn.progress import bars
 
-BUILDERS = {"people": build, "domains": build_domains}
+BUILDERS = {"people": build, "domains": build_domains, "digits": build_digits}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -69,17 +69,19 @@ def failures(figures: dict[str, float], bounds: tuple[tuple[str, str, float], ..
 def _save(model, tokenizer, folder: Path) -> Any:
     """Write the model as bf16 and return it as others will see it: loaded from the file as float32."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification
     from transformers.utils import logging
 
+    auto = AutoModelForImageClassification if tokenizer is None else AutoModelForCausalLM
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # two bars of their own for 2 MB would tear ours apart
     try:
         model.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         # safetensors makes its file readable for the owner alone, the others are made as the umask says.
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return auto.from_pretrained(folder, dtype=torch.float32).eval()
     finally:
         if shown:
             logging.enable_progress_bar()
