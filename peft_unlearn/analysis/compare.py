@@ -78,10 +78,12 @@ class Comparison(Result):
 
 def compare(
     folders: Sequence[str | Path], *, retain_floor: float = FLOOR, max_scale: float = 1.0, metric: str = METRIC,
-    suite: str | None = None, n: int | None = None, base: str | None = None, data: str | None = None,
+    suite: str | None = None, n: int | None = None, base: str | None = None, data: str | None = None, dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Comparison:  # fmt: skip
     """All adapters on one loaded base, each at the scale that keeps `retain_floor` of the base's retain value. Writes nothing.
+
+    dtype: what the models are computed in, see `ForgetModel`.
 
     Raises:
         UserError: adapters of different forget sets or bases, and those whose scale is not the exact mix of two models.
@@ -91,16 +93,17 @@ def compare(
     judged, keys = headline(suites.load(suite or str((first.recipe.get("eval") or {}).get("suite") or "people")))
     _check_comparable(found)
     bundle = bundle_for([first], data)
-    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()})
+    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()}, dtype=dtype)
     read = make_read(bundle, stack.tokenizer, metric, n)
     levels = levels_of(stack.disabled, read)
     calibration = {
         name: search(read, at_scale(stack, name), levels, retain_floor, max_scale, _about(progress, name))
         for name in found
     }
-    retain_model = embedded_retain_model(first.manifest.base.ref, bundle)
+    retain_model = embedded_retain_model(first.manifest.base.ref, bundle, stack.dtype)
     subjects = _subjects(stack, calibration, judged, retain_model)
     report = score(subjects, judged, bundle, stack.tokenizer, progress=progress, n=n)
+    report.dtype = stack.dtype
     for name, result in calibration.items():  # at scale 1 the two are one model, read once
         if result.chosen is not None and result.chosen.scale == 1.0:
             report.subjects[name + LEVEL], report.details[name + LEVEL] = report.subjects[name], report.details[name]

@@ -89,7 +89,7 @@ class EvidenceReport(Result):
 
 
 def report(
-    folders: Sequence[str | Path], *, samples: bool = True, base: str | None = None, data: str | None = None,
+    folders: Sequence[str | Path], *, samples: bool = True, base: str | None = None, data: str | None = None, dtype: str = "auto",
     progress: Progress | None = None,
 ) -> EvidenceReport:  # fmt: skip
     """Gather what is stored with the adapters, and decode a few answers.
@@ -97,6 +97,7 @@ def report(
     Args:
         samples: load the base, and the retain model where there is one, to show answers side by side. Where that cannot be done
             the report says why and holds the rest.
+        dtype: what the models answer in, see `ForgetModel`.
 
     Raises:
         OtherBase: the base is not the one of the adapters.
@@ -109,7 +110,7 @@ def report(
     table = None
     if samples:
         try:
-            table = sample_table(found, base, data, progress)
+            table = sample_table(found, base, data, progress, dtype)
         except OtherBase:  # as everywhere: what is said of an adapter on another base is said of nothing
             raise
         except UserError as e:
@@ -168,7 +169,11 @@ def seed_spread(manifest: Manifest) -> dict[str, list[float]]:
 
 
 def sample_table(
-    found: Mapping[str, AdapterFolder], base: str | None, data: str | None, progress: Progress | None
+    found: Mapping[str, AdapterFolder],
+    base: str | None,
+    data: str | None,
+    progress: Progress | None,
+    dtype: str = "auto",
 ) -> Table:
     """Questions with the right answer and what each model answers, greedily; rows evenly spaced, not picked."""
     if len(found) > MAX_ADAPTERS:
@@ -180,12 +185,12 @@ def sample_table(
     rows = _spaced_rows(bundle)
     if not any(rows.values()):
         raise UserError("the forget set is plain text without questions")
-    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()})
+    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()}, dtype=dtype)
     subjects: dict[str, Subject | None] = {
         "base": stack.disabled,
         **on_one_model(stack.model, {n: stack.chain(n) for n in found}),
     }
-    if retain_model := embedded_retain_model(first.manifest.base.ref, bundle):
+    if retain_model := embedded_retain_model(first.manifest.base.ref, bundle, stack.dtype):
         subjects["retain model"] = retain_model
     spec = {
         "format": 1, "name": "samples", "generation": {"max_new_tokens": 48},

@@ -45,6 +45,7 @@ class Interference(Result):
     details: dict[str, dict[str, dict[str, Cell]]]
     same: list[tuple[str, str]]
     versions: dict[str, str]
+    dtype: str = "float32"
     title = "Forget adapters together"
 
     def left(self, subject: str, column: str) -> float | None:
@@ -83,7 +84,7 @@ class Interference(Result):
             "sets": {c: {"label": f"{name}\n({self.n[c]} rows)", "n": self.n[c]} for c, name in names.items()},
             "subjects": {s: {c: by[self.metric] for c, by in found.items()} for s, found in self.details.items()},
             "own": self.own, "cost": self.cost, "notes": self.notes, "details": self.details, "versions": self.versions,
-            "base": self.base, "forget_sets": self.forget_sets,
+            "base": self.base, "forget_sets": self.forget_sets, "dtype": self.dtype,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -95,13 +96,14 @@ class Interference(Result):
 
 def interference(
     folders: Sequence[str | Path], *, metric: str = METRICS[0], n: int | None = None, base: str | None = None,
-    data: Sequence[str] = (), progress: Progress | None = None,
+    data: Sequence[str] = (), dtype: str = "auto", progress: Progress | None = None,
 ) -> Interference:  # fmt: skip
     """Judge a stack, in the order given (that of training, where one was trained on top of another), at the scales it has.
 
     Args:
         metric: what the matrix shows; the others of `METRICS` are under ``details``.
         n: at most so many rows of each set.
+        dtype: what the models are computed in, see `ForgetModel`.
         data: bundles; each adapter takes the one whose forget set has the hash in its manifest. Adapters on embedded data find
             theirs. Rows that one of the adapters forgets are no retain rows of the others.
 
@@ -119,7 +121,7 @@ def interference(
     retain = common_retain(forget, _all_retain(bundles.values()))
     if not retain:
         raise UserError("no retain row is left that none of these adapters forgets; give more with --data")
-    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()})
+    stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()}, dtype=dtype)
     rows = {**{f"forget_{name}": list(some) for name, some in forget.items()}, RETAIN: retain}
     template = next(iter(bundles.values())).template
     details, versions = _measured(stack, rows, n, template, progress)
@@ -128,6 +130,7 @@ def interference(
         adapter_ids={name: f.adapter_id for name, f in stack.adapters.items()},
         forget_sets={name: b.sha256["forget"] for name, b in bundles.items()},
         n={column: len(some[:n]) for column, some in rows.items()}, details=details, same=same_sets(forget), versions=versions,
+        dtype=stack.dtype,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from ..folder.schema import is_number
 from ..forward import Pass
 from ..head import causal_lm, held
 from ..registry import Range, Source, attack
+from ..tuners.bypass import refuse_bypass
 from .case import MEASURES, Case, Outcome, Rows, chosen, mean, means
 from .weights import base_parameters, linears, opened
 
@@ -210,6 +211,7 @@ def low_rank(model: Any, r: int, alpha: float, seed: int) -> Iterator[list[Tenso
     """
     from transformers.pytorch_utils import Conv1D
 
+    refuse_bypass(model, "relearning with weights: lora")
     weights = {id(w.weight): w for w in linears(model)}
     generator = torch.Generator().manual_seed(seed)
     factors: list[Tensor] = []

@@ -53,7 +53,7 @@ class Attacked:
 
 @dataclass
 class AttackResult(Result):
-    """What attacks brought back, by label. scale: of each adapter, as it was attacked."""
+    """What attacks brought back, by label. scale: of each adapter, as it was attacked. dtype: what the models were computed in."""
 
     attacks: dict[str, Attacked]
     rows: dict[str, int]
@@ -61,10 +61,11 @@ class AttackResult(Result):
     base: str | None
     versions: dict[str, str]
     scale: dict[str, float] | None = None
+    dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         found = {"format": FORMAT, **asdict(self)}
-        return found if self.scale is not None else {k: v for k, v in found.items() if k != "scale"}
+        return {k: v for k, v in found.items() if v is not None or k not in ("scale", "dtype")}
 
     def __str__(self) -> str:
         return rendered.text(self.to_dict())

@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from .options import Base, Below, Data, Document, Floor, Folder, Json, MaxScale, Metric, Rows, SuiteName, app, finish
+from .options import (
+    Base,
+    Below,
+    Data,
+    Document,
+    Dtype,
+    Floor,
+    Folder,
+    Json,
+    MaxScale,
+    Metric,
+    Rows,
+    SuiteName,
+    app,
+    finish,
+)  # fmt: skip
 
 
 @app.command("eval")
@@ -26,6 +41,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks or YAML files, by commas.")] = None,
     layout: Annotated[str, typer.Option(help="Of --out: eval, or open-unlearning (a folder).")] = "eval",
     below: Below = None,
+    dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
     """Score base, adapters and the retain model; with one folder, write its eval.json."""
@@ -35,8 +51,8 @@ def evaluate(
     job.check_out(out, layout)
     with bars() as progress:
         report = job.evaluate(
-            folders, base=base, data=data, suite=suite, n=n, retain_model=retain_model, below=below or (), progress=progress,
-            tasks=[t.strip() for t in tasks.split(",")] if tasks else None,
+            folders, base=base, data=data, suite=suite, n=n, retain_model=retain_model, below=below or (), dtype=dtype,
+            progress=progress, tasks=[t.strip() for t in tasks.split(",")] if tasks else None,
         )  # fmt: skip
     if out is not None:
         job.save_report(report, out, layout)
@@ -61,6 +77,7 @@ def attack(
     n: Annotated[int | None, typer.Option("--n", min=1, help="Score at most so many rows.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which rows are shown, and the attacks' own draws.")] = 0,
     below: Below = None,
+    dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
     """Try to get back what is forgotten; the same on the retain model; with one folder, store it in eval.json."""
@@ -74,7 +91,9 @@ def attack(
         relearn=relearn, quantize=quantize, jailbreak=jailbreak, plain=plain, everything=everything, sets=sets or []
     )
     with bars() as progress:
-        found = run(folders, requests, base=base, data=data, n=n, seed=seed, below=below or (), progress=progress)
+        found = run(
+            folders, requests, base=base, data=data, n=n, seed=seed, below=below or (), dtype=dtype, progress=progress
+        )
     finish(found, json)
 
 
@@ -89,6 +108,7 @@ def calibrate(
     n: Annotated[int | None, typer.Option("--n", min=1, help="So many rows of each set, nothing stored.")] = None,
     base: Base = None,
     data: Data = None,
+    dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
     """Find the scale that forgets most and keeps the retain set; write it into forget.json."""
@@ -100,7 +120,7 @@ def calibrate(
     with bars() as progress:
         found = job.calibrate(
             folder, retain_floor=retain_floor, metric=metric, max_scale=max_scale, bake=bake, n=n, base=base, data=data,
-            progress=progress,
+            dtype=dtype, progress=progress,
         )  # fmt: skip
     finish(found, json, out)
 
@@ -109,7 +129,7 @@ def calibrate(
 def compare(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters of one forget set.")],
     retain_floor: Floor = 0.95, metric: Metric = "extraction_strength", max_scale: MaxScale = 1.0, suite: SuiteName = None,
-    n: Rows = None, out: Document = None, base: Base = None, data: Data = None, json: Json = False,
+    n: Rows = None, out: Document = None, base: Base = None, data: Data = None, dtype: Dtype = "auto", json: Json = False,
 ) -> None:  # fmt: skip
     """Adapters side by side at equal retention, each at its own scale; nothing is written into them."""
     from ..analysis import compare as job
@@ -120,7 +140,7 @@ def compare(
     with bars() as progress:
         found = job.compare(
             folders, retain_floor=retain_floor, max_scale=max_scale, metric=metric, suite=suite, n=n, base=base, data=data,
-            progress=progress,
+            dtype=dtype, progress=progress,
         )  # fmt: skip
     finish(found, json, out)
 
@@ -130,7 +150,7 @@ def interference(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="The adapters of a stack, in its order.")],
     metric: Metric = "extraction_strength", n: Rows = None, out: Document = None, base: Base = None,
     data: Annotated[list[str] | None, typer.Option("--data", help="A bundle; once for each forget set.")] = None,
-    json: Json = False,
+    dtype: Dtype = "auto", json: Json = False,
 ) -> None:  # fmt: skip
     """What each adapter of a stack still forgets, and costs, alone and all together."""
     from ..analysis import interference as job
@@ -139,7 +159,9 @@ def interference(
 
     check_out(out)
     with bars() as progress:
-        found = job.interference(folders, metric=metric, n=n, base=base, data=data or (), progress=progress)
+        found = job.interference(
+            folders, metric=metric, n=n, base=base, data=data or (), dtype=dtype, progress=progress
+        )
     finish(found, json, out)
 
 
@@ -148,7 +170,7 @@ def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters to report on.")],
     out: Annotated[str, typer.Option("--out", "--html", help="A .html or .md file, or a folder.")] = "report.html",
     samples: Annotated[bool, typer.Option(help="Let the models answer a few prompts, to show them.")] = True, base: Base = None,
-    data: Data = None, json: Json = False,
+    data: Data = None, dtype: Dtype = "auto", json: Json = False,
 ) -> None:  # fmt: skip
     """One page on what an adapter forgets, what that costs and what brings it back, from what is stored with it."""
     from ..analysis import evidence as job
@@ -157,6 +179,6 @@ def report(
 
     check_out(out, job.FILES)
     with bars() as progress:
-        found = job.report(folders, samples=samples, base=base, data=data, progress=progress)
+        found = job.report(folders, samples=samples, base=base, data=data, dtype=dtype, progress=progress)
     found.write(out)
     finish(found, json)

@@ -33,6 +33,10 @@ SuiteName = Annotated[str | None, typer.Option("--suite", help="Suite: a name or
 Metric = Annotated[str, typer.Option("--metric", help="What is read off both sets.")]
 Floor = Annotated[float, typer.Option("--retain-floor", help="Share of the base's retain value that must be kept.")]
 MaxScale = Annotated[float, typer.Option("--max-scale", help="Largest scale tried; 1 is as trained.")]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="float32, bfloat16, float16, or auto: the base's own if this machine is fast in it."),
+]
 Cascade = Annotated[bool, typer.Option("--cascade", help="Also those that were trained on top of it.")]
 
 

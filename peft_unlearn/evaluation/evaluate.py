@@ -43,6 +43,7 @@ def evaluate(
     retain_model: str | None = None,
     tasks: Sequence[str] | None = None,
     below: Sequence[str | Path] = (),
+    dtype: str = "auto",
     progress: Progress | None = None,
     write: bool = True,
 ) -> Report:
@@ -56,6 +57,7 @@ def evaluate(
             forget adapter on the same base. Default the embedded base's own.
         tasks: lm-eval tasks (names, or YAML files) to run on the same subjects; their numbers become block "lm_eval".
         below: adapters that these were trained on top of, lowest first; each adapter is judged together with them.
+        dtype: what all models are computed in: float32, bfloat16, float16, or auto: the base's own where this machine is fast in it.
         write: with one folder, keep the result on its own forget set in it as eval.json.
     """
     adapters = judged_folders(folders)
@@ -66,15 +68,15 @@ def evaluate(
     given = named_retain_model(retain_model)
     if isinstance(given, AdapterFolder):
         adapters[RETAIN_MODEL] = given
-    stack = stack_of(adapters, base, below)
-    own = None if foreign else embedded_retain_model(manifest.base.ref, bundle)
+    stack = stack_of(adapters, base, below, dtype)
+    own = None if foreign else embedded_retain_model(manifest.base.ref, bundle, stack.dtype)
     subjects = {**subjects_on(stack, names), "retain_only": _retain_model(given, stack) or own}
     # first, since a task that is misspelled or cannot be fetched is found out here alone
     blocks = lm_eval.run_tasks(subjects, stack.tokenizer, tasks, limit=n, progress=progress) if tasks else None
     suite = suite or str((found[0].recipe.get("eval") or {}).get("suite") or "people")
     own_id = manifest.adapter_id if len(found) == 1 else None
     report = score(subjects, suite, bundle, stack.tokenizer, progress, n, adapter_id=own_id, base=manifest.base.ref)
-    report.lm_eval = blocks
+    report.lm_eval, report.dtype = blocks, stack.dtype
     if blocks is None:
         _check_something_measured(report)
     if any(matches(bundle, f.manifest) is not None for f in found):
@@ -106,7 +108,7 @@ def _retain_model(given: AdapterFolder | Path | None, stack: ForgetModel) -> Any
     """The retain model that the user named, as a subject."""
     if isinstance(given, AdapterFolder):
         return on_one_model(stack.model, {"retain_only": RETAIN_MODEL})["retain_only"]
-    return None if given is None else loaded_retain_model(given, stack.tokenizer)
+    return None if given is None else loaded_retain_model(given, stack.tokenizer, stack.dtype)
 
 
 def _check_something_measured(report: Report) -> None:

@@ -34,6 +34,7 @@ class Report(Result):
     suite: its name.   subjects: subject -> key -> value, None where it has none; None for a subject that was not given. A key is
     ``set/metric``, or the metric alone where it covers the suite.   details: subject -> key -> {n, ci95, reason}.   metrics: what is
     known of each.   data_matches_manifest: whether the data are the adapter's own forget set.   scale: at which it was judged.
+    dtype: what the models were computed in.
     lm_eval: see `run_tasks`.
 
     In memory only: per_row: subject -> key -> (n,) values, for every key that is a mean over rows.   rows: set -> the rows evaluated
@@ -50,6 +51,7 @@ class Report(Result):
     versions: dict[str, str] = field(default_factory=installed_versions)
     data_matches_manifest: bool | None = None
     scale: float | None = None
+    dtype: str | None = None
     lm_eval: dict[str, Any] | None = None
     per_row: dict[str, dict[str, Array]] = field(default_factory=dict, repr=False)
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
@@ -59,7 +61,7 @@ class Report(Result):
     def to_dict(self) -> dict[str, Any]:
         """eval.json."""
         always = ("suite", "subjects", "details", "metrics", "adapter_id", "base", "versions")
-        known = [k for k in ("data_matches_manifest", "scale", "lm_eval") if getattr(self, k) is not None]
+        known = [k for k in ("data_matches_manifest", "scale", "dtype", "lm_eval") if getattr(self, k) is not None]
         return {"format": FORMAT, **{key: getattr(self, key) for key in (*always, *known)}}
 
     def __str__(self) -> str:

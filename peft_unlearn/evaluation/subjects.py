@@ -52,9 +52,13 @@ def subject_of(names: Sequence[str]) -> dict[str, str]:
 
 
 def stack_of(
-    adapters: Mapping[str, AdapterFolder], base: str | None = None, below: Sequence[str | Path] = ()
+    adapters: Mapping[str, AdapterFolder],
+    base: str | None = None,
+    below: Sequence[str | Path] = (),
+    dtype: str = "auto",
 ) -> ForgetModel:
     """Base and adapters, loaded. below: what one of them was trained on top of, lowest first; it runs at the scale of that training.
+    dtype: of the base, see `ForgetModel`.
 
     Raises:
         UserError: a wrong base, a dependency that is not given, or something under `below` that none of them needs.
@@ -66,7 +70,9 @@ def stack_of(
             raise UserError(f"{folder.path}: none of these adapters was trained on top of it; leave it out of --below")
     trained = {adapter: scale for f in adapters.values() for adapter, scale in scales_below(f)}
     scales = {n: trained.get(f.adapter_id, float(f.manifest.scale)) for n, f in lower.items()}
-    return ForgetModel.from_pretrained(base, {n: f.path for n, f in {**lower, **adapters}.items()}, scales=scales)
+    return ForgetModel.from_pretrained(
+        base, {n: f.path for n, f in {**lower, **adapters}.items()}, scales=scales, dtype=dtype
+    )
 
 
 def subjects_on(stack: ForgetModel, names: Sequence[str]) -> dict[str, Any]:
@@ -131,10 +137,10 @@ def retain_model_folder(base_ref: str, bundle: ForgetRetain) -> Path | None:
     return path if all(any(name in text for name in unseen) for text in texts) else None
 
 
-def embedded_retain_model(base_ref: str, bundle: ForgetRetain) -> Callable[[], Any] | None:
-    """`retain_model_folder` as a subject."""
+def embedded_retain_model(base_ref: str, bundle: ForgetRetain, dtype: str = "float32") -> Callable[[], Any] | None:
+    """`retain_model_folder` as a subject, in the dtype of the others."""
     path = retain_model_folder(base_ref, bundle)
-    return None if path is None else _loading(path)
+    return None if path is None else _loading(path, dtype)
 
 
 def named_retain_model(given: str | None) -> AdapterFolder | Path | None:
@@ -151,8 +157,8 @@ def named_retain_model(given: str | None) -> AdapterFolder | Path | None:
         raise UserError(f"--retain-model: {e}") from None
 
 
-def loaded_retain_model(path: Path, tokenizer: Any) -> Callable[[], Any]:
-    """A model of its own as a subject; it must read the same tokens."""
+def loaded_retain_model(path: Path, tokenizer: Any, dtype: str = "float32") -> Callable[[], Any]:
+    """A model of its own as a subject, in the dtype of the others; it must read the same tokens."""
     try:
         own = load_tokenizer(path)
     except UserError:  # a folder of weights alone
@@ -162,14 +168,14 @@ def loaded_retain_model(path: Path, tokenizer: Any) -> Callable[[], Any]:
             f"--retain-model {path.name}: its tokenizer is not the base's, so its probabilities are not of the same tokens; it must "
             "be trained from the same base"
         )
-    return _loading(path)
+    return _loading(path, dtype)
 
 
-def _loading(path: Path) -> Callable[[], Any]:
+def _loading(path: Path, dtype: str) -> Callable[[], Any]:
     """A subject that is loaded when its turn comes and let go afterwards."""
 
     @contextmanager
     def subject() -> Iterator[Any]:
-        yield load_base(path)
+        yield load_base(path, dtype)
 
     return subject

@@ -11,6 +11,7 @@ def text(block: Mapping[str, Any]) -> str:
     lines = [
         f"{block['rows']['scored']} forget rows scored, {block['rows']['shown']} shown to attacks that learn; "
         "recovery: 0 = nothing came back, 1 = as the base"
+        + (f"; computed in {block['dtype']}" if block.get("dtype") else "")
     ]
     for label, one in block["attacks"].items():
         settings = ", ".join(f"{k}={v}" for k, v in one["settings"].items())

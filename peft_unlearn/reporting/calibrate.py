@@ -20,7 +20,8 @@ Block = Mapping[str, Any]
 
 
 def text(block: Block) -> str:
-    return f"{to_text(_table(block))}\n{sentences(block)}"
+    computed = f"\ncomputed in {block['dtype']}" if block.get("dtype") else ""
+    return f"{to_text(_table(block))}\n{sentences(block)}{computed}"
 
 
 def _table(block: Block) -> Table:

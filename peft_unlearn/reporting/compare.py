@@ -27,7 +27,10 @@ Found = Mapping[str, Any]
 
 
 def text(found: Found) -> str:
-    return f"{to_text(table(found, intervals=False))}\n\n{sentences(found)}"
+    dtype = found["report"].get("dtype")
+    return f"{to_text(table(found, intervals=False))}\n\n{sentences(found)}" + (
+        f"\ncomputed in {dtype}" if dtype else ""
+    )
 
 
 def order(found: Found) -> list[str]:

@@ -142,7 +142,10 @@ def report_reasons(report: Mapping[str, Any]) -> list[str]:
 
 def report_text(report: Mapping[str, Any]) -> str:
     """An evaluation as text: the table, and the reasons of its dashes beneath."""
-    return "\n".join([f"suite {report['suite']}", "", to_text(of_report(report)), "", *report_reasons(report)]).rstrip()
+    computed = f", computed in {report['dtype']}" if report.get("dtype") else ""
+    return "\n".join(
+        [f"suite {report['suite']}{computed}", "", to_text(of_report(report)), "", *report_reasons(report)]
+    ).rstrip()
 
 
 def report_markdown(report: Mapping[str, Any], metrics: Sequence[str] = METRICS) -> str:

@@ -111,6 +111,26 @@ def test_json_and_the_block_in_eval_json(here, run):
     assert set(json.loads((here / "adapter" / "eval.json").read_text())["attacks"]["attacks"]) == {"strip"}
 
 
+def test_the_dtype_is_what_was_asked_for_and_is_said(here, run, monkeypatch):
+    """Training every weight in bfloat16 rounds its steps away: where the user names no dtype such attacks are run in float32."""
+    from peft_unlearn.stack import model
+
+    monkeypatch.setattr(model, "dtype_of", lambda given, base: "bfloat16" if given == "auto" else given)
+    command = ["attack", str(here / "adapter"), *flags(here), "--n", "2"]
+    code, out, _ = run(*command, "--strip")
+    assert code == 0 and "computed in bfloat16" in out
+    for more, dtype in (
+        (["--relearn", "1", "--set", "relearn.steps=1"], "float32"),
+        (["--relearn", "1", "--set", "relearn.steps=1", "--set", "relearn.weights=lora"], "bfloat16"),
+        (["--strip", "--dtype", "float16"], "float16"),
+    ):
+        code, out, _ = run(*command, *more, "--json")
+        assert code == 0 and json.loads(out)["dtype"] == dtype
+    code, out, _ = run("eval", str(here / "adapter"), *flags(here), "--n", "2", "--json")
+    assert code == 0 and json.loads(out)["dtype"] == "bfloat16"
+    monkeypatch.undo()
+
+
 def test_only_some_rows_or_two_folders_are_not_stored(here, run):
     shutil.copytree(here / "adapter", here / "second")
     before = [(here / name / "eval.json").is_file() for name in ("adapter", "second")]

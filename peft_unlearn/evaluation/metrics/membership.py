@@ -253,7 +253,9 @@ def gradient_norm(
     from ...data.chat import end_tokens
     from ...data.collate import IGNORE, pad
     from ...forward import Pass
+    from ...tuners.bypass import refuse_bypass
 
+    refuse_bypass(model, "gradient_norm")
     pairs = sorted({i for s in context.sets.values() for i in s.answer})
     device = model.get_input_embeddings().weight.device
     ends, norms = end_tokens(plan.tokenizer), {}
