@@ -24,6 +24,7 @@ from ..gradients.terms import Term
 from ..gradients.window import Window
 from ..head import held
 from ..progress import Progress
+from ..tuners.bypass import refuse_bypass
 from ..tuners.linear import ALL_LINEAR, called_modules, linear_modules
 
 Rows = Sequence[Mapping[str, Any]]  # encoded rows, see `data.collate.encode`
@@ -39,6 +40,7 @@ def eligible(model: Any, targets: str | Iterable[str] = ALL_LINEAR) -> dict[str,
     Raises:
         UserError: names that match nothing, or nothing of that kind; weights that cannot be differentiated or are tied.
     """
+    refuse_bypass(model, "a selection")
     names = [targets] if isinstance(targets, str) else list(targets)
     if names == [ALL_LINEAR]:
         names = linear_modules(model, called_modules(model)).names

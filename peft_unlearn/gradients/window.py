@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import Diverged, UserError
 from ..forward import Pass, Reference
 from ..registry import Method
+from ..tuners.bypass import refuse_bypass
 from .terms import Term, count_units
 from .vector import Space, Vec
 
@@ -88,6 +89,8 @@ class Window:
                 + ("they are quantized" if self.smooth_space else "there are none")
                 + "; use space: adapter"
             )
+        if smoothing is not None and space == "base":
+            refuse_bypass(model, "smoothing in space base")
         self.groups = group_indices(self.space.names, scope)
         self.rng = torch.Generator().manual_seed(seed)
         self.rule_state: dict[str, dict[str, Any]] = {}

@@ -28,7 +28,8 @@ from .config import UnlearnConfig, encode_set
 NEVER, EPOCH = "never", "epoch"
 _REFRESH = shape("never, epoch or a number of steps", lambda v: v in (NEVER, EPOCH) or (is_whole(v) and v >= 1))
 _OPTIONS = {
-    "method": TEXT, "ratio": shape("a number", is_number), "budget": one_of("global", "module"), "refresh": _REFRESH,
+    "method": TEXT, "ratio": shape("a number", is_number), "budget": one_of("global", "module"),
+    "unit": one_of("entry", "row", "column", "module"), "refresh": _REFRESH,
     "file": TEXT, "forget": TEXT, "size": COUNT, "accumulators": one_of("float32", "bfloat16"), "device": TEXT,
 }  # fmt: skip
 FILE = "selection.safetensors"
@@ -45,6 +46,7 @@ class Selecting:
     file: str | None = None
     forget: str | None = None
     size: int = 16
+    unit: str = "entry"
     accumulators: str = "float32"
     device: str | None = None
     hyper: Mapping[str, Any] | None = None
@@ -80,7 +82,7 @@ class Selecting:
         rows = {n: encode_set(config, data, n, tokenizer) for n in ("forget", "retain") if data.rows(n)}
         return select(
             model, rows, method=self.method, ratio=self.ratio, hyper=self.hyper, target_modules=self.target_modules,
-            budget=self.budget, forget=self.forget, pad_id=padding_id(tokenizer), size=self.size, seed=config.seed + turn,  # type: ignore[arg-type]
+            budget=self.budget, unit=self.unit, forget=self.forget, pad_id=padding_id(tokenizer), size=self.size, seed=config.seed + turn,  # type: ignore[arg-type]
             accumulators=getattr(torch, self.accumulators), device=self.device, about=about, progress=progress,
         )  # fmt: skip
 
