@@ -108,8 +108,6 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer gives with the adapted parameters."""
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("mixed batches (adapter_names) are not supported with sparse adapters")
         if self.disable_adapters and self.merged:
             self.unmerge()
         live = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.scaling]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
@@ -58,6 +60,14 @@ class SparseModel(BaseTuner):
         # PEFT's version moves a `.weight` about, and not every module has one.
         setattr(parent, child_name, new_module)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "mixed batches (adapter_names) are not supported with sparse adapters; run one adapter at a time"
+            )
+        yield
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         # Layers that hold different adapters would each pick a successor of their own.
@@ -86,6 +96,10 @@ def resolve(config: SparseConfig, model: nn.Module) -> dict[str, dict[str, str]]
             wrong.append(f"{name} is {list(found.shape)} here, and the entries were chosen in {list(shape)}")
         elif not found.is_floating_point():
             wrong.append(f"{name} is quantized ({found.dtype})")
+        elif any(True for child in innermost(modules[path]).children() for _ in child.parameters()):
+            wrong.append(
+                f"{name} belongs to a module that holds others with weights; only parameters of innermost modules are adapted"
+            )
         elif why := _occupied(modules[path]):
             wrong.append(f"{path} {why}")
         else:
