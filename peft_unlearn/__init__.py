@@ -27,6 +27,7 @@ _WHERE = {
     "averaging": "registry",
     "calibrate": "analysis.calibrate",
     "card": "sharing.card",
+    "augment": "request.augment",
     "compare": "analysis.compare",
     "compose": "merging.compose",
     "effect": "analysis.effect_of_run",
@@ -53,6 +54,7 @@ _WHERE = {
     "smoothing": "registry",
     "step_size": "registry",
     "train": "training.train",
+    "tune": "request.tune",
     "verify": "sharing.verify",
 }
 __all__ = sorted(_WHERE)
@@ -85,7 +87,9 @@ if TYPE_CHECKING:
     from .registry import selection as selection
     from .registry import smoothing as smoothing
     from .registry import step_size as step_size
+    from .request.augment import augment as augment
     from .request.forget import forget as forget
+    from .request.tune import tune as tune
     from .sharing.card import card as card
     from .sharing.export import export as export
     from .sharing.publish import pull as pull

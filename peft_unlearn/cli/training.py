@@ -36,6 +36,46 @@ def forget(
 
 
 @app.command()
+def augment(
+    questions: Annotated[list[str] | None, typer.Argument(help="What the model must no longer answer, in your words.")] = None,
+    base: Annotated[str, typer.Option("--base", help="Base model: a folder, a Hub id, or embedded:NAME.")] = ...,  # type: ignore[assignment]
+    out: Annotated[str, typer.Option("--out", help="Folder for the rows, one .jsonl a set.")] = "request",
+    file: Annotated[str | None, typer.Option("--file", help="Rows with questions.")] = None,
+    retain: Annotated[str | None, typer.Option("--retain", help="Rows to be kept, with their right answers.")] = None,
+    value: Annotated[str | None, typer.Option("--value", help="What is to be forgotten in the answer of a single question.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Make the rows of a request from a few questions: wordings, reversed questions, neighbors, neutral prompts."""
+    from ..progress import bars
+    from ..request.augment import augment as run
+
+    with bars() as progress:
+        found = run(
+            questions or (), base=base, out=out, file=file, retain=retain, value=value, seed=seed, dtype=dtype, progress=progress
+        )  # fmt: skip
+    finish(found, json)
+
+
+@app.command()
+def tune(
+    recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
+    out: Annotated[str, typer.Option("--out", help="Folder for the finished adapter; runs go to OUT.work.")] = "forget-adapter",
+    base: Base = None,
+    data: Data = None,
+    sets: Sets = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Time for all runs, e.g. 10m; default tune.budget, or 15m.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Runs at most; default 4.")] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Find a recipe's learning rate, steps, forget weight and scale on your own model and data, and save the best adapter."""
+    from ..request.tune import tune as run
+
+    finish(run(recipe_of(recipe, sets), out, base=base, data=data, budget=budget, trials=trials), json)
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
     out: Annotated[str, typer.Option("--out", "--output-dir", help="Folder for the finished adapter.")] = "forget-adapter",

@@ -150,3 +150,37 @@ def _in_plane(axes: Any, path: Sequence[Mapping[str, Any]], kept: Any, ends: Map
     axes.set_yticks([t for t in MaxNLocator(6).tick_values(low, 1.0) if max(0.0, low - 0.1 * room) <= t <= 1.0])
     kit.title(axes, "Where it goes: up is keeping, left is forgetting", 11)
     axes.legend(loc="lower center", frameon=False, fontsize=9, markerscale=0.75, labelspacing=0.7)
+
+
+def trials(
+    runs: Sequence[Sequence[Mapping[str, float]]],
+    most: Mapping[str, float],
+    least: Mapping[str, float],
+    aims: Mapping[str, str],
+) -> bytes:
+    """What a search saw, look by look over all runs: what is still named above, what is kept below; dotted lines are the aims.
+
+    runs: per run its looks, ``{"step": n, set: share}``.   most, least: forget and retain sets that have an aim.   aims: ``<= .10`` by set.
+    """
+    drawn = kit.figure(8.6, 5.6)
+    above, below = drawn.subplots(2, 1, sharex=True)
+    looks = [(run, look) for run, judged in enumerate(runs) for look in judged]
+    at = list(range(1, len(looks) + 1))
+    for axes, names, text in ((above, most, "still named"), (below, least, "kept")):
+        for k, name in enumerate(n for n in names if any(n in look for _, look in looks)):
+            color = COLORS[k % len(COLORS)]
+            for run in range(len(runs)):
+                seen = [look.get(name, float("nan")) if r == run else float("nan") for r, look in looks]
+                label = None if run else f"{name} {aims.get(name, '')}"
+                axes.plot(at, seen, marker="o", ms=4, lw=1.8, color=color, label=label)
+            if name in aims:
+                axes.axhline(float(aims[name].split()[1]), color=color, ls=":", lw=1.1)
+        for x in (i + 0.5 for i in range(1, len(looks)) if looks[i][0] != looks[i - 1][0]):
+            axes.axvline(x, color=GRAY, lw=1)
+        axes.set(ylim=(-0.04, 1.06), ylabel=text)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    below.set_xticks(at, [str(look["step"]) for _, look in looks])
+    below.set_xlabel("step of each look; a line begins a new run")
+    kit.title(above, "What each look at the runs found")
+    kit.plain_axes(above, below)
+    return kit.png(drawn)

@@ -16,6 +16,7 @@ from ..evaluation.generate import cut_at, greedy
 from ..folder.atomic import write_text
 
 Progress = Callable[[str, int, int], None]
+Generate = Callable[[list[str], int], list[str]]
 
 
 class Asker:
@@ -24,6 +25,7 @@ class Asker:
     Args:
         kept: a JSON file of earlier answers, read and added to; its keys are hashes over `base`, template, text and length, so that
             another base's answers are never taken.
+        generate: ``(prompts, max_new_tokens) -> answers`` instead of the model's own greedy ones.
     """
 
     def __init__(
@@ -36,9 +38,11 @@ class Asker:
         kept: Path | None = None,
         progress: Progress | None = None,
         batch_size: int = 32,
+        generate: Generate | None = None,
     ) -> None:
         self.model, self.tokenizer, self.template, self.base = model, tokenizer, template, base
         self.kept, self.progress, self.batch_size = kept, progress, batch_size
+        self.generate = generate or (lambda prompts, most: greedy(model, tokenizer, prompts, most, batch_size))
         self.stop = (
             () if template != "qa" else ("\n",)
         )  # a model that is no chat model goes on with questions of its own
@@ -52,7 +56,7 @@ class Asker:
             batch = left[start : start + self.batch_size]
             prompts = [to_text({"question": q, "answer": "-"}, self.tokenizer, self.template)[0] for q in batch]
             began = time.monotonic()
-            given = greedy(self.model, self.tokenizer, prompts, max_new_tokens, self.batch_size)
+            given = self.generate(prompts, max_new_tokens)
             self.asked, self.seconds = self.asked + len(batch), self.seconds + time.monotonic() - began
             self._known |= {keys[q]: cut_at(a, self.stop) for q, a in zip(batch, given, strict=True)}
             self._keep()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ PRESETS: tuple[tuple[str, float, Settings], ...] = (
 def preset(parameters: int) -> tuple[str, Settings]:
     """(where it comes from, settings) for a base of that many parameters."""
     return next((why, s) for why, most, s in PRESETS if parameters <= most)
+
+
+def seconds_of(budget: str | float) -> float:
+    """Seconds of "90", "90s", "10m" or "1h"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(budget).strip())
+    if found is None or float(found[1]) <= 0:
+        raise UserError(f"--budget {budget}: a time such as 90s, 10m or 1h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 # rows of each set beside each forget row, its objective and weight

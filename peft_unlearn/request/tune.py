@@ -1,265 +1,199 @@
-"""Settings found on the user's own model and data: runs judged by what the model writes, within a budget of seconds.
-
-Few knobs in a stated order (`Tuner._next`); every run goes into ``trials.json``. What is kept is the best judged state of any run.
-"""
+"""`tune`: settings for a recipe, found on the user's own model and data."""
 
 from __future__ import annotations
 
-import json
-import math
+import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from ..errors import Errors, UserError
+from ..evaluation import suites
+from ..evaluation.plan import rows_of
+from ..evaluation.quick import make_score
+from ..folder.atomic import room_for
+from ..folder.digest import digest_checkpoint
+from ..folder.schema import COUNT, NUMBER, mapping_of, maybe
+from ..folder.write import check_destination
+from ..reporting.result import Result, fields_of
+from ..reporting.tables import Table, to_text
+from ..stack.below import read_below
+from ..training.recipe import Run, prepare
+from ..training.save import save_adapter
+from ..training.selecting import NEVER
+from ..training.train import adapted_model, to_stderr
+from .goal import Goal, numbers_by_set
+from .runs import Tuner, identity_of, keep
+from .settings import Settings, seconds_of
 
-from ..data.collate import collate
-from ..errors import Diverged, UserError
-from ..folder.atomic import write_text
-from ..gradients.vector import Space
-from ..training.recipe import from_recipe
-from ..training.save import negate
-from ..training.train import quiet
-from ..training.trainer import UnlearnTrainer
-from .settings import Settings
-
-Numbers = dict[str, float]
-Log = Callable[[str], None]
-
-AIM: dict[str, float] = {"forget": 0.10, "wordings": 0.15, "reversed": 0.30}
-"""Share of answers that may still name the value."""
-FLOOR: dict[str, float] = {"neighbors": 0.85, "general": 0.95, "code": 0.95}
-"""Share of the base's own value that has to be kept."""
-LEAST_STEPS = 8
-SCALES = (0.8, 1.25)
-"""Scales tried beside 1, last: a trim, not a repair."""
-
-
-def floor_of(name: str, base: Mapping[str, float], rows: Mapping[str, int]) -> float:
-    """What has to be kept of a set: its share of the base's value, rounded down to a whole number of its rows."""
-    wanted, n = FLOOR[name] * base[name], rows.get(name)
-    return math.floor(wanted * n + 1e-9) / n if n else wanted
+OPTIONS = {
+    "budget": None,
+    "trials": maybe(COUNT),
+    "most": maybe(mapping_of(NUMBER)),
+    "least": maybe(mapping_of(NUMBER)),
+}
+"""Keys of a recipe's ``tune`` section, with what their values must be."""
 
 
-def missing(numbers: Mapping[str, float], base: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, float]:
-    """What is not reached: set -> by how much. Empty: everything is. rows: of how many each number is the mean."""
-    out = {k: numbers[k] - aim for k, aim in AIM.items() if k in numbers and numbers[k] > aim + 1e-9}
-    for k in FLOOR:
-        if k in numbers and base.get(k) and numbers[k] < (floor := floor_of(k, base, rows)) - 1e-9:
-            out[k] = floor - numbers[k]
+@dataclass
+class Tuned(Result):
+    """What `tune` found.
+
+    base, found: set -> number of the base, and of the best state.   aims: set -> its aim.   lacking: set -> by how much its aim was
+    missed.   trials: every run with its settings and looks.   rates: the learning-rate probe.   path: the adapter's folder.
+    """
+
+    base: dict[str, float]
+    found: dict[str, float]
+    aims: dict[str, str]
+    lacking: dict[str, float]
+    trials: list[dict[str, Any]]
+    rates: list[dict[str, float]]
+    best: dict[str, Any]
+    path: str
+    work: str
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    title = "Tune"
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.lacking else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**fields_of(self), "reached": not self.lacking}
+
+    def remarks(self) -> list[str]:
+        return self.notes
+
+    def verdict(self) -> str:
+        """The result in one sentence."""
+        if not self.lacking:
+            return "Reached."
+        return "Not reached: " + ", ".join(f"{k} {self.found[k]:.2f} ({self.aims[k]})" for k in self.lacking) + "."
+
+    def __str__(self) -> str:
+        knobs = ("learning_rate", "steps", "forget_weight")
+        runs = [
+            [str(i), *(f"{t['settings'][k]:g}" for k in knobs), f"{t['seconds']:.0f}", t["ended"][:60]]
+            for i, t in enumerate(self.trials, 1)
+        ]
+        sets = [[k, f"{self.base[k]:.2f}", f"{v:.2f}", self.aims.get(k, "")] for k, v in self.found.items()]
+        return "\n".join((
+            to_text(Table(("run", "learning rate", "steps", "forget weight", "s", "ended"), runs)), "",
+            to_text(Table(("set", "base", "adapter", "aim"), sets)), "",
+            f"{self.path} ({self.seconds:.0f} s; runs and picture in {self.work})", self.verdict(),
+        ))  # fmt: skip
+
+
+def with_settings(recipe: Mapping[str, Any], s: Settings) -> dict[str, Any]:
+    """The recipe with the knobs set: learning rate, steps, and the weights of the forget terms times `s.forget_weight`."""
+    out = copy.deepcopy(dict(recipe))
+    out["train"] = {**(out.get("train") or {}), "learning_rate": s.learning_rate, "max_steps": s.steps}
+    terms = out["terms"]["forget"]
+    for name, hyper in terms.items():
+        terms[name] = {**(hyper or {}), "weight": (hyper or {}).get("weight", 1.0) * s.forget_weight}
     return out
 
 
-def loss_of(numbers: Mapping[str, float], base: Mapping[str, float], rows: Mapping[str, int]) -> float:
-    """One number to minimize: what is still named, over the forget sets; states under a floor come after all that hold it."""
-    named = [numbers[k] for k in AIM if k in numbers]
-    short = sum(v for k, v in missing(numbers, base, rows).items() if k in FLOOR)
-    return sum(named) / max(1, len(named)) + (1 + short if short else 0)
+def tune(
+    recipe: Mapping[str, Any],
+    out: str | Path,
+    *,
+    base: str | None = None,
+    data: str | None = None,
+    budget: str | float | None = None,
+    trials: int | None = None,
+    log: Callable[[str], None] = to_stderr,
+) -> Tuned:
+    """Search learning rate, steps, forget weight and scale of a recipe on its own base and data, and write the best adapter to `out`.
 
-
-@dataclass
-class Trial:
-    """One run: its settings, what was judged on the way, and how it ended."""
-
-    settings: Settings
-    judged: list[dict[str, Any]] = field(default_factory=list)
-    steps: int = 0
-    seconds: float = 0.0
-    ended: str = "all steps"
-    diverged: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass
-class Found:
-    """The best state of all runs: its numbers, where it was, and the scale it was trimmed to."""
-
-    numbers: Numbers
-    settings: Settings
-    step: int
-    scale: float
-    trials: list[Trial]
-
-
-class _Judge(TrainerCallback):
-    """Judges every few steps, remembers the best state, and stops: when all is reached and nothing rises any more, when the time is
-    over, or when what is kept is being destroyed."""
-
-    def __init__(self, tuner: Tuner, trial: Trial, every: int) -> None:
-        self.tuner, self.trial, self.every = tuner, trial, every
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
-        if step % self.every and step < state.max_steps and self.tuner.left() > 0:
-            return
-        numbers = self.tuner.judge(step, self.trial)
-        if self.tuner.left() <= 0:
-            self._stop(control, "the time is over")
-        elif not missing(numbers, self.tuner.base, self.tuner.rows) and not self._rising():
-            self._stop(control, "reached, and nothing rises any more")
-
-    def _rising(self) -> bool:
-        """Whether the neighbors went up at one of the last two looks: they fall first and come back."""
-        seen = [j.get("neighbors", 1.0) for j in self.trial.judged][-3:]
-        return len(seen) < 2 or any(b > a for a, b in pairwise(seen))
-
-    def _stop(self, control: Any, why: str) -> None:
-        self.trial.ended = why
-        control.should_training_stop = True
-
-
-class Tuner:
-    """Runs of one request on one loaded model.
+    A learning-rate range probe where the time allows, then runs that are judged by the recipe's suite on a few rows while they train and
+    stop by themselves, then the scale. All of it lies in ``<out>.work``: trials.json, trials.png, and recipe.yaml with the settings that
+    were chosen; the same call goes on from there.
 
     Args:
-        model: with the adapter to be trained; its start is what every run starts from, bit for bit.
-        recipe: settings -> recipe.
-        score: model -> numbers, as `make_score` gives them.
-        base, rows: the base's own numbers, and of how many rows each is the mean.
-        deadline: `time.monotonic` after which nothing new begins.
+        budget: seconds, or "15m"; default the recipe's ``tune.budget``, else 15m.
+        trials: runs at most; default the recipe's ``tune.trials``, else 4.
+
+    Raises:
+        UserError: a recipe that `train` would refuse, without a forget term, or of task vectors; a budget that is too small. Nothing at
+            `out` is touched then.
     """
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        data: Any,
-        recipe: Callable[[Settings], dict[str, Any]],
-        score: Callable[[Any], Mapping[str, float]],
-        base: Numbers,
-        rows: Mapping[str, int],
-        *,
-        deadline: float,
-        work: Path,
-        log: Log,
-    ) -> None:
-        self.model, self.tokenizer, self.data, self.recipe = model, tokenizer, data, recipe
-        self.rows = rows
-        self.score, self.base, self.deadline, self.work, self.log = score, base, deadline, work, log
-        self.space = Space.trainable(model)
-        self.start, self.best = self.space.read(), (math.inf, self.space.read(), {}, Settings(), 0)
-        self.trials: list[Trial] = []
-        self.judging = 0.0  # seconds of one look
-
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def judge(self, step: int, trial: Trial) -> Numbers:
-        """Look at the model as it is; remember it where it is the best so far."""
-        began = time.monotonic()
-        numbers = numbers_by_set(self.score(self.model))
-        self.judging = time.monotonic() - began
-        trial.judged.append({"step": step, **numbers})
-        loss = loss_of(numbers, self.base, self.rows)
-        if loss < self.best[0]:
-            self.best = loss, self.space.read(), numbers, trial.settings, step
-        self.log(f"  step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
-        return numbers
-
-    def run(self, settings: Settings) -> Found:
-        """Runs until all is reached, the knobs are through, or the time is over; the model is left in the best state.
-
-        Raises:
-            UserError: the time does not suffice for the fewest steps.
-        """
-        seconds = self._seconds_per_step(settings)
-        most = int((self.left() * 0.8 - 3 * self.judging) / max(seconds, 1e-9))
-        if most < LEAST_STEPS:
-            need = LEAST_STEPS * seconds + 3 * self.judging
-            raise UserError(
-                f"--budget: {max(0, round(self.left()))} s are left and one step takes {seconds:.1f} s here; training needs at least "
-                f"{math.ceil(need)} s more"
-            )
-        if most < settings.steps:
-            self.log(
-                f"{most} steps instead of {settings.steps}: that is what the budget leaves at {seconds:.1f} s each"
-            )
-        current: Settings | None = replace(settings, steps=min(settings.steps, most))
-        trainer = None
-        while current is not None:
-            trial = Trial(current)
-            self.trials.append(trial)
-            trainer = self._train(trial)
-            self._keep()
-            current = self._next(trial, seconds)
-        assert trainer is not None
-        self.trainer = trainer
-        self.space.write(self.best[1])
-        return Found(self.best[2], self.best[3], self.best[4], self._trim(), self.trials)
-
-    def _train(self, trial: Trial) -> UnlearnTrainer:
-        s = trial.settings
-        changed = ", ".join(f"{k} {v:g}" for k, v in asdict(s).items() if v != getattr(Settings(), k))
-        self.log(f"run {len(self.trials)}: {s.steps} steps{f' ({changed})' if changed else ''}")
-        began = time.monotonic()
-        self.space.write(self.start)
-        config = from_recipe(self.recipe(s), str(self.work.with_suffix("")))
-        config.disable_tqdm, config.save_strategy = True, "no"  # the best state is in memory, the adapter small
-        watch = _Judge(self, trial, max(2, s.steps // 5))
-        trainer = UnlearnTrainer(self.model, config, data=self.data, processing_class=self.tokenizer, callbacks=[watch])
-        quiet(trainer)
-        try:
-            trainer.train()
-        except Diverged as e:  # ends this run, not the search
-            trial.diverged, trial.ended = True, str(e)
-        trial.steps, trial.seconds = trainer.state.global_step, round(time.monotonic() - began, 1)
-        self.log(f"  {trial.ended}, {trial.seconds:.0f} s")
-        return trainer
-
-    def _seconds_per_step(self, settings: Settings) -> float:
-        """How long one step takes here, and one look: measured, without moving anything."""
-        config = from_recipe(self.recipe(settings), str(self.work.with_suffix("")))
-        trainer = UnlearnTrainer(self.model, config, data=self.data, processing_class=self.tokenizer)
-        window = config.window(trainer.bare, trainer.reference)
-        rows = [trainer.rows[i] for i in range(config.rows_per_step)]
-        began = time.monotonic()
-        window.step([collate(rows, trainer.pad_id)])
-        return time.monotonic() - began
-
-    def _next(self, trial: Trial, seconds: float) -> Settings | None:
-        """The next settings by the stated order of knobs; None where all is reached or no time is left for another run."""
-        lacking, s = missing(self.best[2], self.base, self.rows), trial.settings
-        if not lacking or len(self.trials) > 3:
-            return None
-        if trial.diverged:
-            changed = replace(s, learning_rate=s.learning_rate / 3)
-        elif lacking.keys() & FLOOR.keys():  # more is lost than wanted: gentler, for longer
-            changed = replace(s, learning_rate=s.learning_rate / 2, steps=round(1.5 * s.steps))
-        elif trial.judged and trial.judged[-1].get("forget", 0) > 0.5:  # hardly moved
-            changed = replace(s, learning_rate=3 * s.learning_rate)
-        else:
-            changed = replace(s, forget_weight=2 * s.forget_weight, steps=round(1.25 * s.steps))
-        affordable = int((self.left() * 0.8 - 3 * self.judging) / max(seconds, 1e-9))
-        return replace(changed, steps=min(changed.steps, affordable)) if affordable >= LEAST_STEPS else None
-
-    def _trim(self) -> float:
-        """The scale at which the best state is best; taken into the factors."""
-        best, loss = 1.0, self.best[0]
-        if not missing(self.best[2], self.base, self.rows):
-            return best
-        for scale in SCALES:
-            if self.left() < self.judging:
-                break
-            negate(self.model, -scale)
-            numbers = numbers_by_set(self.score(self.model))
-            self.space.write(self.best[1])
-            if (now := loss_of(numbers, self.base, self.rows)) < loss:
-                best, loss = scale, now
-                self.best = now, self.best[1], numbers, *self.best[3:]
-        if best != 1.0:
-            negate(self.model, -best)
-            self.log(f"scale {best:g} is better: taken into the adapter")
-        return best
-
-    def _keep(self) -> None:
-        write_text(self.work / "trials.json", json.dumps([t.to_dict() for t in self.trials], indent=1))
+    began = time.monotonic()
+    options = _options(recipe)
+    deadline = began + seconds_of(budget if budget is not None else options.get("budget") or "15m")
+    recipe = {k: v for k, v in recipe.items() if k != "tune"}
+    run, below = prepare(recipe, out, base, data), read_below(recipe.get("stack"), None)
+    _refuse(run)
+    below.check(run.base_dir)
+    check_destination(out, (f.path for f in below.folders.values()))
+    with room_for(Path(out)):
+        model, tokenizer = adapted_model(run, below, log, False)
+        goal, score = _goal(run, model, tokenizer, options)
+        log("base: " + ", ".join(f"{k} {v:.2f}" for k, v in goal.base.items()))
+        tuner = Tuner(
+            model, tokenizer, run.data, partial(with_settings, run.recipe), score, goal, deadline=deadline, log=log,
+            work=Path(run.config.work_dir), identity=identity_of(run.recipe, run.data, digest_checkpoint(run.base_dir)),
+            trials=trials or options.get("trials") or 4,
+        )  # fmt: skip
+        anchors = len(run.data.rows(run.config.anchor) or ())
+        steps = run.config.max_steps if run.config.max_steps > 0 else run.config.steps_over(anchors)
+        found = tuner.run(Settings(learning_rate=run.config.learning_rate, steps=steps))
+        chosen = with_settings(run.recipe, found.settings)
+        keep(tuner, found, chosen)
+        folder = save_adapter(tuner.finished(found), out, base=run.base, recipe=chosen, depends_on=below.ids)
+    return Tuned(
+        dict(goal.base), found.numbers, goal.aims(), goal.missing(found.numbers), [t.to_dict() for t in found.trials], found.rates,
+        {**asdict(found.settings), "step": found.step, "scale": found.scale}, str(folder.path), run.config.work_dir,
+        time.monotonic() - began,
+    )  # fmt: skip
 
 
-def numbers_by_set(found: Mapping[str, float]) -> Numbers:
-    """``set/metric`` numbers by set: the share that names the value."""
-    return {k.partition("/")[0]: v for k, v in found.items() if k.endswith(("/value_accuracy", "/python_parses"))}
+def _options(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    errors, given = Errors(), recipe.get("tune")
+    if not isinstance(given, (Mapping, type(None))):
+        raise UserError(f"tune is a section with keys ({', '.join(OPTIONS)}), not {given!r}")
+    options = dict(given or {})
+    for key, value in options.items():
+        if key not in OPTIONS:
+            errors.add(f"tune has no {key!r}. Known: {', '.join(OPTIONS)}")
+        elif (check := OPTIONS[key]) is not None:
+            check(value, f"tune.{key}", errors)
+    errors.raise_if_any("recipe")
+    return options
+
+
+def _refuse(run: Run) -> None:
+    errors, terms = Errors(), run.recipe.get("terms") or {}
+    if not isinstance(terms.get("forget"), Mapping):
+        errors.add("tune weighs the terms of the gradient named forget against the others, and the recipe has none")
+    if run.selecting is not None and run.selecting.refresh != NEVER:
+        errors.add("selection.refresh goes with one run alone; tune with refresh: never, then train")
+    if run.negate is not None:
+        errors.add("adapter.negate trains the opposite of what is judged; train it, and find its scale with calibrate")
+    errors.raise_if_any("tune")
+
+
+def _goal(
+    run: Run, model: Any, tokenizer: Any, options: Mapping[str, Any]
+) -> tuple[Goal, Callable[[Any], dict[str, float]]]:
+    """What is to be reached, by the recipe's suite on what stands below the adapter, and the score that measures it."""
+    from ..forward import Reference
+
+    wanted = run.recipe.get("eval") or {}
+    suite = suites.load(wanted.get("suite", "own"))
+    n = wanted.get("n") or suite.quick_rows
+    score = make_score(run.data, tokenizer, suite=suite, n=n)
+    with Reference("before").on(model):
+        base = numbers_by_set(score(model))
+    rows = {k: min(n, len(rows_of(run.data, s.source) or ())) for k, s in suite.sets.items()}
+    goal = Goal.of(suite, base, rows, options.get("most"), options.get("least"))
+    if not goal.most.keys() & base.keys():
+        raise UserError(
+            f"the suite {suite.name!r} judges nothing of the forget set on these data, so there is nothing to search by"
+        )
+    return goal, score

@@ -39,12 +39,14 @@ def precompute(
         folder: where the cache lies, one file per key (see `cache_key`); made if it is not there.
         write: whether this process writes the file (the first rank does).
     """
+    digest = None
     for name, what in sorted(wanted.items()):
         rows = sets[name]
         both = rows + [r["alternate"] for r in rows if "alternate" in r]
         if all(what in r for r in both):
             continue
-        path = folder / f"reference-{cache_key(model, both, reference.trained)[:16]}.{what}.safetensors"
+        digest = digest or model_digest(model, reference.trained)
+        path = folder / f"reference-{cache_key(digest, both)[:16]}.{what}.safetensors"
         values = _cached(path, what, [n_targets(r) for r in both])
         if values is None:
             values = reference_values(model, both, reference, pad_id, what)
@@ -87,8 +89,13 @@ def reference_values(
     return out
 
 
-def cache_key(model: Any, rows: list[dict[str, Any]], trained: str) -> str:
-    """sha256 over the base, the active adapters, ids and labels of the rows, and the dtype."""
+def cache_key(digest: str, rows: list[dict[str, Any]]) -> str:
+    """sha256 over a model's digest and the rows' ids and labels."""
+    return hashlib.sha256((digest + json.dumps([[r["input_ids"], r["labels"]] for r in rows])).encode()).hexdigest()
+
+
+def model_digest(model: Any, trained: str) -> str:
+    """sha256 over the base, the active adapters below the trained one, and the dtype."""
     h = hashlib.sha256()
     # Which adapters are on, and at which scale (lora_alpha and its like), is not in the weights.
     others = [a for a in model.base_model.active_adapters if a != trained]
@@ -99,7 +106,6 @@ def cache_key(model: Any, rows: list[dict[str, Any]], trained: str) -> str:
             h.update(f"{n}{p.dtype}{tuple(p.shape)}".encode() + raw_bytes(p))
     for n, t in fixed_tensors(model, others):
         h.update(f"{n}{t.dtype}{tuple(t.shape)}".encode() + raw_bytes(t))
-    h.update(json.dumps([[r["input_ids"], r["labels"]] for r in rows]).encode())
     return h.hexdigest()
 
 
