@@ -34,6 +34,7 @@ from ..reporting.document import Part
 from ..reporting.result import Result
 from ..stack.model import ForgetModel
 from ..tuners.delta import changes_base, is_sparse
+from ..tuners.peft_type import FORGET_VECTOR, PEFT_TYPE
 from .search import FLOOR, Calibration, Levels, search
 
 FORMAT = 1
@@ -173,7 +174,8 @@ def check_exact(folder: AdapterFolder) -> None:
     config, errors = folder.config, Errors()
     kind = str(config["peft_type"])
     sparse = is_sparse(folder)
-    if kind not in ("LORA", "PEFT_UNLEARN_EXPERT_LORA") and not sparse:
+    vector = kind == FORGET_VECTOR  # scaled at the input: no mix of weights, and as exact
+    if kind not in ("LORA", PEFT_TYPE) and not sparse and not vector:
         errors.add(f"its PEFT type is {kind}, whose scale is not known to be the factor of a sum of weights")
     if config.get("use_dora"):
         errors.add("it is a DoRA adapter, which re-normalizes the weights: half the scale is not half the change")
@@ -186,7 +188,7 @@ def check_exact(folder: AdapterFolder) -> None:
         errors.add(f"{changes} changes the base's own weights")
     if folder.manifest.depends_on:
         errors.add("it was trained on top of other adapters: at scale 0 those are left, not the base")
-    if not errors.messages and not sparse:
+    if not errors.messages and not sparse and not vector:
         stray = [n for n in read_header(folder.path / WEIGHTS) if "lora_" not in n]
         if stray:
             errors.add(f"{len(stray)} of its tensors are no LoRA factors, first {stray[0]!r}")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..data.chat import Template, end_tokens, parse_template
 from ..data.collate import encode, prompt_ids, tokens_of
 from ..data.formats import target_of, to_text
+from ..data.images import ImageSets
 from ..errors import UserError
 from ..registry import get
 from .generate import bare_ids, cut_at, end_ids, greedy
@@ -45,6 +46,10 @@ def make_plan(suite: Suite, data: Any, tokenizer: Any, n: int | None = None, tem
     """
     if n is not None and n < 1:
         raise UserError(f"n is the number of rows of each set and must be at least 1, not {n}")
+    if isinstance(data, ImageSets):
+        from .images import plan_images
+
+        return plan_images(suite, data, tokenizer, n)
     pairs = _Pairs()
     sets = {name: _set_plan(spec, suite, data, tokenizer, n, template, pairs) for name, spec in suite.sets.items()}
     for s in sets.values():
@@ -203,6 +208,13 @@ def measure(
     context: what providers may use; without one they have no base.
     """
     context = context or Context(settings=plan.suite.settings, progress=progress, token_budget=token_budget)
+    if plan.encoded and "pixel_values" in plan.encoded[0]:
+        from .images import read_images
+
+        forced = read_images(model, plan.encoded, progress=context.progress_of("reading images"))
+        measured = Measured(forced, forced.logp.mean(), {})
+        measured.extra = provide(model, plan, measured, context)
+        return measured
     from ..forward import check_ids, context_length
 
     pad_id, ends = pad_id_of(plan.tokenizer), end_tokens(plan.tokenizer)

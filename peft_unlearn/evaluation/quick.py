@@ -57,7 +57,8 @@ def read(metrics: Mapping[str, Any], role: str, metric: str) -> float | None:
 
 
 def pick(
-    metrics: Mapping[str, Any], order: tuple[str, ...] = ("value_accuracy", "extraction_strength", "probability")
+    metrics: Mapping[str, Any],
+    order: tuple[str, ...] = ("value_accuracy", "accuracy", "extraction_strength", "probability"),
 ) -> str:
     """The metric that decides: the first of `order` that both sets have (rows of a user's own may have no values)."""
     for metric in order:
@@ -73,7 +74,7 @@ def best_metric(metrics: Mapping[str, Any], floor: float, base: Mapping[str, Any
     does not. inf where a value is missing. A floor met up to rounding (0.9 of 0.8 against 0.72) is met.
 
     metrics, base: results of `make_score`, with or without the Trainer's prefix.   metric: default the first that
-    the base has of value accuracy, extraction strength, probability.
+    the base has of value accuracy, accuracy, extraction strength, probability.
     """
     metric = metric or pick(base)
     forget, retain = read(metrics, "forget", metric), read(metrics, "retain", metric)
@@ -104,7 +105,7 @@ class StopOn(TrainerCallback):
     """Stops training once forgetting is enough or retaining too little.
 
     forget_below: stop when the forget value is at or under it.   retain_below: stop when the retain value falls
-    under it.   metric: which value; default the first of value accuracy, extraction strength, probability that the
+    under it.   metric: which value; default the first of value accuracy, accuracy, extraction strength, probability that the
     evaluation has.   patience: evaluations in a row that must agree (every method dips first: a stop at the first
     low value can be a stop inside the dip).   reason: afterwards, why.
     """

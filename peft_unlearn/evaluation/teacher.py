@@ -53,7 +53,7 @@ def batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
         start += count
 
 
-def _logp_and_correct(z: Any, y: Any) -> Any:
+def logp_and_correct(z: Any, y: Any) -> Any:
     """z: (m, vocab) float32, y: (m,) -> (m, 2): log p(y), and whether y is the arg-max (NaN where z is not finite).
 
     Works in z's own memory: with a small model three passes over the logits cost as much as a layer.
@@ -119,7 +119,7 @@ def read_encoded(
                 tensors = {k: v.to(device) for k, v in pad([encoded[i] for i in rows], pad_id).items()}
                 p = Pass(model, tensors)
                 # (n, 2 or 4), row after row
-                columns = p.map_logits(_with_moments if wanted else _logp_and_correct).double().cpu().numpy()
+                columns = p.map_logits(_with_moments if wanted else logp_and_correct).double().cpu().numpy()
                 stops = np.cumsum(p.mask.sum(1).cpu().numpy())
                 for i, part in zip(rows, np.split(columns, stops[:-1]), strict=True):
                     logp[i], correct[i] = part[:, 0], part[: body(encoded[i], ends), 1]

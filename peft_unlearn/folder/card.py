@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import UserError
 from .base import peft_base_name
 from .card_numbers import headline, numbers
-from .manifest import BaseRef, Manifest, path_like
+from .manifest import Manifest, path_like
 from .markdown import block, code, inline, one_line, table
 from .read import CARD, TOGETHER, AdapterFolder
 from .yaml_io import MAX_CHARACTERS, dump_yaml, parse_yaml, read_text
@@ -25,6 +25,7 @@ TAGS = ("forget-adapter", "machine-unlearning", "peft_unlearn")
 BEGIN, END = "<!-- peft-unlearn: generated, edits are lost -->", "<!-- peft-unlearn: end -->"
 WORDS, WORDS_END = "<!-- peft-unlearn: description -->", "<!-- peft-unlearn: end of description -->"
 DEFAULT_WORDS = "An adapter that makes a language model stop giving the answers of a forget set."
+_VECTOR = "PEFT_UNLEARN_FORGET_VECTOR"
 _OWN = ("library_name", "pipeline_tag", "base_model", "base_model_relation", "tags", "model-index", "forget_adapter")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,40}")
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.S | re.M)
@@ -118,7 +119,8 @@ def split(text: str) -> tuple[dict[str, Any], str]:
 def front_matter(card: ForgetCard) -> dict[str, Any]:
     """The Hub's metadata. ``forget_adapter`` is a key of our own: unlike tags it survives PEFT's re-saving."""
     m, config = card.manifest, card.config
-    front: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    task = "image-classification" if _sees(m) else "text-generation"
+    front: dict[str, Any] = {"library_name": "peft", "pipeline_tag": task}
     if m.base.revision is not None:
         front |= {"base_model": m.base.ref, "base_model_relation": "adapter"}
     if card.license is not None:
@@ -131,7 +133,7 @@ def front_matter(card: ForgetCard) -> dict[str, Any]:
     if found:
         suite = one_line((card.evaluation or {}).get("suite") or "forget set")
         front["model-index"] = [{"name": card.title, "results": [{
-            "task": {"type": "text-generation"},
+            "task": {"type": task},
             "dataset": {"name": suite, "type": f"peft_unlearn-{suite}"},
             "metrics": [{"type": n.rpartition("/")[2], "value": v, "name": n.replace("/", ": ")} for n, v in found],
         }]}]  # fmt: skip
@@ -175,7 +177,7 @@ def generated(card: ForgetCard) -> str:
         numbers="\n".join(numbers(card.evaluation, card.manifest.adapter_id)),
         limits="".join(f"{line}\n" for line in _limits(card.manifest)),
         license=f"The adapter: {code(card.license, cell=False)}." if card.license else "The author states none.",
-        **_use(card.manifest.base),
+        **_use(card.manifest),
         **_loading(card.config),
     ).rstrip()
 
@@ -188,7 +190,7 @@ def _facts(card: ForgetCard) -> list[list[str]]:
         base += " (comes with peft-unlearn)"
     elif m.base.ref.startswith("local:"):
         base += " (not published: known by its digest)"
-    shape = [f"{k.replace('_', ' ')} {config[k]}" for k in ("r", "lora_alpha") if config.get(k) is not None]
+    shape = [f"{k.replace('_', ' ')} {config[k]}" for k in ("r", "lora_alpha", "shape") if config.get(k) is not None]
     trained = [f"{label} {method[k]}" for k, label in (("optimizer", ""), ("learning_rate", "learning rate"),
                ("steps", "steps")) if method.get(k) is not None]  # fmt: skip
     batch, seeds = m.effective_batch.get("rows"), ", ".join(f"{k} {v}" for k, v in sorted(m.seeds.items()))
@@ -247,13 +249,24 @@ def _limits(m: Manifest) -> list[str]:
     out = []
     if m.scale != 1:
         out.append(f"- Plain PEFT runs it at scale 1; it is meant to run at {m.scale:g}, which peft-unlearn applies.")
+    if m.method.get("peft_type") == _VECTOR:
+        out.append(
+            "- Inference-time suppression: one picture is added to every input and no weight is changed. Whoever controls the input leaves "
+            "it out, and the classifier is as it was."
+        )
     if m.depends_on:
         out.append("- It was trained on top of other adapters (above) and is not meant to run without them.")
     return out
 
 
-def _use(base: BaseRef) -> dict[str, str]:
-    """How the base is named in the card's examples."""
+def _sees(m: Manifest) -> bool:
+    """Whether the base is an image classifier: its probes are images."""
+    return m.probes is not None and any(p.startswith("image:") for p in m.probes.prompts)
+
+
+def _use(m: Manifest) -> dict[str, str]:
+    """How the base is named and loaded in the card's examples."""
+    base = m.base
     embedded = base.ref.startswith("embedded:")
     name = "" if embedded else peft_base_name(base.ref)
     why = "" if name else "  # of the base with the digest above"
@@ -266,6 +279,7 @@ def _use(base: BaseRef) -> dict[str, str]:
         "revision": f', revision="{base.revision}"' if base.revision else "",
         "here": "None" if known else '"FOLDER"',
         "base_flag": "" if known else " --base FOLDER",
+        "auto": "AutoModelForImageClassification" if _sees(m) else "AutoModelForCausalLM",
     }
 
 

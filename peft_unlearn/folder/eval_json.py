@@ -25,11 +25,11 @@ BLOCKS = {"attacks": "attack", "calibration": "calibrate"}  # of eval.json -> th
 SUITE = "suite"
 
 UNIT = frozenset((
-    "choice_accuracy", "distinct_words", "empty_answer", "exact_memorization", "extraction_likelihood", "extraction_strength",
-    "forget_quality", "ks_distance", "letter_accuracy", "letter_mass", "letter_probability", "mem_score", "memorization_accuracy",
+    "accuracy", "choice_accuracy", "distinct_words", "empty_answer", "exact_memorization", "extraction_likelihood", "extraction_strength",
+    "forget_quality", "ks_distance", "mia_efficacy", "letter_accuracy", "letter_mass", "letter_probability", "mem_score", "memorization_accuracy",
     "mia_gradnorm", "mia_loss", "mia_min_k", "mia_min_k_plus_plus", "mia_reference", "mia_zlib", "model_utility", "overall_score",
     "paraphrase_probability", "priv_score", "probability", "probability_among_choices", "python_parses", "repetition", "rouge_l_f1",
-    "rouge_l_recall", "suppression_depth", "truth_ratio", "truth_ratio_prob_mean", "utility_score", "value_accuracy",
+    "rouge_l_recall", "suppression_depth", "truth_ratio", "truth_ratio_prob_mean", "unlearning_accuracy", "utility_score", "value_accuracy",
     "verbatim_rouge_l_f1",
     *(f"leak_at_{k}" for k in (1, 2, 4, 8, 16, 32, 64, 128)), *(f"leak_in_{how}" for how in ("own", "question", "role", "stub")),
 ))  # fmt: skip

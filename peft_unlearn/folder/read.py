@@ -126,7 +126,8 @@ def check_weights(path: Path, config: dict[str, Any]) -> None:
     if not entries:
         raise UserError(f"{path}: holds no tensors.")
     foreign = [n for n in entries if not n.startswith("base_model.")]
-    if foreign and config.get("peft_type") in ("LORA", "PEFT_UNLEARN_EXPERT_LORA", "PEFT_UNLEARN_SPARSE", "SHIRA"):
+    kind = str(config.get("peft_type"))
+    if foreign and (kind in ("LORA", "SHIRA") or kind.startswith("PEFT_UNLEARN_")):
         raise UserError(f"{path}: not an adapter's tensors ({foreign[0]!r} does not start with base_model.).")
     hollow = [n for n, e in entries.items() if e.begin == e.end]
     if hollow:
@@ -152,7 +153,7 @@ def check_weights(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-_DECISIVE = ("lora_B", "lora_embedding_B", "shira_weight", "supertuning_values", "peft_unlearn_sparse_values")
+_DECISIVE = ("lora_B", "lora_embedding_B", "shira_weight", "supertuning_values", "peft_unlearn_sparse_values", "forget_vector_delta")
 """Tensors without which, if they are all zero, an adapter does nothing."""
 
 

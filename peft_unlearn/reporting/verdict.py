@@ -11,12 +11,12 @@ from typing import Any
 
 from .text import interval, named, number, percent
 
-MEASURES = ("extraction_strength", "value_accuracy", "rouge_l_recall", "probability")  # the first that is there speaks
+MEASURES = ("extraction_strength", "value_accuracy", "accuracy", "rouge_l_recall", "probability")  # the first that is there speaks
 FORGETS, KEEPS, DISTINCT = 0.9, 0.95, 0.05
 MEANING = {
     "extraction_strength": "Extraction strength, the part of an answer that follows by itself,",
     "value_accuracy": "The share of answers that name the right value", "probability": "The probability of the right answer",
-    "rouge_l_recall": "ROUGE-L recall of the right answer",
+    "rouge_l_recall": "ROUGE-L recall of the right answer", "accuracy": "The share of images whose class is named right",
 }  # fmt: skip
 
 

@@ -21,10 +21,10 @@ from ..errors import UserError
 from ..folder.digest import adapter_modules
 from ..folder.read import CONFIG, WEIGHTS, AdapterFolder, read_json
 from ..tuners.names import belongs, scalings
-from ..tuners.peft_type import PEFT_TYPE, SPARSE_TYPE
+from ..tuners.peft_type import FORGET_VECTOR, PEFT_TYPE, SPARSE_TYPE
 from ..tuners.registration import register
 
-_SUMS = ("LORA", PEFT_TYPE, SPARSE_TYPE)
+_SUMS = ("LORA", PEFT_TYPE, SPARSE_TYPE, FORGET_VECTOR)
 _SPARSE = ("SHIRA", "SUPERTUNING")  # stock types that are the sparse adapter's own form under another name
 
 

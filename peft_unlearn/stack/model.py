@@ -135,7 +135,7 @@ class ForgetModel:
     @property
     def dtype(self) -> str:
         """What the base is computed in: float32, bfloat16 or float16."""
-        return str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")  # the base's come first
 
     def active(self) -> list[str]:
         """Names of the adapters that take part in the forward now."""

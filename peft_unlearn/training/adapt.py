@@ -130,7 +130,7 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
     given = getattr(config, "target_modules", None)
     if given == ALL_LINEAR or list(given or ()) == [ALL_LINEAR]:
         resolved = linear_modules(base, called)
-        if given != ALL_LINEAR or not resolved.everything:
+        if images or given != ALL_LINEAR or not resolved.everything:
             config = replace(config, target_modules=resolved.names)
     # PEFT rewrites the config in place on mixture-of-experts bases: what was asked for has to be kept.
     wanted = getattr(config, "target_modules", None), bool(getattr(config, "target_parameters", None))

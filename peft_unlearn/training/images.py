@@ -11,6 +11,7 @@ from torch import nn
 
 from ..data.images import ImageSets
 from ..errors import Errors, UserError
+from ..head import causal_lm, reads_images
 from ..tuners.names import belongs
 from ..tuners.peft_type import FORGET_VECTOR
 from .config import UnlearnConfig
@@ -27,6 +28,16 @@ def of_images(config: Any, data: Any) -> Any:
     return config if str(pixels.dtype) == "uint8" else replace(config, shape=list(pixels.shape))
 
 
+def check_kind(model: Any, data: Any) -> None:
+    """Refuse images for a base that reads text, and texts for one that reads images."""
+    if reads_images(model) == isinstance(data, ImageSets):
+        return
+    name = type(causal_lm(model)).__name__
+    if isinstance(data, ImageSets):
+        raise UserError(f"data: these are images, and the base ({name}) reads text; images need an image classifier")
+    raise UserError(f"data: the base ({name}) is an image classifier, and these rows are texts")
+
+
 def check_images(model: Any, sets: Mapping[str, Sequence[Mapping[str, Any]]], _: int = 0) -> None:
     """Refuse rows that the classifier cannot read, or has no class for.
 
@@ -37,8 +48,6 @@ def check_images(model: Any, sets: Mapping[str, Sequence[Mapping[str, Any]]], _:
     size = getattr(config, "image_size", None)
     wanted = (size, size) if isinstance(size, int) else size and tuple(size)
     for name, rows in sets.items():
-        if rows and "pixel_values" not in rows[0]:
-            raise UserError(f"{name} set: the base is an image classifier, and these rows are texts")
         shape = tuple(rows[0]["pixel_values"].shape) if rows else ()
         channels = getattr(config, "num_channels", None)
         if rows and ((channels and shape[0] != channels) or (wanted and shape[1:] != tuple(wanted))):

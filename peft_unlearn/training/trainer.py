@@ -43,7 +43,7 @@ from .checkpoints import (
 )
 from .config import UnlearnConfig, encode_set, require_sets
 from .guard import RetainGuard, what_helps
-from .images import as_served, check_images, of_images, refuse_tokens_only, row_of
+from .images import as_served, check_images, check_kind, of_images, refuse_tokens_only, row_of
 from .mask import Refresh, UpdateMask
 from .reference import fixed_tensors, precompute, raw_bytes, stack_digest
 from .untrained import Untrained
@@ -83,6 +83,7 @@ class UnlearnTrainer(Trainer):
         if args.n_gpu > 1:
             raise UserError("several GPUs in one process are not used; start one process per GPU with torchrun")
         refuse_base(model)
+        check_kind(model, self.data)
         if not hasattr(model, "peft_config"):
             model = get_forget_model(model, of_images(peft_config, self.data))
         elif peft_config is not None:

@@ -5,6 +5,7 @@ whole set; it raises `Unmeasured` with the reason where it has none. What one re
 from a *provider* beside the metrics that need it. Importing these files loads no torch.
 """
 
+from . import classes as classes
 from . import depth as depth
 from . import extraction as extraction
 from . import fluency as fluency

@@ -15,6 +15,11 @@ MEMORIZATION = Source(
     "Memorization Without Overfitting: Analyzing the Training Dynamics of Large Language Models",
     "https://arxiv.org/abs/2205.10770", 2022,
 )
+FORGET_VECTOR = Source(
+    "Forget Vectors at Play: Universal Input Perturbations Driving Machine Unlearning in Image Classification",
+    "https://arxiv.org/abs/2412.16780", 2024,
+)
+SPARSITY = Source("Model Sparsity Can Simplify Machine Unlearning", "https://arxiv.org/abs/2304.04934", 2023)
 MIN_K = Source("Detecting Pretraining Data from Large Language Models", "https://arxiv.org/abs/2310.16789", 2024)
 MIN_K_PLUS = Source(
     "Min-K%++: Improved Baseline for Detecting Pre-Training Data from Large Language Models",
