@@ -32,6 +32,7 @@ from ..stack.fits import check_base
 from ..training.adapt import get_forget_model
 from ..training.checkpoints import STATE, damage
 from ..training.config import WORK, encode_set
+from ..training.fila import begun
 from ..training.recipe import Run, prepare
 from ..training.selecting import chosen
 from ..training.train import generate_alternates
@@ -255,6 +256,8 @@ def _model(run: Run) -> tuple[Any, dict[str, list[dict[str, Any]]], int]:
         run.adapter = run.selecting.adapter(chosen(run, base, tokenizer, resume=True))
     set_seed(config.seed)
     model = get_forget_model(base, run.adapter, adapter_name=ADAPTER).to(config.device).eval()
+    if run.fila:
+        begun(run, model, tokenizer, ADAPTER)
     names = sorted({"forget", "retain", *(t.batch for t in config.term_list)})
     sets = {name: encode_set(config, run.data, name, tokenizer) for name in names}
     pad_id = padding_id(tokenizer)

@@ -21,19 +21,25 @@ class UpdateMask(TrainerCallback):
     same (weight decay, momentum of an earlier mask) is undone.
 
     masks: parameter -> bool of its shape; parameters that are not in it move as ever.
+    clip_first: the gradient is clipped with what lies outside still in it, as WAGLE's released code does.
     """
 
-    def __init__(self, masks: Mapping[Tensor, Tensor]) -> None:
-        self.masks = dict(masks)
+    def __init__(self, masks: Mapping[Tensor, Tensor], clip_first: bool = False) -> None:
+        self.masks, self.clip_first = dict(masks), clip_first
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def on_gradient(self) -> None:
         """Called once ``.grad`` is there, before it is clipped."""
+        if not self.clip_first:
+            self._cut()
+
+    def _cut(self) -> None:
         for p, mask in self.masks.items():
             if p.grad is not None:
                 p.grad.mul_(mask)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._cut()
         self._before = [(p, mask, p.detach().clone()) for p, mask in self.masks.items()]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from ..errors import Errors, UserError, nearest
 from ..folder.base import load_config, load_tokenizer, resolve_base
 from ..folder.schema import COUNT, NUMBER, POSITIVE, is_number, is_whole, maybe, one_of, shape
 from ..tuners.selection import Selection
+from . import fila
 from .adapt import peft_config
 from .config import METHODS, UnlearnConfig, require_sets
 from .selecting import Selecting, understood
+from .structured import OnLora, on_lora
 
 AUTO = "auto"
 _EVAL_KEYS = ("suite", "every", "n", "keep_best", "retain_floor", "stop_below")
@@ -41,8 +43,11 @@ class Run:
     base_dir: Path
     negate: float | None = None  # save the adapter's delta times minus this (task vectors)
     auto: dict[str, Any] | None = None  # how attribution chooses the experts that `adapter` goes into
-    selecting: Selecting | None = None  # how the entries are chosen that a sparse adapter trains; `adapter` is None till then
+    # how the entries are chosen that a sparse adapter trains (`adapter` is None till then), or the structures of a LoRA
+    selecting: Selecting | None = None
     selected: Selection | None = None  # once they are
+    fila: bool = False  # the adapter's start, see `fila`
+    frozen: Mapping[Any, Any] = field(default_factory=dict)  # by that start: parameter -> which of it may move
 
 
 def auto_options(spec: dict[str, Any], errors: Errors) -> dict[str, Any] | None:
@@ -66,18 +71,20 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     """
     if recipe.get("compose") is not None:
         raise UserError("this recipe sums adapters and trains nothing: run `peft-unlearn compose` on its parts")
-    config, adapter, negate, auto, selecting = _understood(recipe, out)
+    config, adapter, negate, auto, selecting, starts = _understood(recipe, out)
     bundle = load_data(recipe.get("data"), data)
     require_sets(config, bundle)
     base_dir = resolve_base(recipe.get("base"), override=base)
     _check_layers(config, base_dir)
     named = str(base or recipe.get("base"))
     recipe = _with_template(recipe, bundle, base_dir)
-    return Run(_as_run(recipe, data), config, adapter, bundle, named, base_dir, negate, auto, selecting)
+    return Run(_as_run(recipe, data), config, adapter, bundle, named, base_dir, negate, auto, selecting, fila=starts)
 
 
-def _understood(recipe: Mapping[str, Any], out: str | Path) -> tuple[UnlearnConfig, Any, float | None, Any, Selecting | None]:
-    """(config, PEFT config, negation, how experts and how entries are chosen) of a recipe; every complaint at once."""
+def _understood(
+    recipe: Mapping[str, Any], out: str | Path
+) -> tuple[UnlearnConfig, Any, float | None, Any, Selecting | None, bool]:
+    """(config, PEFT config, negation, how experts and how entries are chosen, FILA) of a recipe; every complaint at once."""
     errors, config, adapter = Errors(), None, None
     given = recipe.get("adapter")
     if not isinstance(given, (Mapping, type(None))):
@@ -91,18 +98,22 @@ def _understood(recipe: Mapping[str, Any], out: str | Path) -> tuple[UnlearnConf
     auto = auto_options(spec, errors)
     if auto is not None:
         spec["experts"] = {0: [0]}  # stands in until attribution has run, so that everything else is checked now
-    selecting = understood(recipe, spec, errors)
+    kind = str(spec.get("type", "lora")).lower()
+    selecting = on_lora(recipe, spec, errors) if kind == "lora" else understood(recipe, spec, errors)
+    starts = fila.understood(spec, errors)
     try:
         config = from_recipe(recipe, str(out))
     except UserError as e:
         errors.absorb(e)
     try:
-        adapter = None if str(spec.get("type")).lower() == "sparse" else peft_config(spec)
+        adapter = None if kind == "sparse" else peft_config(spec)
     except UserError as e:
         errors.absorb(e)
     errors.raise_if_any(f"recipe {recipe.get('name', '')}".strip())
     assert config is not None
-    return config, adapter, None if negate is None else float(negate), auto, selecting
+    if isinstance(selecting, OnLora):
+        selecting = replace(selecting, config=adapter)
+    return config, adapter, None if negate is None else float(negate), auto, selecting, starts
 
 
 def _with_template(recipe: Mapping[str, Any], bundle: ForgetRetain, base_dir: Path) -> Mapping[str, Any]:

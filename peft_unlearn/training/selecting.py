@@ -92,7 +92,7 @@ def understood(recipe: Mapping[str, Any], adapter: dict[str, Any], errors: Error
     given, kind = recipe.get("selection"), str(adapter.get("type", "lora")).lower()
     if kind != "sparse":
         if given is not None:
-            errors.add(f"selection chooses the entries that adapter.type sparse trains, and this one is {kind}")
+            errors.add(f"selection is for adapter.type sparse, or lora with a unit, and this one is {kind}")
         return None
     found = Selecting(target_modules=adapter.pop("target_modules", ALL_LINEAR), scale=adapter.pop("scale", 1.0))
     for key in [k for k in adapter if k != "type"]:
@@ -106,12 +106,17 @@ def understood(recipe: Mapping[str, Any], adapter: dict[str, Any], errors: Error
             + ("" if given is None else f", not {given!r}")
         )
         return None
-    before = len(errors.messages)
-    for key, fits in _OPTIONS.items():
+    return options(found, given, errors)
+
+
+def options(start: Any, given: Mapping[str, Any], errors: Errors, more: Mapping[str, Any] | None = None) -> Any:
+    """`start` with what a recipe's ``selection`` says. more: options besides `_OPTIONS`, as checks."""
+    before, known = len(errors.messages), {**_OPTIONS, **(more or {})}
+    for key, fits in known.items():
         if key in given:
             fits(given[key], f"selection.{key}", errors)
-    known = {k: v for k, v in given.items() if k in _OPTIONS}
-    found = replace(found, **known, hyper={k: v for k, v in given.items() if k not in _OPTIONS})
+    own = {k: v for k, v in given.items() if k in known}
+    found = replace(start, **own, hyper={k: v for k, v in given.items() if k not in known})
     if len(errors.messages) == before:
         _check(found, errors)
     return found

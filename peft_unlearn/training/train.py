@@ -22,12 +22,14 @@ from ..forward import Reference
 from ..gradients.terms import alternates_of
 from ..stack.below import Below, read_below
 from .adapt import get_forget_model
+from .fila import begun
 from .images import of_images
 from .mask import refreshed
 from .recipe import CHOOSING, Run, prepare
 from .save import negate, save_adapter
 from .selecting import chosen
 from .stopping import StopOnSignal, stoppable
+from .structured import restrict
 from .trainer import UnlearnTrainer
 
 Progress = Callable[[str], None]
@@ -71,6 +73,7 @@ def train(
         model, run.config, data=run.data, processing_class=tokenizer, callbacks=[*callbacks, *judges], score=scorer
     )
     refresh = refreshed(run, trainer, tokenizer)
+    restrict(run, trainer)
     quiet(trainer)
     shift = _watch_selection(run, trainer)
     first = trainer.is_world_process_zero()
@@ -114,7 +117,10 @@ def adapted_model(run: Run, below: Below, progress: Progress, resume: bool) -> t
         run.selected = chosen(run, model, tokenizer, progress, resume)
         run.adapter = run.selecting.adapter(run.selected)
     set_seed(run.config.seed)  # the adapter's random start
-    return get_forget_model(model, of_images(run.adapter, run.data)), tokenizer
+    model = get_forget_model(model, of_images(run.adapter, run.data))
+    if run.fila:
+        run.frozen = begun(run, model, tokenizer)
+    return model, tokenizer
 
 
 def choose_experts(run: Run, model: Any, tokenizer: Any, progress: Progress) -> None:

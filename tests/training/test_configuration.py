@@ -104,7 +104,6 @@ def test_survives_copy_and_pickle():
         ({"reference": "adapter:"}, "is not one of before, base"),
         ({"reference": 5}, "reference must be text"),
         ({"reference": "precomputed", "terms": {"retain": {"representation_retention": {"layer": 0}}}}, "need its inner layers"),
-        ({"selection": "top"}, "selection chooses the entries that adapter.type sparse trains, and this one is lora"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": "lucky"}, "seed must be a whole number, not 'lucky'"),
         ({"train": {"learning_rte": 1}}, "no 'learning_rte'. Did you mean 'learning_rate'?"),
