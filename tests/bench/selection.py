@@ -29,7 +29,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[2]
 SETS = ("forget", "forget_other", "forget_heldout", "retain", "retain_other", "retain_heldout", "general")
 FORGOTTEN = 0.05
-RATES = {"lora": (5e-4, 1e-3, 2e-3), "sparse": (4e-3, 1e-2, 2e-2)}  # the middle one first, see `rates`
+# (with a retain loss, LoRA) -> learning rates, the likeliest first
+RATES = {
+    (True, True): (2e-3, 1e-3, 4e-3), (True, False): (1e-2, 2e-2, 4e-3), (False, True): (2e-4, 1e-4, 5e-4), (False, False): (2e-3, 1e-3, 4e-3)
+}  # fmt: skip
 
 NPO = {"forget": {"npo": {"beta": 0.1}}, "retain": {"nll": {"weight": 5.0}}}
 ENTROPY = {"forget": {"neg_entropy": {}}}
@@ -60,7 +63,7 @@ def recipe(case: str, rate: float, seed: int, file: Path | None) -> dict[str, An
     adapter = (
         {"adapter": LORA} if selection is None else {"adapter": {"type": "sparse"}, "selection": {"file": str(file)}}
     )
-    looks = {} if "retain" in terms else {"eval": {"suite": "people", "every": 4, "n": 50, "stop_below": 0.02}}
+    looks = {} if "retain" in terms else {"eval": {"suite": "people", "every": 4, "n": 50, "stop_below": 0.04}}
     return {
         "name": "selection", "base": "embedded:people", "data": {"bundle": "embedded:people"}, **adapter, "terms": terms,
         "train": {
@@ -160,8 +163,8 @@ def figures(folder: Path) -> dict[str, float | None]:
 
 
 def rates(case: str, n: int) -> Iterator[float]:
-    low, middle, high = RATES["lora" if CASES[case][1] is None else "sparse"]
-    yield from (middle, low, high)[:n]
+    terms, selection = CASES[case]
+    yield from RATES["retain" in terms, selection is None][:n]
 
 
 def at_best(runs: list[dict[str, Any]], case: str) -> list[dict[str, Any]]:
