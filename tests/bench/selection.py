@@ -31,7 +31,8 @@ SETS = ("forget", "forget_other", "forget_heldout", "retain", "retain_other", "r
 FORGOTTEN = 0.05
 # (with a retain loss, LoRA) -> learning rates, the likeliest first
 RATES = {
-    (True, True): (2e-3, 1e-3, 4e-3), (True, False): (1e-2, 2e-2, 4e-3), (False, True): (2e-4, 1e-4, 5e-4), (False, False): (2e-3, 1e-3, 4e-3)
+    (True, True): (2e-3, 1e-3, 4e-3), (True, False): (1e-2, 2e-2, 4e-3), (False, True): (2e-4, 1e-4, 5e-4),
+    (False, False): (2e-3, 1e-3, 4e-3),
 }  # fmt: skip
 
 NPO = {"forget": {"npo": {"beta": 0.1}}, "retain": {"nll": {"weight": 5.0}}}
