@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ..selection import Selection
 from .config import SparseConfig
 
 VALUES, INDICES = f"{SPARSE_PREFIX}values", f"{SPARSE_PREFIX}indices"
+SAMPLED = 0.25  # density from which on the gradient of a whole weight takes less time than that of the entries alone
 Pair = tuple[Tensor, Tensor]  # flat positions (k,), and what is added there (k,)
 
 
@@ -234,15 +235,41 @@ class _Linear(torch.autograd.Function):
             gx = (g @ (w.t() if ctx.transposed else w)).to(x.dtype)
         wanted = needs[6::2]
         g2 = g.reshape(-1, g.shape[-1])
-        if needs[1] or any(wanted):
-            x2 = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-            gw = x2.t() @ g2 if ctx.transposed else g2.t() @ x2
+        left, right = g2, x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+        if ctx.transposed:
+            left, right = right, left
+        if needs[1]:
+            gw = left.t() @ right
         if needs[2]:
             gb = g2.sum(0).to(ctx.bias)
         out: list[Any] = [gx, gw.to(weight.dtype) if gw is not None and needs[1] else None, gb, None, None]
         for (i, d), yes in zip(pairs, wanted, strict=True):
-            out += [None, gw.reshape(-1).index_select(0, i).to(d.dtype) if yes and gw is not None else None]
+            out += [None, _picked(left, right, i, gw).to(d.dtype) if yes else None]
         return tuple(out)
+
+
+def _picked(left: Tensor, right: Tensor, i: Tensor, whole: Tensor | None) -> Tensor:
+    """The entries `i` (rising) of left^T right, (tokens, rows) and (tokens, columns); `whole` if it is there already."""
+    rows, columns = left.shape[1], right.shape[1]
+    if whole is None and len(i) < SAMPLED * rows * columns and _can_sample(left.device.type):
+        begins = torch.searchsorted(i, torch.arange(rows + 1, device=i.device) * columns)
+        zeros = torch.zeros(len(i), device=i.device)
+        pattern = torch.sparse_csr_tensor(begins, i % columns, zeros, (rows, columns), check_invariants=False)
+        return torch.sparse.sampled_addmm(pattern, left.t().float(), right.float(), beta=0.0).values()
+    whole = left.t() @ right if whole is None else whole
+    return whole.reshape(-1).index_select(0, i)
+
+
+@cache
+def _can_sample(device: str) -> bool:
+    """Whether torch works out single entries of a product there (on the CPU it takes MKL to)."""
+    one = torch.ones(1, 1, device=device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that sparse CSR is in beta
+            return bool(torch.sparse.sampled_addmm(one.to_sparse_csr(), one, one, beta=0.0).values() == 1)
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def _linear(base: Any, pairs: list[Pair], x: Tensor) -> Tensor:

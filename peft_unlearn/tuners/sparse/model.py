@@ -8,7 +8,7 @@ from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import nearest
 from ..expert_lora.blocks import innermost
@@ -94,6 +94,8 @@ def resolve(config: SparseConfig, model: nn.Module) -> dict[str, dict[str, str]]
             )
         elif list(found.shape) != list(shape):
             wrong.append(f"{name} is {list(found.shape)} here, and the entries were chosen in {list(shape)}")
+        elif config.chosen is not None and not _rising(config.chosen.indices[name], found.numel()):
+            wrong.append(f"the positions chosen in {name} are not rising numbers below {found.numel()}")
         elif not found.is_floating_point():
             wrong.append(f"{name} is quantized ({found.dtype})")
         elif any(True for child in innermost(modules[path]).children() for _ in child.parameters()):
@@ -108,6 +110,10 @@ def resolve(config: SparseConfig, model: nn.Module) -> dict[str, dict[str, str]]
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         raise ValueError("sparse adapter: " + "; ".join(wrong[:8]) + more)
     return targets
+
+
+def _rising(i: Tensor, size: int) -> bool:
+    return i.dim() == 1 and int(i[0]) >= 0 and int(i[-1]) < size and not bool((i[1:] <= i[:-1]).any())
 
 
 def _occupied(module: Any) -> str | None:
