@@ -83,12 +83,23 @@ def compose(
     base: Base = None,
     no_probes: Annotated[bool, typer.Option("--no-probes", help="Do not load the base.")] = False,
     name: Annotated[str, typer.Option(help="Name of the result.")] = "",
+    learn: Annotated[bool, typer.Option("--learn", help="Learn the weights of forget vectors on --data: a new request.")] = False,
+    data: Data = None,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Add adapters with signs and weights: the result is one stock adapter."""
     from ..merging.compose import compose as run
     from ..merging.compose import parse_part
 
+    if learn or data is not None:
+        if not (learn and data is not None) or rank is not None or no_probes:
+            raise UserError("compose: --learn goes with --data, the request to learn on, and without --rank and --no-probes.")
+        from ..progress import bars
+        from ..training.coefficients import learn_sum
+
+        with bars() as progress:
+            learned = learn_sum(parts, data, out, base=base, name=name, progress=progress)
+        finish(learned, json)
     found = run([parse_part(p) for p in parts], out, rank=rank, base=base, probe=not no_probes, name=name)
     finish(found, json)
 

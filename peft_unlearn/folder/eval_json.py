@@ -26,7 +26,8 @@ SUITE = "suite"
 
 UNIT = frozenset((
     "accuracy", "choice_accuracy", "distinct_words", "empty_answer", "exact_memorization", "extraction_likelihood", "extraction_strength",
-    "forget_quality", "ks_distance", "mia_efficacy", "letter_accuracy", "letter_mass", "letter_probability", "mem_score", "memorization_accuracy",
+    "forget_quality", "ks_distance", "letter_accuracy", "letter_mass", "letter_probability", "mem_score", "memorization_accuracy",
+    "mia_efficacy",
     "mia_gradnorm", "mia_loss", "mia_min_k", "mia_min_k_plus_plus", "mia_reference", "mia_zlib", "model_utility", "overall_score",
     "paraphrase_probability", "priv_score", "probability", "probability_among_choices", "python_parses", "repetition", "rouge_l_f1",
     "rouge_l_recall", "suppression_depth", "truth_ratio", "truth_ratio_prob_mean", "unlearning_accuracy", "utility_score", "value_accuracy",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..folder.atomic import room_for
 from ..folder.base import load_base, load_tokenizer, peft_base_name, resolve_base
 from ..folder.digest import digest_checkpoint, targeted_names
 from ..folder.fetch import resolve_adapter
-from ..folder.manifest import Manifest, probes
+from ..folder.manifest import NEUTRAL_PROMPTS, Manifest, neutral_images, probes
 from ..folder.read import CONFIG, MANIFEST, AdapterFolder, read_adapter
 from ..folder.versions import versions
 from ..folder.write import check_destination, write_adapter
@@ -35,12 +35,14 @@ from ..stack.fits import check_base, check_tokenizer
 from ..stack.identity import identity_in
 from ..stack.removal import unload
 from ..tuners.delta import Deltas, is_sparse
+from ..tuners.peft_type import FORGET_VECTOR
 from ..tuners.sparse.delta import SparseDeltas
 from ..tuners.sparse.export import STOCK, Entries, linear_in
 from ..tuners.sparse.export import write as write_sparse
 from ..tuners.stock import write_stock
 from .layout import meta_model
 from .summed import Summed, summed
+from .vectors import is_vector, vector_sum
 
 Part = tuple[str | Path, float]
 
@@ -104,6 +106,7 @@ def compose(
     probe: bool = True,
     name: str = "",
     description: str = "",
+    learned: Mapping[str, Any] | None = None,
 ) -> Composition:
     """Write the sum of weight times adapter as a forget adapter of its own that plain PEFT loads at scale 1.
 
@@ -113,6 +116,7 @@ def compose(
         rank: cut every weight's sum to this rank; default the exact sum, whose rank is the sum of ranks.
         base: of the adapters, for the probes; default the one their manifests name.
         probe: False where the base cannot be had: the result then holds no probes.
+        learned: how the weights were found, where they were learned, and the data that they were learned on.
 
     Raises:
         UserError: an adapter that is not a plain sum, adapters of different bases, a sum that is zero, or something at
@@ -124,10 +128,11 @@ def compose(
     given = _collected(parts)
     check_destination(out, (folder.path for folder, _ in given))
     base_dir = _base_of(given, base, probe)
-    union = _union(given, rank, base_dir)
+    vector = vector_sum(given, rank)
+    union = None if vector is not None else _union(given, rank, base_dir)
     rows = (
         {}
-        if union is not None
+        if union is not None or vector is not None
         else summed([Deltas(f) for f, _ in given], [w * float(f.manifest.scale) for f, w in given])
     )
     errors = {} if rank is None else {weight: row.cut(rank) for weight, row in rows.items()}
@@ -140,10 +145,16 @@ def compose(
         "base": given[0][0].manifest.base.ref,
         "compose": {"parts": described, "rank": rank},
     }
+    if learned is not None:
+        recipe["compose"]["learned"] = {k: v for k, v in learned.items() if k != "data"}
     at = {n.removesuffix(".weight") for n in union} if union is not None else {
         r.like.weight if r.like.kind == "parameter" else r.like.module for r in rows.values()
     }  # fmt: skip
-    manifest = _manifest(given, recipe, sorted(at), errors)
+    manifest = _manifest(given, recipe, sorted(at or given[0][0].manifest.targets), errors)
+    if learned is not None:
+        manifest = replace(manifest, data=dict(learned["data"]))
+    if vector is not None:
+        manifest = replace(manifest, method={**manifest.method, "peft_type": FORGET_VECTOR})
     tokenizer = _tokenizer(given[0][0], base_dir)
 
     def write(stage: Path) -> dict[str, Tensor]:
@@ -152,15 +163,18 @@ def compose(
             return write_sparse(
                 stage, union, _linear(given, base_dir), 1.0, given[0][0].config.get("task_type"), *name
             )[0]
-        tensors, config = _stock(rows, given)
+        tensors, config = vector or _stock(rows, given)
         write_stock(stage, config, tensors, *name)
         return tensors
 
-    if probe and base_dir is not None and tokenizer is not None and not manifest.depends_on:
+    if probe and base_dir is not None and (tokenizer is not None or vector is not None) and not manifest.depends_on:
         with room_for(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as scratch:
             write(Path(scratch))
             manifest = _probed(manifest, Path(scratch), base_dir, tokenizer)
     folder = write_adapter(out, None, manifest, recipe, tokenizer=tokenizer, save=write)
+    if vector is not None:
+        size = sum(t.numel() for t in vector[0].values())
+        return Composition(folder, described, None, 1, {}, manifest.probes is not None, size)
     if union is not None:
         return Composition(
             folder, described, None, len(union), {}, manifest.probes is not None, sum(map(len, union.values()))
@@ -351,7 +365,8 @@ def _probed(manifest: Manifest, stage: Path, base_dir: Path, tokenizer: Any) -> 
         model = attach(base, {"default": folder}) if is_sparse(folder) else load_by_peft(base, "default", stage)
     except ValueError as e:
         raise RuntimeError(f"PEFT does not load what was composed: {e}") from None
-    found = probes(model.eval(), tokenizer)
+    shape = folder.config.get("shape") if is_vector(folder) else None
+    found = probes(model.eval(), tokenizer, neutral_images(*shape) if shape else NEUTRAL_PROMPTS)
     modules = targeted_names(attach(unload(model), {"default": folder}))  # the names that a check will ask for
     try:
         targeted = digest_checkpoint(base_dir, modules)
