@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..data.advice import advice
 from ..data.collate import IGNORE, share_of
 from ..folder.base import load_tokenizer, on_meta
 from ..gradients.vector import Space
@@ -38,6 +39,7 @@ class Plan(Result):
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    notes: list[str]  # on the data, see `data.advice`
     samples: dict[str, str]  # the first row of each set as the model reads it, its targets between double brackets
     host_copy_bytes: int = 0  # smoothing in space base: the weights under adapters, saved once in host memory
 
@@ -45,6 +47,9 @@ class Plan(Result):
     def total_bytes(self) -> int:
         device = self.base_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
         return device + self.activation_bytes + self.host_copy_bytes
+
+    def remarks(self) -> list[str]:
+        return self.notes
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "total_bytes": self.total_bytes}
@@ -97,6 +102,7 @@ def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = 
         gradient_bytes=4 * trainable * (len({t.gradient for t in c.term_list}) + 1),
         optimizer_bytes=8 * trainable,
         activation_bytes=width * in_batch * activation_floats(model.config, c.activation_checkpointing),
+        notes=advice(run.data),
         samples={s: _marked(r[0], tokenizer) for s, r in rows.items()},
         host_copy_bytes=width * sum(p.numel() for p in under),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..attribution.experts import attribute
 from ..attribution.selection import SelectionOverlap
+from ..data.advice import advice
 from ..data.formats import to_text
 from ..errors import Interrupted
 from ..evaluation.generate import other_answers
@@ -78,7 +79,7 @@ def train(
     shift = _watch_selection(run, trainer)
     first = trainer.is_world_process_zero()
     if first:
-        progress(trainer.describe())
+        progress("\n".join([*(f"note: {line}" for line in advice(run.data)), trainer.describe()]))
     trainer.add_callback(stop := StopOnSignal())
     with room_for(Path(out)), stoppable(stop):
         trainer.train(resume_from_checkpoint=resume or None)
