@@ -56,7 +56,7 @@ class Selecting:
     def adapter(self, chosen: Selection) -> SparseConfig:
         """The config of the adapter that trains these entries; with a refresh, of one on all entries that could be chosen."""
         if self.refresh != NEVER:
-            every = {n: torch.arange(torch.Size(s).numel()) for n, s in chosen.shapes.items()}
+            every = {n: torch.arange(torch.Size(s).numel(), device="cpu") for n, s in chosen.shapes.items()}
             chosen = replace(chosen, indices=every)
         return SparseConfig(selection=chosen, scale=self.scale, task_type="CAUSAL_LM")  # type: ignore[arg-type]
 
@@ -65,8 +65,11 @@ class Selecting:
         if self.file is not None:
             return self.adapter(Selection.load(self.file))
         shapes = {n: tuple(p.shape) for n, p in eligible(base, self.target_modules).items()}
-        counts = {n: max(1, int(self.ratio * torch.Size(s).numel())) for n, s in shapes.items()}
-        return self.adapter(Selection({n: torch.arange(k) for n, k in counts.items()}, shapes))
+        sizes = {n: torch.Size(s).numel() for n, s in shapes.items()}
+        counts = {n: max(1, int(self.ratio * size)) for n, size in sizes.items()}
+        if self.budget == "global" and (more := int(self.ratio * sum(sizes.values()) + 1e-9) - sum(counts.values())) > 0:
+            counts[max(sizes, key=lambda n: sizes[n])] += more  # each share was rounded down, and all together only once
+        return self.adapter(Selection({n: torch.arange(k, device="cpu") for n, k in counts.items()}, shapes))
 
     def choose(
         self,
@@ -131,6 +134,8 @@ def _check(found: Selecting, errors: Errors) -> None:
             return
         for wrong in method.check(found.hyper or {}):
             errors.add(f"selection: {wrong}")
+        if found.file is not None and found.refresh == NEVER:
+            errors.add("selection: a file and a method are two selections; name one (with a refresh the file is the first of them)")
         if not 0 < found.ratio <= 1:
             errors.add(f"selection.ratio {found.ratio!r} must lie in (0, 1]: the share of the entries that may move")
     elif found.file is None or found.refresh != NEVER:
@@ -156,6 +161,11 @@ def chosen(
     if (resume or hashed) and kept.is_file():
         found = Selection.load(kept)
         found.check_origin(base.digest, data)
+        if spec.method and (odd := [k for k in ("method", "ratio", "budget") if found.about.get(k) != getattr(spec, k)]):
+            raise UserError(
+                f"{kept} is the selection that the run began with, and its {', '.join(odd)} is not what the recipe says now; resume with "
+                "the recipe it was started with, or start anew with another output folder"
+            )
     elif hashed:
         raise UserError("this recipe knows its selection by a hash alone: give the file, --set selection.file=PATH")
     elif spec.file is not None:
