@@ -191,21 +191,21 @@ def run(
         check_place(stage.out / name)
     stage.out.mkdir(parents=True, exist_ok=True)
     adapter = stage.out / ADAPTER
-    with _hushed(), _one_thread():
+    with hushed(), one_thread():
         from ..folder.recipe import dump_recipe, load_recipe
 
         chosen = dict(recipe) if recipe is not None else load_recipe(embedded.asset("recipes", script.recipe))
         chosen["seed"] = seed
         curve = _trained(script, stage, chosen)
         with stage.chapter("evaluate", f"judging base, adapter and the retain model, which never saw {script.unseen}"):
-            judged = _evaluate(adapter, n)
+            judged = judged_by_suite(adapter, n)
         report, samples = judged.to_dict(), pick_samples(judged, script.kinds)
         prompts = [s["prompt"] for s in samples]
         with stage.chapter("elsewhere", "loading the folder with plain PEFT in a process that has no peft_unlearn"):
             elsewhere = _elsewhere(stage, adapter, prompts)
         script.after(stage, prompts)
         with stage.chapter("remove", "taking the adapter off and comparing what is left with the base's files"):
-            removal = _remove(stage, adapter)
+            removal = removed(stage, adapter)
         ends = {s: _point(report, s, script.watched) for s in ("base", "retain_only", "adapter")}
         png = pictures.story(curve, ends, script.labels)
         write_file(stage.out / PICTURE, png)
@@ -219,7 +219,7 @@ def run(
         caption=CAPTION.format((chosen.get("eval") or {}).get("n") or "some"),
         summary=[*script.summary(report, missed), "", f"Look at {stage.out / PAGE}; the adapter is {adapter}"],
     )  # fmt: skip
-    _write_page(stage.out / PAGE, story)
+    write_page(stage.out / PAGE, story)
     say(f"[{stage.seconds['total']:5.1f} s] done: {stage.out / PAGE}")
     return story
 
@@ -260,7 +260,7 @@ def _watch(retain: str) -> Any:
     return Watch()
 
 
-def _evaluate(adapter: Path, n: int | None) -> Any:
+def judged_by_suite(adapter: Path, n: int | None) -> Any:
     from ..evaluation.evaluate import evaluate
     from ..progress import bars
 
@@ -308,7 +308,7 @@ def _elsewhere(stage: Stage, adapter: Path, prompts: list[str]) -> dict[str, Any
     return {"peft": there["peft"], "max_logit_difference": gap, "prompts": len(prompts)}
 
 
-def _remove(stage: Stage, adapter: Path) -> Any:
+def removed(stage: Stage, adapter: Path) -> Any:
     from ..stack.model import remove
 
     found = remove(adapter)
@@ -322,7 +322,7 @@ def _point(report: Mapping[str, Any], subject: str, retain: str) -> dict[str, fl
     return {r: float(values.get(f"{s}/{METRIC}") or 0.0) for r, s in (("forget", "forget"), ("retain", retain))}
 
 
-def _write_page(path: Path, story: Story) -> None:
+def write_page(path: Path, story: Story) -> None:
     write_file(path, to_html(story.title, story.parts(), tab="peft-unlearn demo"))
 
 
@@ -334,7 +334,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One thread is as fast as several for a model this small, and gives the same numbers whatever the number of cores."""
     import torch
 
@@ -347,7 +347,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """No bars and warnings of libraries between ours; everything as before afterwards."""
     from transformers.utils import logging as shown
 
