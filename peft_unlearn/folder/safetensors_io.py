@@ -70,6 +70,14 @@ class TensorEntry:
         return flat.reshape(self.shape)
 
 
+def ordered(raw: bytes) -> bytes:
+    """The bytes of a file with its header's keys in order: safetensors writes several texts of ``__metadata__`` in any order."""
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.dumps(json.loads(raw[8:end]), separators=(",", ":"), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + raw[end:]
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in pairs:

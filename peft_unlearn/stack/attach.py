@@ -19,13 +19,13 @@ import torch
 
 from ..errors import UserError
 from ..folder.digest import adapter_modules
-from ..folder.read import CONFIG, WEIGHTS, AdapterFolder, read_json
+from ..folder.read import CONFIG, WEIGHTS, AdapterFolder
+from ..tuners.delta import is_sparse
 from ..tuners.names import belongs, scalings
 from ..tuners.peft_type import FORGET_VECTOR, PEFT_TYPE, SPARSE_TYPE
 from ..tuners.registration import register
 
 _SUMS = ("LORA", PEFT_TYPE, SPARSE_TYPE, FORGET_VECTOR)
-_SPARSE = ("SHIRA", "SUPERTUNING")  # stock types that are the sparse adapter's own form under another name
 
 
 def attach(base: Any, folders: Mapping[str, AdapterFolder]) -> Any:
@@ -41,8 +41,7 @@ def attach(base: Any, folders: Mapping[str, AdapterFolder]) -> Any:
         compact = folder.compact
         where = compact or folder.path
         try:
-            _check_positions(where, folder)
-            converted = None if where is compact else _converted(model, name, folder)
+            converted = None if where is compact and not is_sparse(folder) else _converted(model, name, folder)
             model = converted or load_by_peft(model, name, where)
         except (UserError, MemoryError):
             raise
@@ -92,13 +91,16 @@ def _converted(model: Any, name: str, folder: AdapterFolder) -> Any:
             from ..tuners.expert_lora.export import fill, read_stock
 
             config, values = read_stock(folder, model)
-        elif folder.config["peft_type"] in _SPARSE:
-            from ..tuners.sparse.export import fill, read_sparse
+        elif is_sparse(folder):
+            from ..tuners.sparse.delta import read_sparse
+            from ..tuners.sparse.export import fill
 
             config, values = read_sparse(folder, model)
         else:
             return None
     except UserError:
+        if folder.compact is not None or folder.config["peft_type"] == SPARSE_TYPE:
+            raise
         return None
     config.inference_mode = True
     if isinstance(model, PeftModel):
@@ -195,15 +197,6 @@ def check_reloads(where: Path, base: Any) -> None:
             f"nothing was written: plain PEFT would not load this adapter as it was trained ({_brief(e)}). It renames the tensors "
             f"of {getattr(base.config, 'model_type', 'this family')} while loading. Adapt other modules, e.g. attention alone"
         ) from None
-
-
-def _check_positions(where: Path, folder: AdapterFolder) -> None:
-    """Refuse a sparse adapter whose positions lie outside its parameters, or whose file and configuration differ."""
-    config = folder.config if where == folder.path else read_json(where / CONFIG)
-    if config.get("peft_type") == SPARSE_TYPE:
-        from ..tuners.sparse.export import read_entries
-
-        read_entries(where, config)
 
 
 def _check_compact(model: Any, name: str, folder: AdapterFolder) -> None:

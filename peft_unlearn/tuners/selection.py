@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from ..folder.atomic import write_bytes
+from ..folder.safetensors_io import ordered
 
 FORMAT = "peft_unlearn.selection/1"
 
@@ -66,7 +67,9 @@ class Selection:
         fits = {n: torch.Size(s).numel() < 2**31 for n, s in self.shapes.items()}
         tensors = {n: i.to(torch.int32 if fits[n] else torch.int64).contiguous() for n, i in self.indices.items()}
         header = {"shapes": {n: list(s) for n, s in self.shapes.items()}, "about": dict(self.about)}
-        write_bytes(Path(path), save(tensors, {"format": FORMAT, "selection": json.dumps(header, sort_keys=True)}))
+        write_bytes(
+            Path(path), ordered(save(tensors, {"format": FORMAT, "selection": json.dumps(header, sort_keys=True)}))
+        )
         return Path(path)
 
     @staticmethod

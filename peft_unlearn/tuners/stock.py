@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..folder.read import CONFIG, WEIGHTS
+from ..folder.safetensors_io import ordered
 
 COMPACT = "expert_lora"  # subfolder with the compact form of an expert adapter, beside its stock form
 SPARSE_COMPACT = "sparse"  # and of a sparse adapter
@@ -32,7 +33,9 @@ def write_stock(
         metadata: further texts in the header of the tensors' file.
         more: further keys of the configuration.
     """
-    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt", **(metadata or {})})
+    (folder / WEIGHTS).write_bytes(
+        ordered(save(tensors, {"format": "pt", **metadata})) if metadata else save(tensors, {"format": "pt"})
+    )
     values = {**config.to_dict(), "inference_mode": True, "base_model_name_or_path": base_name, "revision": revision}
     values |= more or {}
     values = {

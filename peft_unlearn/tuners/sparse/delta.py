@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...folder.digest import base_tensors
 from ...folder.read import CONFIG, AdapterFolder, read_json
-from .export import Entries, read_entries
+from .config import SparseConfig
+from .export import Entries, compact, read_entries
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class SparseDeltas:
         self.folder = folder
         place = folder.compact or folder.path
         config = read_json(place / CONFIG) if folder.compact else folder.config
-        known = None if model is None else dict(model.named_parameters(remove_duplicate=False))
+        known = None if model is None else base_tensors(model)
 
         def shape(name: str) -> tuple[int, ...]:
             if known is None or name not in known:
@@ -73,3 +75,14 @@ class SparseDeltas:
         if not self.adapted[weight].fused:
             return [0]
         return torch.unique(e.positions // torch.Size(e.shape[1:]).numel()).tolist()
+
+
+def read_sparse(folder: AdapterFolder, base: nn.Module) -> tuple[SparseConfig, dict[str, Entries]]:
+    """An adapter, ours or stock, for `base` (which may carry others): its config, and its values for `export.fill`.
+
+    Raises:
+        UserError: it is no sparse adapter, or does not fit `base`.
+    """
+    found = SparseDeltas(folder, base)
+    config, _ = compact(found.entries, found.scale, folder.config.get("task_type"))
+    return config, found.entries

@@ -23,8 +23,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...folder.digest import base_tensors, name_in_base
-from ...folder.read import CONFIG, TOGETHER, WEIGHTS, AdapterFolder, read_json
+from ...folder.digest import name_in_base
+from ...folder.read import CONFIG, TOGETHER, WEIGHTS, read_json
 from ...folder.safetensors_io import read_header
 from ..expert_lora.blocks import innermost
 from ..peft_type import SPARSE_TYPE
@@ -313,26 +313,8 @@ def _from_compact(folder: Path, config: Mapping[str, Any]) -> dict[str, Entries]
     return dict(sorted(out.items()))
 
 
-def read_sparse(folder: AdapterFolder, base: nn.Module) -> tuple[SparseConfig, dict[str, Entries]]:
-    """The sparse form of a stock adapter on `base` (which may carry adapters): its config, and its values for `fill`.
-
-    Raises:
-        UserError: as `read_entries`; or it does not fit `base`.
-    """
-    inner: Any = getattr(base, "get_base_model", lambda: base)()
-    tensors = base_tensors(inner)
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise UserError(f"{folder.path}: it adapts {name}, and there is no such weight in the base")
-        return tuple(tensors[name].shape)
-
-    entries, scale = read_entries(folder.path, folder.config, shape)
-    return compact(entries, scale, folder.config.get("task_type"))[0], entries
-
-
 @torch.no_grad()
 def fill(model: nn.Module, adapter: str, entries: Mapping[str, Entries]) -> None:
-    """Set the values of an adapter that was put on with the config of `read_sparse`."""
+    """Set the values of an adapter that was put on with the config of `delta.read_sparse`."""
     for path, layer in layers_of(model, adapter).items():
         layer.values(adapter).copy_(torch.cat([entries[f"{path}.{leaf}"].values for leaf in layer.counts[adapter]]))
