@@ -148,7 +148,7 @@ def test_one_folder_through_every_command(made: Path, base: Path, tmp_path: Path
 
 
 def test_scales_and_sums(made: Path, base: Path, tmp_path: Path) -> None:
-    copy, other = tmp_path / "half", tmp_path / "other"
+    copy, other = tmp_path / "weaker", tmp_path / "other"
     shutil.copytree(made, copy)
     set_scale(copy, 0.5)
     half = ForgetModel.from_pretrained(str(base), copy)
