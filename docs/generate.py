@@ -34,12 +34,18 @@ KINDS = {
     "smoothing": ("Smoothings", "What is done to the gradient named forget before the rule sees it."),
     "averaging": ("Averagings", "What replaces the last iterate."),
     "step_size": ("Automatic step sizes", "What sets the learning rate."),
+    "selection": (
+        "Selections",
+        "Which weights a sparse adapter trains, or which structures of a LoRA: [what was measured](../selection.md).",
+    ),
 }
 RESERVED = {
     "objective": "In a recipe every objective also takes `weight` (1) and `batch`, the set it reads (default: the one its "
     "gradient is named after).",
     "rule": "In a recipe every rule also takes `scope`: `global` (default), `layer` or `tensor`, what it sees as one vector.",
     "smoothing": "In a recipe every smoothing also takes `space`: {spaces}.",
+    "selection": "What a recipe says beside them (`ratio`, `budget`, `unit`, `refresh`, ..): "
+    "[in a recipe](../selection.md#in-a-recipe).",
 }
 EXAMPLE = {
     "base": "embedded:people",
@@ -133,6 +139,8 @@ def uses(recipe: Mapping[str, Any]) -> dict[str, str]:
         if spec is not None:
             name = spec if isinstance(spec, str) else next(iter(spec))
             out[f"{kind}/{registry.get(kind, name).name}"] = kind
+    if name := (recipe.get("selection") or {}).get("method"):
+        out[f"selection/{registry.get('selection', name).name}"] = "selection"
     return out
 
 
@@ -281,6 +289,8 @@ def bare_page(m: Any, shared: Mapping[str, str]) -> str:
     values = {p.name: "..." if p.required else p.default for p in m.params.values()}
     named = f"{m.name}: {flow(values)}"
     named = f"terms:\n  forget: {{{named}}}" if m.kind == "objective" else f"{m.kind}: {{{named}}}"
+    if m.kind == "selection":
+        named = f"adapter: {{type: sparse}}\nselection: {flow({'method': m.name, 'ratio': 0.005, **values})}"
     doc = (inspect.getdoc(m.fn) or "").replace("``", "`")
     out = [*head(m), f"{doc}\n", *hyper(m, {}, shared), "## Our form\n", f"{m.faithful.capitalize()}.\n"]
     return "\n".join(
@@ -340,7 +350,8 @@ def overview(ms: list[Any], have: dict[str, Any], found: dict[str, Any]) -> str:
             "|---|---|---|---|---|",
         ]
         for m in (m for m in ms if m.kind == kind):
-            needs = ", ".join(f"`{x}`" for x in m.needs or m.extra.get("requires", ())) or "–"
+            fed = m.inputs if m.kind == "selection" else ()
+            needs = ", ".join(f"`{x}`" for x in m.needs or m.extra.get("requires", ()) or fed) or "–"
             says_it = re.split(r"(?<=[.;])\s", plain(m.summary))[0].rstrip(".;").replace("|", "\\|")
             out.append(
                 f"| [{m.name}]({m.name}.md) | {says_it} | {needs} | {m.faithful} | [{m.source.year}]({m.source.url}) |"
