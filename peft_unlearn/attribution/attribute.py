@@ -24,7 +24,7 @@ from ..reporting.selection import selection_picture, selection_text
 from ..reporting.text import json_text
 from ..tuners.linear import ALL_LINEAR
 from ..tuners.selection import Selection
-from .weights import select
+from .weights import check, select
 
 NAME = "selection"
 
@@ -97,14 +97,14 @@ def hyper_of(sets: Sequence[str]) -> dict[str, Any]:
 
 
 def attribute(
-    base: str, data: str, *, method: str, ratio: float, hyper: Mapping[str, Any] | None = None, budget: str = "global",
+    base: str, data: str, *, method: str, ratio: float, hyper: Mapping[str, Any] | None = None, budget: str = "global", unit: str = "entry",
     target_modules: str | Sequence[str] = ALL_LINEAR, forget: str | None = None, n: int | None = None, seed: int = 0,
     dtype: str = "auto", accumulators: str = "float32", on_cpu: bool = False, progress: Progress | None = None,
 ) -> Attribution:  # fmt: skip
     """The weights of a base that a method would let move, given a bundle; both by name. Writes nothing.
 
     Args:
-        ratio, hyper, budget, target_modules, forget, seed: see `weights.select`.
+        ratio, hyper, budget, unit, target_modules, forget, seed: see `weights.select`.
         n: at most so many rows of each set, evenly spaced.
         dtype: the base is computed in it; auto: its own where this machine is fast in it.
         accumulators: dtype of the summed gradients, float32 or bfloat16. on_cpu: they lie in host memory.
@@ -114,6 +114,7 @@ def attribute(
     """
     if accumulators not in ("float32", "bfloat16"):
         raise UserError(f"accumulators {accumulators!r}: expected float32 or bfloat16")
+    check(method, hyper or {}, ratio, budget, unit)
     bundle, path = load_data(None, data), resolve_base(base)
     model, tokenizer = load_base(path, dtype_of(dtype, path)), load_tokenizer(path)
     if torch.accelerator.is_available():
@@ -122,7 +123,7 @@ def attribute(
     rows = {name: r if n is None or n >= len(r) else [r[i * len(r) // n] for i in range(n)] for name, r in rows.items()}
     reference = base_reference(base, path, digest_checkpoint(path))
     found = select(
-        model, rows, method=method, ratio=ratio, hyper=hyper, target_modules=target_modules, budget=budget, forget=forget,  # type: ignore[arg-type]
+        model, rows, method=method, ratio=ratio, hyper=hyper, target_modules=target_modules, budget=budget, unit=unit, forget=forget,  # type: ignore[arg-type]
         pad_id=padding_id(tokenizer), seed=seed, accumulators=getattr(torch, accumulators), device="cpu" if on_cpu else None,
         about=origin(reference.ref, reference.digest, bundle.sha256), progress=progress,
     )  # fmt: skip

@@ -170,8 +170,7 @@ def select(
     Raises:
         UserError: no such method, a ratio outside (0, 1] or one that chooses nothing, a set that the method reads is absent.
     """
-    chosen = registry.get("selection", method)
-    _check(chosen, hyper or {}, ratio, budget, unit)
+    chosen = check(method, hyper or {}, ratio, budget, unit)
     values = chosen.resolve(hyper or {})
     params = eligible(model, target_modules) if space == "base" else adapter_weights(model, chosen.name != "random")
     needed = needed_by(chosen)
@@ -207,7 +206,9 @@ def select(
     return out
 
 
-def _check(method: Method, hyper: Mapping[str, Any], ratio: float, budget: str, unit: str) -> None:
+def check(name: str, hyper: Mapping[str, Any], ratio: float, budget: str, unit: str) -> Method:
+    """The method of that name, if it and the rest of what `select` takes are right; else everything wrong with them at once."""
+    method = registry.get("selection", name)
     wrong = method.check(hyper)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
         wrong.append(f"ratio {ratio!r} must lie in (0, 1]: the share of the entries that may move")
@@ -217,6 +218,7 @@ def _check(method: Method, hyper: Mapping[str, Any], ratio: float, budget: str, 
         wrong.append(f"unit {unit!r} is not one of {', '.join(get_args(Unit))}")
     if wrong:
         raise UserError("selection: " + "; ".join(wrong))
+    return method
 
 
 def _terms(what: str, method: Method, forget: Sequence[Term] | str | None) -> list[Term]:

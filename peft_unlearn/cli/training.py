@@ -148,6 +148,7 @@ def attribute(
     ratio: Annotated[float, typer.Option(help="Share of the weights that may move, above 0 and at most 1.")] = 0.005,
     out: Annotated[str, typer.Option("--out", help="Folder for selection.safetensors, .json and .png.")] = "selection",
     budget: Annotated[str, typer.Option(help="The share of all weights together: global, or of each: module.")] = "global",
+    unit: Annotated[str, typer.Option(help="What stands or falls together: entry, row, column, module.")] = "entry",
     targets: Annotated[list[str] | None, typer.Option("--target", help="Modules or expert weights by name; repeat it.")] = None,
     objective: Annotated[str | None, typer.Option("--forget", help="Objective of the forget gradient; default the method's.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=C", help="Set a hyper-parameter.")] = None,
@@ -165,7 +166,7 @@ def attribute(
     job.check_out(out)
     with bars() as progress:
         found = job.attribute(
-            base, data, method=method, ratio=ratio, hyper=job.hyper_of(sets or []), budget=budget,
+            base, data, method=method, ratio=ratio, hyper=job.hyper_of(sets or []), budget=budget, unit=unit,
             target_modules=targets or "all-linear", forget=objective, n=n, seed=seed, dtype=dtype, accumulators=accumulators,
             on_cpu=on_cpu, progress=progress,
         )  # fmt: skip

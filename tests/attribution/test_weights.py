@@ -134,6 +134,21 @@ def test_a_loss_against_the_base_is_differentiated_at_the_base(model: Any, data:
         select(model, data, method="gradient", ratio=0.05, forget="neg_kl")
 
 
+def test_one_gradient_lives_at_a_time(model: Any, data: Any) -> None:
+    params, nll = eligible(model), registry.get("objective", "nll")
+    live = []
+
+    def look(p: Any) -> None:  # before ours, which takes the gradient away
+        live.append(sum(q.grad is not None for q in model.parameters()))
+
+    handles = [p.register_post_accumulate_grad_hook(look) for p in params.values()]
+    with scored(model, params):
+        gradients(model, params, data["forget"], Term("g", "forget", nll), size=2)
+    for handle in handles:
+        handle.remove()
+    assert live == [1] * 14 * 3
+
+
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
