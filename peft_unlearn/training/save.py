@@ -168,6 +168,10 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
     options = {"anchor": config.anchor, "per_anchor": config.per_anchor, "on_overflow": config.on_overflow}
     template, args = parse_template(trainer.data.template)
     options |= {k: v for k, v in {"template": template, "template_args": args}.items() if v and v != "qa"}
+    chosen = getattr(getattr(adapter, "chosen", None), "about", {})
+    selection = {k: chosen[k] for k in ("method", "ratio", "budget", "unit", "refresh") if k in chosen} | dict(
+        chosen.get("hyper", {})
+    )
     refs = {
         n: about.get("ref") or f"sha256:{about['sha256']}" for n, about in trainer.data.describe(config.sets).items()
     }
@@ -178,6 +182,7 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
         "reference": config.reference,
         "terms": config.terms,
         **methods,
+        **({"selection": selection} if selection else {}),
         "train": train,
         "seed": config.seed,
     }
@@ -208,7 +213,7 @@ def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str
     return {
         "terms": terms,
         **{kind: {m[0].name: {**m[1], **more}} if m else None for kind, (m, more) in parts.items()},
-        "selection": _selection(adapter),
+        "selection": _selection(trainer.bare, trainer.trained_adapter),
         "peft_type": getattr(adapter.peft_type, "value", str(adapter.peft_type)),
         "negate": (recipe.get("adapter") or {}).get("negate"),
         **({"stack": [{"id": r["adapter"], "scale": r["scale"]} for r in rows]} if (rows := _rows(recipe)) else {}),
@@ -224,12 +229,17 @@ def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str
     }
 
 
-def _selection(adapter: Any) -> dict[str, Any] | None:
-    """How a sparse adapter's entries were chosen; None for other adapters."""
+def _selection(model: Any, name: str) -> dict[str, Any] | None:
+    """How a sparse adapter's entries were chosen, and what its stock form stores of zeros; None for other adapters."""
+    adapter = model.peft_config[name]
     chosen = getattr(adapter, "chosen", None)
     if chosen is None:
         return None
-    return {"refresh": "never", **chosen.about, "entries": chosen.count, "density": chosen.density}
+    from ..tuners.sparse.export import entries_of, linear_in, stock_form
+
+    form = stock_form(entries_of(model, name), linear_in(model), adapter.scale)
+    stock = form if isinstance(form, str) else {"parts": len(form.parts), "padding": round(form.padding, 2)}
+    return {"refresh": "never", **chosen.about, "entries": chosen.count, "density": chosen.density, "stock": stock}
 
 
 def _rows(recipe: dict[str, Any]) -> list[dict[str, Any]]:

@@ -99,7 +99,17 @@ def train(
                 callback.on_selection(shift.history)
     if run.negate is not None:
         negate(trainer.bare, run.negate, trainer.trained_adapter)
-    return save_adapter(trainer, out, base=run.base, recipe=run.recipe, depends_on=below.ids)
+    folder = save_adapter(trainer, out, base=run.base, recipe=run.recipe, depends_on=below.ids)
+    if stock := (folder.manifest.method.get("selection") or {}).get("stock"):
+        progress(f"saved: {_stock(stock)}")
+    return folder
+
+
+def _stock(found: Any) -> str:
+    """What a sparse adapter's manifest says of its stock form, in words."""
+    if isinstance(found, str):
+        return f"in the compact form alone, which needs peft_unlearn to be loaded ({found})"
+    return f"as stock SHiRA in {found['parts']} parts, {found['padding']:g} times the entries with zeros, and in the compact form"
 
 
 def adapted_model(run: Run, below: Below, progress: Progress, resume: bool) -> tuple[Any, Any]:
