@@ -5,6 +5,7 @@ A page gets what its text says is there already (`BEFORE`) and fewer steps (`SHO
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,24 @@ def a_trainer(folder: Path) -> Names:
     return {"trainer": UnlearnTrainer(tiny.lora(tiny.llama()), args, data=data, processing_class=tiny.tokenizer())}
 
 
+def a_sparse_adapter(folder: Path) -> Names:
+    """`base`, and the folder W of a sparse adapter in several parts for it."""
+    from peft_unlearn import train
+
+    tiny.llama().save_pretrained(folder / "base")
+    tiny.tokenizer().save_pretrained(folder / "base")
+    for name, seed in (("forget", 1), ("retain", 2)):
+        rows = "\n".join(json.dumps(r) for r in tiny.rows(4, name[0], seed))
+        (folder / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    recipe = {
+        "base": str(folder / "base"), "data": {n: str(folder / f"{n}.jsonl") for n in ("forget", "retain")},
+        "adapter": {"type": "sparse"}, "selection": {"method": "random", "ratio": 0.06},
+        "terms": {"forget": {"npo": {}}, "retain": {"nll": {}}}, "train": {"max_steps": 1, "use_cpu": True},
+    }  # fmt: skip
+    train(recipe, folder / "W", progress=lambda _: None)
+    return {"base": tiny.llama()}
+
+
 def adapters(**named: str) -> Callable[[Path], Names]:
     """out/NAME holds the published adapter."""
 
@@ -58,6 +77,7 @@ def the_recipe(folder: Path) -> Names:
 
 BEFORE: dict[str, Callable[[Path], Names]] = {
     "docs/effect.md": a_trainer,
+    "docs/selection.md": a_sparse_adapter,
     "docs/stack.md": adapters(anna="simnpo", bob="gru"),
     "docs/tutorials/first-adapter.md": adapters(simnpo="simnpo"),
     "docs/quickstart.md": the_recipe,
@@ -103,6 +123,8 @@ def test_replacements_have_something_to_replace() -> None:
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_our_methods: None) -> None:
     monkeypatch.chdir(tmp_path)
     names = run(page, tmp_path)
+    if page == "docs/selection.md":
+        assert len(names["parts"]) > 0 and names["model"].base_model.active_adapters == ["default", *names["parts"]]
     if page == "README.md":
         from peft_unlearn.folder.read import read_adapter
 

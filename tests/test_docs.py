@@ -250,7 +250,7 @@ def test_python_in_the_text_names_what_there_is(page: Path, i: int) -> None:
 # --- names in back-ticks ----------------------------------------------------------------------------------------------
 
 ELSEWHERES = {"docs/export.md"}  # names files of other projects, and says of which
-NO_FOLDERS = {"out", "OUT", "expert_lora"}  # of a user, or of an adapter
+NO_FOLDERS = {"sparse", "out", "OUT", "expert_lora"}  # of a user, or of an adapter
 
 
 def resolves(dotted: str) -> bool:
