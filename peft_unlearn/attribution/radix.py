@@ -29,12 +29,13 @@ class Threshold(NamedTuple):
 
 
 def keys(scores: Tensor) -> Tensor:
-    """float32 scores as int64 in [0, 2**32) of the same order, flat; -0.0 counts as 0.0. The scores must not be NaN."""
-    bits = (scores.detach().float() + 0.0).reshape(-1).view(torch.int32).to(torch.int64)
-    return torch.where(bits < 0, -1 - bits, bits + (1 << 31))
+    """float32 scores as int32 of the same order, flat; -0.0 counts as 0.0. The scores must not be NaN."""
+    bits = (scores.detach().float() + 0.0).reshape(-1).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 _NEVER = int(keys(torch.tensor([-torch.inf]))[0])
+_NONE = (1 << 31) - 1  # the key of no number
 
 
 def _pieces(parts: Parts) -> Iterator[Tensor]:
@@ -43,25 +44,31 @@ def _pieces(parts: Parts) -> Iterator[Tensor]:
         yield from map(keys, scores.reshape(-1).split(_PIECE))
 
 
+def _counted(uppers: Iterable[Tensor], shift: int) -> Tensor:
+    """How many keys fall into each of 2**16 bins."""
+    out = torch.zeros(_HALF, dtype=torch.int64)
+    for found in uppers:
+        out += torch.bincount(found + shift, minlength=_HALF).cpu()
+    return out
+
+
 def threshold(parts: Parts, wanted: int | Callable[[int], int]) -> Threshold:
     """Where to cut so that exactly the k largest scores remain, ties in favor of the earlier.
 
     wanted: k, or a function that gives it for the number of scores. A score of -inf is never taken; fewer remain where too few others
     are there.
     """
-    high = torch.zeros(_HALF, dtype=torch.int64)
-    never = 0
-    for found in _pieces(parts):
-        never += int((found == _NEVER).sum())
-        high += torch.bincount(found >> 16, minlength=_HALF).cpu()
+    high = _counted((found >> 16 for found in _pieces(parts)), _HALF // 2)
     n = int(high.sum())
-    k = min(wanted(n) if callable(wanted) else wanted, n - never)
+    k = wanted(n) if callable(wanted) else wanted
+    if high[(_NEVER >> 16) + _HALF // 2]:
+        k = min(k, sum(int((found != _NEVER).sum()) for found in _pieces(parts)))
+    k = min(k, n)
     if k <= 0:
-        return Threshold(1 << 32, 0, 0)
+        return Threshold(_NONE, 0, 0)
     upper, above = _cut(high, k)
-    low = torch.zeros(_HALF, dtype=torch.int64)
-    for found in _pieces(parts):
-        low += torch.bincount(found[found >> 16 == upper] & (_HALF - 1), minlength=_HALF).cpu()
+    upper -= _HALF // 2
+    low = _counted((found[found >> 16 == upper] & (_HALF - 1) for found in _pieces(parts)), 0)
     at, more = _cut(low, k - above)
     return Threshold((upper << 16) | at, k - above - more, k)
 
