@@ -168,7 +168,7 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
     options = {"anchor": config.anchor, "per_anchor": config.per_anchor, "on_overflow": config.on_overflow}
     template, args = parse_template(trainer.data.template)
     options |= {k: v for k, v in {"template": template, "template_args": args}.items() if v and v != "qa"}
-    chosen = getattr(getattr(adapter, "chosen", None), "about", {})
+    chosen = dict(getattr(getattr(adapter, "chosen", None), "about", {}))
     selection = {k: chosen[k] for k in ("method", "ratio", "budget", "unit", "refresh") if k in chosen} | dict(
         chosen.get("hyper", {})
     )
@@ -232,11 +232,11 @@ def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str
 def _selection(model: Any, name: str) -> dict[str, Any] | None:
     """How a sparse adapter's entries were chosen, and what its stock form stores of zeros; None for other adapters."""
     adapter = model.peft_config[name]
-    chosen = getattr(adapter, "chosen", None)
-    if chosen is None:
+    if str(getattr(adapter.peft_type, "value", "")) != SPARSE_TYPE or adapter.chosen is None:
         return None
     from ..tuners.sparse.export import entries_of, linear_in, stock_form
 
+    chosen = adapter.chosen
     form = stock_form(entries_of(model, name), linear_in(model), adapter.scale)
     stock = form if isinstance(form, str) else {"parts": len(form.parts), "padding": round(form.padding, 2)}
     return {"refresh": "never", **chosen.about, "entries": chosen.count, "density": chosen.density, "stock": stock}
