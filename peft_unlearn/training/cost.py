@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..data.advice import advice
 from ..data.collate import IGNORE, share_of
 from ..folder.base import load_tokenizer, on_meta
 from ..gradients.vector import Space
@@ -19,7 +18,7 @@ from ..reporting.result import Result
 from ..reporting.text import size
 from ..tuners.expert_lora.blocks import moe_blocks
 from .adapt import adapted, get_forget_model, leaves
-from .recipe import Run, prepare
+from .recipe import Run, notes, prepare
 
 
 @dataclass
@@ -102,7 +101,7 @@ def plan(recipe: Mapping[str, Any], out: str | Path = "out", base: str | None = 
         gradient_bytes=4 * trainable * (len({t.gradient for t in c.term_list}) + 1),
         optimizer_bytes=8 * trainable,
         activation_bytes=width * in_batch * activation_floats(model.config, c.activation_checkpointing),
-        notes=advice(run.data),
+        notes=notes(run),
         samples={s: _marked(r[0], tokenizer) for s, r in rows.items()},
         host_copy_bytes=width * sum(p.numel() for p in under),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.advice import advice
 from ..data.bundle import ForgetRetain
 from ..data.load import DATA_OPTIONS, load_data
 from ..errors import Errors, UserError, nearest
@@ -21,6 +22,10 @@ from .selecting import Selecting, understood
 from .structured import OnLora, on_lora
 
 AUTO = "auto"
+_FORGET_ONLY = (
+    "no term keeps anything (there is only a forget term): what is like the forget set is lost with it; stop early (eval.every with "
+    "stop_below), or add a retain term"
+)
 _EVAL_KEYS = ("suite", "every", "n", "keep_best", "retain_floor", "stop_below")
 OWN_CHECK = ("terms", "reference", "anchor", "on_overflow")  # say more of what they want than their type
 BEST = "forget_at_floor"  # the metric that evaluation adds for keep_best
@@ -79,6 +84,13 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     named = str(base or recipe.get("base"))
     recipe = _with_template(recipe, bundle, base_dir)
     return Run(_as_run(recipe, data), config, adapter, bundle, named, base_dir, negate, auto, selecting, fila=starts)
+
+
+def notes(run: Run) -> list[str]:
+    """What a user should know before the run: of the data, and of a recipe that keeps nothing."""
+    if {t.gradient for t in run.config.term_list} == {"forget"}:
+        return [*advice(run.data), _FORGET_ONLY]
+    return advice(run.data)
 
 
 def _understood(

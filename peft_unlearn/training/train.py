@@ -10,7 +10,6 @@ from typing import Any
 
 from ..attribution.experts import attribute
 from ..attribution.selection import SelectionOverlap
-from ..data.advice import advice
 from ..data.formats import to_text
 from ..errors import Interrupted
 from ..evaluation.generate import other_answers
@@ -26,7 +25,7 @@ from .adapt import get_forget_model
 from .fila import begun
 from .images import of_images
 from .mask import refreshed
-from .recipe import CHOOSING, Run, prepare
+from .recipe import CHOOSING, Run, notes, prepare
 from .save import negate, save_adapter
 from .selecting import chosen
 from .stopping import StopOnSignal, stoppable
@@ -79,7 +78,7 @@ def train(
     shift = _watch_selection(run, trainer)
     first = trainer.is_world_process_zero()
     if first:
-        progress("\n".join([*(f"note: {line}" for line in advice(run.data)), trainer.describe()]))
+        progress("\n".join([*(f"note: {line}" for line in notes(run)), trainer.describe()]))
     trainer.add_callback(stop := StopOnSignal())
     with room_for(Path(out)), stoppable(stop):
         trainer.train(resume_from_checkpoint=resume or None)

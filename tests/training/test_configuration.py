@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import pickle
 from typing import Annotated, Any, Literal
 
 import pytest
 
 from peft_unlearn import registry
+from peft_unlearn.data.embedded import asset
 from peft_unlearn.errors import Errors, UserError, nearest
+from peft_unlearn.folder.recipe import load_recipe
 from peft_unlearn.registry import Range, Source
+from peft_unlearn.training.adapt import peft_config
 from peft_unlearn.training.config import UnlearnConfig
-from peft_unlearn.training.recipe import from_recipe
+from peft_unlearn.training.recipe import from_recipe, notes, prepare
 
+REAL = sorted(asset("recipes", "real").glob("*.yaml"))
 RECIPE: dict[str, Any] = {"terms": {"forget": {"npo": {}}, "retain": {"nll": {}}}, "train": {"use_cpu": True}}
 SOURCE = Source("none", "https://example.org", 2025)
 
@@ -258,3 +263,21 @@ def test_values_that_would_fail_far_inside_a_run_are_told_together(train, parts)
         from_recipe({"terms": {"forget": {"npo": {"beta": 0.1}}, "retain": {"nll": {}}}, "train": train}, "out")
     for part in parts:
         assert part in str(e.value), str(e.value)
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda p: p.stem)
+def test_recipes_for_real_models_are_understood_and_say_whether_they_were_run(path):
+    recipe, text = load_recipe(path), path.read_text("utf-8")
+    config = from_recipe({**recipe, "train": {**recipe["train"], "bf16": False, "use_cpu": True}}, "out")
+    peft_config(recipe["adapter"])
+    assert config.learning_rate <= 1e-4, "the small bases' rates destroy a pretrained model"
+    assert recipe["name"] == path.stem and f"recipes/real/{path.name}" in text
+    measured = {r["request"] for r in json.loads((path.parents[3] / "docs/real.json").read_text("utf-8"))["runs"]}
+    assert "NOT RUN HERE" in text or any(request in text for request in measured)
+
+
+def test_a_recipe_that_keeps_nothing_says_so(tmp_path):
+    recipe = {**RECIPE, "base": "embedded:people", "data": "embedded:people", "adapter": {"type": "lora", "r": 2}}
+    assert notes(prepare(recipe, tmp_path / "a")) == []
+    (line,) = notes(prepare({**recipe, "terms": {"forget": {"npo": {}}}}, tmp_path / "a"))
+    assert "no term keeps anything" in line
