@@ -106,7 +106,7 @@ class Reference:
         if not hasattr(model, "peft_config"):
             raise UserError(f"reference {self.mode!r} needs a PEFT model: the reference is the adapter switched off")
         tuner: Any = model.base_model
-        active = list(tuner.active_adapters)
+        active = list(model.active_adapters)  # type: ignore[arg-type]
         if self.mode.startswith("adapter:"):
             wanted = [self.mode.split(":", 1)[1]]
             if wanted[0] not in model.peft_config:  # type: ignore[operator]
@@ -216,7 +216,8 @@ class Pass:
     Args:
         batch: ``input_ids``, ``attention_mask``, ``labels`` (batch, seq), -100 = no target, or, of an image classifier,
             ``pixel_values`` (batch, channels, height, width) and ``labels`` (batch, 2) = (-100, class); optionally ``ref_logp``
-            (batch, seq-1) or ``ref_head`` (targets, hidden) cached, and ``alternate``, a batch of winner answers.
+            (batch, seq-1) or ``ref_head`` (targets, hidden) cached, ``alternate``, a batch of winner answers, and
+            ``past_key_values`` (filled) with ``position_ids`` and a mask over what it holds too.
         layers: the layers whose hidden states will be asked for (blocks by number, or module names).
         routers: the mixture-of-experts blocks whose router logits will be asked for.
         stop: end the forward after the deepest of `layers` (nothing beyond is needed).
@@ -352,6 +353,10 @@ class Pass:
         if "alternate" in self.batch and self._reference_cache is not None:
             self.alternate.see_reference()
 
+    def run(self) -> None:
+        """Run the forward now, for what it leaves in ``past_key_values``."""
+        self._run(False)
+
     # running the model --------------------------------------------------------------------------------------------
 
     def _mode(self, reference: bool):
@@ -382,7 +387,7 @@ class Pass:
         wanted = len(self._layers) + len(self._routers)
 
         def take_head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            seen["head"] = args[0]
+            seen["head"] = args[0][:, -self.labels.shape[1] :]  # a soft prompt's own positions come first
             return (args[0][..., :0, :], *args[1:])  # the model's own head sees no position
 
         def take(key: Any, read: Callable[[Any], Tensor]) -> Callable[..., None]:
@@ -404,6 +409,9 @@ class Pass:
                 seen["targets"] = self.model(pixel_values=self.images).logits  # (rows, classes)
             else:
                 with held(self._head.module.register_forward_pre_hook(take_head)):
-                    self.model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
+                    past = {k: self.batch[k] for k in ("position_ids", "past_key_values") if k in self.batch}
+                    self.model(
+                        input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache="past_key_values" in past, **past
+                    )  # fmt: skip
         self._seen[reference] = seen
         return seen

@@ -203,6 +203,8 @@ def name_in_base(live_name: str) -> str:
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The base's persistent tensors by the name they have without PEFT; adapters' own tensors are left out."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        model = _inner(model)  # a soft prompt stands beside the base, and changes no module of it
     wrapped = [f"{name}." for name in adapter_modules(model)]
     return {
         name_in_base(name): tensor

@@ -88,7 +88,7 @@ def take_off(
 
     Raises `UserError` when there is no adapter on the model; never for a failed proof.
     """
-    if not adapter_modules(model):
+    if not adapter_modules(model) and not _soft(model):
         raise UserError("There is no adapter on this model to remove.")
     names, merged = list(getattr(model, "peft_config", {})), _merged(model)
     plain = unload(model)
@@ -162,8 +162,15 @@ def _merged(model: Any) -> list[str]:
     return [n for n, m in adapter_modules(model).items() if getattr(m, "merged", False)]
 
 
+def _soft(model: Any) -> bool:
+    """Whether what is on the model is a soft prompt, which stands beside its modules."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def unload(model: Any) -> Any:
     """The base model inside `model` with PEFT's modules taken out and its marks wiped."""
+    if _soft(model):
+        return model.get_base_model()
     from ..tuners.expert_lora.layer import TunerLayer
 
     for name, layer in adapter_modules(model).items():

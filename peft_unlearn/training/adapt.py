@@ -23,10 +23,9 @@ from ..tuners.names import belongs
 from ..tuners.registration import register
 from .own_base import quantized_module
 
-_SOFT = "soft prompts lengthen every input, so target positions and cached references no longer line up"
+_SOFT = "its soft prompts come from a network that is trained with them and not saved; prompt_tuning is the soft prompt that can be trained"
 # Types whose delta can be trained, saved, switched off and loaded by stock PEFT; the others are refused with the reason.
 _NO = {
-    "PROMPT_TUNING": _SOFT,
     "PREFIX_TUNING": "it works through the key/value cache, which training passes do not use",
     "P_TUNING": _SOFT,
     "MULTITASK_PROMPT_TUNING": _SOFT,
@@ -38,6 +37,7 @@ _NO = {
     "SHADOW": "it changes what passes between the blocks, which losses and hooks on the model read",
     "ADALORA": "its ranks are pruned by calls from a training loop of its own; without them it is an odd LoRA",
 }
+INPUT_VECTOR = "input-vector"  # stands in for the input embeddings, whose name the base says
 _LORA_KEYS = [
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
     "use_rslora", "use_dora", "lora_dropout", "init_lora_weights", "target_parameters", "bias",
@@ -58,6 +58,12 @@ def peft_config(spec: Mapping[str, Any] | None) -> Any:
     kind = str(spec.pop("type")).upper()
     if kind in ("EXPERT_LORA", "SPARSE", "FORGET_VECTOR"):
         kind = str(register(f"PEFT_UNLEARN_{kind}").value)
+    if vector := kind == "INPUT_VECTOR":  # a stock LoRA that `get_forget_model` gives its form
+        kind = "LORA"
+        if spec:
+            raise UserError(
+                f"adapter: input_vector is one vector added to every input embedding; it has no {', '.join(map(str, spec))}"
+            )
     names = {t.name for t in PeftType}
     if kind not in names:
         raise UserError(
@@ -65,6 +71,8 @@ def peft_config(spec: Mapping[str, Any] | None) -> Any:
         )
     if kind in _NO:
         raise UserError(f"adapter.type {kind.lower()} is refused: {_NO[kind]}")
+    if vector:
+        spec |= {"r": 1, "lora_alpha": 1, "target_modules": [INPUT_VECTOR]}
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
     fields = getattr(cls, "__dataclass_fields__", {})
     errors = Errors()
@@ -92,7 +100,7 @@ def _refuse(config: Any) -> None:
     kind = getattr(config.peft_type, "name", str(config.peft_type))
     if kind in _NO:
         raise UserError(f"adapter.type {kind.lower()} is refused: {_NO[kind]}")
-    if getattr(config, "is_prompt_learning", False):
+    if getattr(config, "is_prompt_learning", False) and kind != "PROMPT_TUNING":
         raise UserError(f"adapter.type {kind.lower()} is refused: {_SOFT}")
     bias = getattr(config, "bias", "none")
     if bias not in ("none", False, None):
@@ -128,6 +136,8 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
         config = replace(config, task_type=None)  # PEFT's wrapper of causal language models passes input_ids on
     called = None if images else check_causal(base)
     given = getattr(config, "target_modules", None)
+    if vector := given == {INPUT_VECTOR}:
+        config = replace(config, target_modules=[_input_embeddings(base)])
     if given == ALL_LINEAR or list(given or ()) == [ALL_LINEAR]:
         resolved = linear_modules(base, called)
         if images or given != ALL_LINEAR or not resolved.everything:
@@ -141,12 +151,17 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
         raise UserError(f"the model already has an adapter {adapter_name!r}; train under another name")
     try:
         if isinstance(base, PeftModel):
+            if config.is_prompt_learning:
+                raise ValueError("soft prompts cannot stand on top of other adapters")
             model: Any = _on_top(base, adapter_name, config)
         else:
             model = get_peft_model(base, config, adapter_name=adapter_name)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as e:
         raise UserError(f"adapter: PEFT refuses this configuration: {e}") from e
-    _assert_adapted(model, adapter_name, fused, *wanted)
+    if vector:
+        _one_vector(model, adapter_name)
+    if not config.is_prompt_learning:
+        _assert_adapted(model, adapter_name, fused, *wanted)
     if changed := sorted(n for n, value in _checksums(model).items() if before.get(n, value) != value):
         raise UserError(
             f"adapter: putting this adapter on changed {len(changed)} of the base's own tensors, first {changed[0]}: with the adapter "
@@ -156,6 +171,20 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
     if not quiet:
         print(describe(model, adapter_name), file=sys.stderr)
     return model
+
+
+def _input_embeddings(base: Any) -> str:
+    found = base.get_input_embeddings()
+    return next(n for n, m in base.named_modules() if m is found)
+
+
+@torch.no_grad()
+def _one_vector(model: Any, name: str) -> None:
+    """A LoRA of rank 1 on the input embeddings as one vector added to every token: A is ones, and stays so; B starts at zero."""
+    for n, p in model.named_parameters():
+        if belongs(n, name):
+            p.fill_(1.0 if "lora_embedding_A" in n else 0.0)
+            p.requires_grad_("lora_embedding_B" in n)
 
 
 def _on_top(model: Any, name: str, config: Any) -> Any:
@@ -306,7 +335,7 @@ def describe(model: Any, adapter_name: str | None = None) -> str:
     """One line: what the adapter being trained is on, with trainable and total parameter counts, and what is below it."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    what = leaves(adapted(model, adapter_name))
+    what = leaves(adapted(model, adapter_name)) or "a soft prompt"
     below = [n for n in model.peft_config if n != adapter_name] if adapter_name is not None else []
     on = f"; on top of {', '.join(below)}, frozen" if below else ""
     return f"adapted: {what} ({trainable:,} trainable of {total:,} parameters, {100 * trainable / total:.2f} %){on}"

@@ -111,7 +111,7 @@ def _with_adapters(base: nn.Module, live: Any) -> Any:
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     model: Any = base
-    names = list(live.base_model.active_adapters)
+    names = list(live.active_adapters)
     for name in names:
         config = copy.deepcopy(live.peft_config[name])
         config.inference_mode = True

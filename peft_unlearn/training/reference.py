@@ -98,7 +98,7 @@ def model_digest(model: Any, trained: str) -> str:
     """sha256 over the base, the active adapters below the trained one, and the dtype."""
     h = hashlib.sha256()
     # Which adapters are on, and at which scale (lora_alpha and its like), is not in the weights.
-    others = [a for a in model.base_model.active_adapters if a != trained]
+    others = [a for a in model.active_adapters if a != trained]
     settings = [{**model.peft_config[a].to_dict(), "base_model_name_or_path": None} for a in others]
     h.update(json.dumps([others, settings, *_scales(model, others)], sort_keys=True, default=str).encode())
     for n, p in model.named_parameters():

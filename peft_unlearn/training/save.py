@@ -56,7 +56,7 @@ def save_adapter(
     model, config = trainer.bare, trainer.config
     model.eval()
     recipe = recipe_of(trainer, base) if recipe is None else recipe
-    below = [n for n in model.base_model.active_adapters if n != trainer.trained_adapter]
+    below = [n for n in model.active_adapters if n != trainer.trained_adapter]
     if len(below) != len(depends_on or ()):
         raise UserError(
             f"{trainer.trained_adapter} was trained on top of {', '.join(below) or 'no other adapter'}, and depends_on names "
@@ -122,7 +122,7 @@ def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any],
 def _digest_of(base_dir: Path, modules: list[str]) -> str | None:
     """Digest of the weights under the adapter; None where the files call them otherwise (Mixtral's experts): cannot tell."""
     try:
-        return digest_checkpoint(base_dir, modules)
+        return digest_checkpoint(base_dir, modules) if modules else None  # a soft prompt lies over none
     except UserError:
         return None
 
@@ -156,7 +156,16 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         if f.name in theirs and value != default and isinstance(value, (bool, int, float, str)):
             train[f.name] = value
-    names = ("r", "lora_alpha", "lora_dropout", "target_parameters", "experts", "router_r", "shape")
+    names = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_parameters",
+        "experts",
+        "router_r",
+        "shape",
+        "num_virtual_tokens",
+    )
     shape = {k: getattr(adapter, k) for k in names if getattr(adapter, k, None)}
     if getattr(adapter, "train_router", "none") != "none":
         shape["train_router"] = adapter.train_router
