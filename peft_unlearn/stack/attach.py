@@ -178,7 +178,9 @@ def check_reloads(where: Path, base: Any) -> None:
     from peft.utils.save_and_load import load_peft_weights
 
     name = "default"
-    if json.loads((where / CONFIG).read_text(encoding="utf-8"))["peft_type"] != "LORA":  # PEFT renames nothing of other types
+    if (
+        json.loads((where / CONFIG).read_text(encoding="utf-8"))["peft_type"] != "LORA"
+    ):  # PEFT renames nothing of other types
         return
     config = PeftConfig.from_pretrained(str(where))
     try:
