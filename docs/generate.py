@@ -322,7 +322,7 @@ def page(
     elif users:
         out.append(f"Not measured yet: {', '.join(users)}.\n")
     else:
-        out.append("No recipe in adapters/recipes uses it, so nothing was measured.\n")
+        out.append("No recipe for the embedded people uses it, so nothing was measured here.\n")
     out.append("## Recipe\n")
     own = own_recipe(m, users, have)
     if own is not None:
