@@ -102,7 +102,7 @@ def compare(
     }
     retain_model = embedded_retain_model(first.manifest.base.ref, bundle, stack.dtype)
     subjects = _subjects(stack, calibration, judged, retain_model)
-    report = score(subjects, judged, bundle, stack.tokenizer, progress=progress, n=n)
+    report = score(subjects, judged, bundle, stack.tokenizer, progress=progress, n=n, brief=True)
     report.dtype = stack.dtype
     for name, result in calibration.items():  # at scale 1 the two are one model, read once
         if result.chosen is not None and result.chosen.scale == 1.0:

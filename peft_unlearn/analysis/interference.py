@@ -148,7 +148,7 @@ def _measured(
         **on_one_model(stack.model, {name: stack.chain(name) for name in names}),
         **on_one_model(stack.model, {TOGETHER: names}),
     }
-    report = score(subjects, spec, rows, stack.tokenizer, progress=progress, n=n, template=template)
+    report = score(subjects, spec, rows, stack.tokenizer, progress=progress, n=n, template=template, brief=True)
 
     def cell(subject: str, key: str) -> Cell:
         return {"value": (report.subjects[subject] or {})[key], **report.details[subject][key]}

@@ -74,7 +74,7 @@ def by_suite(
         n: suites.load(suite or str((job.folders[n].recipe.get("eval") or {}).get("suite") or "people"))
         for n in bundles
     }
-    plans = {n: make_plan(s.quick(), bundles[n], stack.tokenizer, s.quick_rows) for n, s in chosen.items()}
+    plans = {n: make_plan(s.quick(), bundles[n], stack.tokenizer, s.quick_rows, brief=True) for n, s in chosen.items()}
     before = {
         n: numbers_of(p, measure(stack.model, p, _named(progress, "unmerged")), None, ci=False)
         for n, p in plans.items()

@@ -64,7 +64,7 @@ class Case:
             "sets": {_SET: {"role": "forget", "metrics": list(MEASURES)}},
         }
         rows = self.rows if rows is None else rows
-        plan = make_plan(suites.load(suite), {_SET: rows}, self.tokenizer, template=self.template)
+        plan = make_plan(suites.load(suite), {_SET: rows}, self.tokenizer, template=self.template, brief=True)
         found = numbers_of(plan, measure(model, plan), None, ci=False)
         return {m: n.rows for m in MEASURES if (n := found[f"{_SET}/{m}"]).rows is not None}
 

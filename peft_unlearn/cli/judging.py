@@ -52,7 +52,7 @@ def evaluate(
     with bars() as progress:
         report = job.evaluate(
             folders, base=base, data=data, suite=suite, n=n, retain_model=retain_model, below=below or (), dtype=dtype,
-            progress=progress, tasks=[t.strip() for t in tasks.split(",")] if tasks else None,
+            brief=True, progress=progress, tasks=[t.strip() for t in tasks.split(",")] if tasks else None,
         )  # fmt: skip
     if out is not None:
         job.save_report(report, out, layout)
@@ -103,6 +103,8 @@ def calibrate(
     retain_floor: Floor = 0.95,
     metric: Metric = "extraction_strength",
     max_scale: MaxScale = 1.0,
+    kl: Annotated[float | None, typer.Option("--kl", help="Instead of the floor: a budget in nats a token of KL from the base.")] = None,
+    on: Annotated[str, typer.Option("--on", help="The set that the KL is taken on.")] = "retain",
     bake: Annotated[bool, typer.Option("--bake", help="Into lora_alpha, so that plain PEFT runs at it.")] = False,
     out: Annotated[str | None, typer.Option("--out", "--png", help="The curve: a .png, .html, .md or .json file, or a folder.")] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="So many rows of each set, nothing stored.")] = None,
@@ -120,7 +122,7 @@ def calibrate(
     with bars() as progress:
         found = job.calibrate(
             folder, retain_floor=retain_floor, metric=metric, max_scale=max_scale, bake=bake, n=n, base=base, data=data,
-            dtype=dtype, progress=progress,
+            dtype=dtype, progress=progress, kl=kl, on=on,
         )  # fmt: skip
     finish(found, json, out)
 

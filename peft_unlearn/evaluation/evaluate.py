@@ -44,6 +44,7 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     below: Sequence[str | Path] = (),
     dtype: str = "auto",
+    brief: bool = False,
     progress: Progress | None = None,
     write: bool = True,
 ) -> Report:
@@ -58,6 +59,7 @@ def evaluate(
         tasks: lm-eval tasks (names, or YAML files) to run on the same subjects; their numbers become block "lm_eval".
         below: adapters that these were trained on top of, lowest first; each adapter is judged together with them.
         dtype: what all models are computed in: float32, bfloat16, float16, or auto: the base's own where this machine is fast in it.
+        brief: see `score`; for whoever wants the numbers alone.
         write: with one folder, keep the result on its own forget set in it as eval.json.
     """
     adapters = judged_folders(folders)
@@ -75,7 +77,9 @@ def evaluate(
     blocks = lm_eval.run_tasks(subjects, stack.tokenizer, tasks, limit=n, progress=progress) if tasks else None
     suite = suite or str((found[0].recipe.get("eval") or {}).get("suite") or "people")
     own_id = manifest.adapter_id if len(found) == 1 else None
-    report = score(subjects, suite, bundle, stack.tokenizer, progress, n, adapter_id=own_id, base=manifest.base.ref)
+    report = score(
+        subjects, suite, bundle, stack.tokenizer, progress, n, adapter_id=own_id, base=manifest.base.ref, brief=brief
+    )
     report.lm_eval, report.dtype = blocks, stack.dtype
     if blocks is None:
         _check_something_measured(report)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.collate import prompt_ids
 from ..errors import UserError
-from .teacher import evaluating
+from .teacher import evaluating, pad_id_of
 
 
 @contextmanager
@@ -79,6 +79,7 @@ def greedy(
     max_new_tokens: int = 32,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    done: Callable[[int, str], bool] | None = None,
     **settings: Any,
 ) -> list[str]:
     """The most probable continuation of every prompt, token by token; in the order of `prompts`, without prompt, special tokens and
@@ -91,17 +92,35 @@ def greedy(
         max_new_tokens: longest answer, in tokens; it also ends at any of the model's end-of-sequence tokens.
         batch_size: prompts per generate call; prompts of like length go together, so little is padding.
         progress: called as progress(done, total) after every batch.
+        done: (number of a prompt, its answer so far) -> whether more of it is not wanted; not asked where `settings` are given.
         settings: other settings of ``model.generate``, e.g. for sampling.
     """
+    import torch
+
+    from .cache import Wanted, cacheable, starts
+
     ids = [bare_ids(prompt, model, tokenizer) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [""] * len(ids)
-    with evaluating(model):
+
+    def told(new: list[int]) -> str:
+        return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+    def wanted(i: int) -> Wanted:
+        return Wanted(max_new_tokens, lambda new: done is not None and done(i, told(new)))
+
+    longest = 2 * max(map(len, ids), default=0) + max_new_tokens
+    with torch.no_grad(), evaluating(model):
+        cached = not settings and all(ids) and max_new_tokens > 0 and cacheable(model, longest)
+        begin = starts(model, ids, pad_id_of(tokenizer), end_ids(model, tokenizer)) if cached else None
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            new = new_ids(model, tokenizer, [ids[i] for i in batch], max_new_tokens, **settings)
+            if begin is None:
+                new = new_ids(model, tokenizer, [ids[i] for i in batch], max_new_tokens, **settings)
+            else:
+                new = begin(batch, [wanted(i) for i in batch])
             for i, row in zip(batch, new, strict=True):
-                answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+                answers[i] = told(row)
             if progress is not None:
                 progress(start + len(batch), len(order))
     return answers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,12 @@ from ..data.formats import target_of, to_text
 from ..data.images import ImageSets
 from ..errors import UserError
 from ..registry import get
+from .cache import Wanted
 from .generate import bare_ids, cut_at, end_ids, greedy
+from .metrics.generation import SETTLED
 from .provider import Context, Progress, inputs_asked, provide, providers_asked
 from .shapes import EvalSet, Measured, Plan, Prompt, SetPlan, Suite
-from .teacher import Encoded, TeacherForced, pad_id_of, read_encoded
+from .teacher import Encoded, pad_id_of, read_encoded
 
 
 def rows_of(data: Any, source: str) -> list[dict[str, Any]] | None:
@@ -37,11 +41,13 @@ def evenly(count: int, n: int | None) -> NDArray[np.int64]:
     return (np.arange(n) * count) // n
 
 
-def make_plan(suite: Suite, data: Any, tokenizer: Any, n: int | None = None, template: Template | None = None) -> Plan:
+def make_plan(
+    suite: Suite, data: Any, tokenizer: Any, n: int | None = None, template: Template | None = None, brief: bool = False
+) -> Plan:
     """Work out what is to be read.
 
     n: at most so many rows of each set, evenly spaced.   template: how question/answer rows are worded; default the
-    data's own.
+    data's own.   brief: an answer ends where its metrics need no more of it, for whoever wants numbers and no texts.
     Raises UserError with set and number of a row that cannot be tokenized.
     """
     if n is not None and n < 1:
@@ -55,7 +61,7 @@ def make_plan(suite: Suite, data: Any, tokenizer: Any, n: int | None = None, tem
     for s in sets.values():
         s.against = sets.get(s.spec.against or "")
     encoded = _encode(list(pairs), sets, tokenizer)
-    return Plan(suite, tokenizer, sets, list(pairs), encoded, providers_asked(sets), _moments(sets, len(pairs)))
+    return Plan(suite, tokenizer, sets, list(pairs), encoded, providers_asked(sets), _moments(sets, len(pairs)), brief)
 
 
 class _Pairs(dict[tuple[str, str], int]):
@@ -161,24 +167,33 @@ def _encode(pairs: list[tuple[str, str]], sets: Mapping[str, SetPlan], tokenizer
     return encoded
 
 
-def _known_answers(
-    model: Any, plan: Plan, forced: TeacherForced, wanted: Mapping[Prompt, list[int]]
-) -> dict[Prompt, str]:
-    """Greedy answers that need no generation: where every token of an answer is the arg-max, that answer is the greedy one."""
-    ends, tokenizer, known = end_ids(model, plan.tokenizer), plan.tokenizer, {}
-    for prompt, pairs in wanted.items():
-        i = next((i for i in pairs if forced.complete[i]), None)
-        if i is None:
-            continue
-        labels, ids = plan.encoded[i]["labels"], plan.encoded[i]["input_ids"]
-        start = next(k for k, label in enumerate(labels) if label != -100)
-        # a tokenizer that merges across the boundary gives the prompt other tokens when it stands alone
-        if bare_ids(prompt.text, model, tokenizer) != ids[:start] or ids[-1] not in ends:
-            continue
-        new = ids[start : start + prompt.max_new_tokens]
-        cut = next((k for k, token in enumerate(new) if token in ends), len(new))
-        known[prompt] = cut_at(tokenizer.decode(new[:cut], skip_special_tokens=True), prompt.stop)
-    return known
+def _wanted(model: Any, plan: Plan, too_long: Mapping[str, str]) -> dict[Prompt, list[int]]:
+    """Prompts whose greedy answers some metric asks for -> the pairs of their rows' answers from which reading can go on."""
+    out: dict[Prompt, list[int]] = {}
+    for s in plan.sets.values():
+        if s.answered(too_long):
+            for prompt, i in zip(s.prompts, s.answer, strict=True):
+                start = next(k for k, label in enumerate(plan.encoded[i]["labels"]) if label != -100)
+                # a tokenizer that merges across the boundary gives the prompt other tokens when it stands alone
+                alone = bare_ids(prompt.text, model, plan.tokenizer) == plan.encoded[i]["input_ids"][:start]
+                out.setdefault(prompt, []).extend([i] if alone else [])
+    return out
+
+
+def _settled(plan: Plan, wanted: Iterable[Prompt]) -> dict[Prompt, Callable[[str], bool]]:
+    """When more of a prompt's answer cannot matter: a stop string is there, or, in a brief plan, every metric has its value."""
+    asked: dict[Prompt, list[Callable[[str], bool]]] = {}
+    for s in plan.sets.values():
+        for prompt, row in zip(s.prompts, s.rows, strict=True) if s.generates else ():
+            for m in s.spec.metrics:
+                if "generation" in get("metric", m).needs:
+                    fn = SETTLED.get(m) if plan.brief else None
+                    asked.setdefault(prompt, []).append(_of_row(fn, row) if fn else lambda _: False)
+
+    def settled(prompt: Prompt) -> Callable[[str], bool]:
+        return lambda text: any(mark in text for mark in prompt.stop) or all(f(text) for f in asked[prompt])
+
+    return {prompt: settled(prompt) for prompt in wanted}
 
 
 def _too_long(plan: Plan, limit: int) -> dict[str, str]:
@@ -222,27 +237,62 @@ def measure(
     check_ids(model, plan.encoded, pad_id)
     too_long = {} if limit is None else _too_long(plan, limit)
     readable = None if limit is None else np.array([len(e["input_ids"]) <= limit for e in plan.encoded], dtype=np.bool_)
+    wanted = _wanted(model, plan, too_long)
+    settled, tokenizer, decode = _settled(plan, wanted), plan.tokenizer, {}
+    users = Counter(i for pairs in wanted.values() for i in pairs[:1])
+    for prompt, pairs in wanted.items():
+        for i in pairs[:1]:  # a pair that prompts of other lengths or stops share is decoded for all of them
+            done = partial(_told, tokenizer, settled[prompt]) if users[i] == 1 else (lambda _: False)
+            room = decode[i].room if i in decode else 0
+            decode[i] = Wanted(max(room, prompt.max_new_tokens), done)
     reading = context.progress_of("reading answers")
-    forced = read_encoded(model, plan.encoded, pad_id, ends, token_budget, reading, plan.moments, readable)
+    forced = read_encoded(
+        model,
+        plan.encoded,
+        pad_id,
+        ends,
+        token_budget,
+        reading,
+        plan.moments,
+        readable,
+        decode,
+        end_ids(model, tokenizer),
+    )
     measured = Measured(forced, forced.logp.mean(), {}, too_long=too_long)
-    measured.answers.update(_greedy_answers(model, plan, measured, context))
+    for prompt, pairs in wanted.items():
+        if (new := next((forced.greedy[i] for i in pairs if i in forced.greedy), None)) is not None:
+            text = tokenizer.decode(new[: prompt.max_new_tokens], skip_special_tokens=True).strip()
+            measured.answers[prompt] = cut_at(text, prompt.stop)
+    measured.answers |= _generated(model, plan, [p for p in wanted if p not in measured.answers], settled, context)
     measured.extra = provide(model, plan, measured, context)
     return measured
 
 
-def _greedy_answers(model: Any, plan: Plan, measured: Measured, context: Context) -> dict[Prompt, str]:
-    """The greedy answer to every prompt that some metric asks for."""
-    wanted: dict[Prompt, list[int]] = {}
-    for name, s in plan.sets.items():
-        if measured.answered(name, s):
-            for prompt, i in zip(s.prompts, s.answer, strict=True):
-                wanted.setdefault(prompt, []).append(i)
-    out = _known_answers(model, plan, measured.forced, wanted)
-    for length in sorted({prompt.max_new_tokens for prompt in wanted if prompt not in out}):
-        left = [prompt for prompt in wanted if prompt not in out and prompt.max_new_tokens == length]
-        texts = list(dict.fromkeys(prompt.text for prompt in left))
+def _of_row(fn: Callable[[str, Mapping[str, Any]], bool], row: Mapping[str, Any]) -> Callable[[str], bool]:
+    return lambda text: fn(text, row)
+
+
+def _told(tokenizer: Any, settled: Callable[[str], bool], new: list[int]) -> bool:
+    return settled(tokenizer.decode(new, skip_special_tokens=True).strip())
+
+
+def _generated(
+    model: Any, plan: Plan, left: Sequence[Prompt], settled: Mapping[Prompt, Callable[[str], bool]], context: Context
+) -> dict[Prompt, str]:
+    """The greedy answers that reading did not give."""
+    out: dict[Prompt, str] = {}
+    for length in sorted({prompt.max_new_tokens for prompt in left}):
+        some = [prompt for prompt in left if prompt.max_new_tokens == length]
+        by_text: dict[str, list[Prompt]] = {}
+        for prompt in some:
+            by_text.setdefault(prompt.text, []).append(prompt)
+        texts = list(by_text)
+
+        def done(k: int, text: str, texts: list[str] = texts, by_text: dict[str, list[Prompt]] = by_text) -> bool:
+            return all(settled[prompt](text) for prompt in by_text[texts[k]])
+
         progress = context.progress_of("generating answers")
-        given = greedy(model, plan.tokenizer, texts, max_new_tokens=length, progress=progress)
-        by_text = dict(zip(texts, given, strict=True))
-        out.update({prompt: cut_at(by_text[prompt.text], prompt.stop) for prompt in left})
+        given = greedy(model, plan.tokenizer, texts, max_new_tokens=length, progress=progress, done=done)
+        told = dict(zip(texts, given, strict=True))
+        out.update({prompt: cut_at(told[prompt.text], prompt.stop) for prompt in some})
     return out

@@ -37,7 +37,7 @@ def make_score(
     exist (no 'value' in the rows, NaN logits) is left out, not 0. The model's train/eval mode is as before afterwards.
     """
     whole = suites.load(suite)
-    plan = make_plan(whole.quick(), data, tokenizer, whole.quick_rows if n is None else n, template)
+    plan = make_plan(whole.quick(), data, tokenizer, whole.quick_rows if n is None else n, template, brief=True)
 
     def run(model: Any) -> dict[str, float]:
         found = numbers_of(plan, measure(model, plan), None, ci=False)

@@ -80,6 +80,7 @@ def score(
     base: str | None = None,
     template: Template | None = None,
     token_budget: int = 4096,
+    brief: bool = False,
 ) -> Report:
     """Evaluate subjects on a suite.
 
@@ -96,6 +97,7 @@ def score(
         adapter_id, base: written into the result as they are.
         template: wording of question/answer rows; default the data's own.
         token_budget: padded tokens in a batch.
+        brief: answers end where no metric needs more of them (the value is named, say), and so do `Report.answers`.
 
     Raises:
         UserError: no subjects, a malformed suite, or a row that has no target.
@@ -103,7 +105,7 @@ def score(
     suite = suites.load(suite)
     if not any(subject is not None for subject in subjects.values()):
         raise UserError("there is no model to evaluate")
-    plan = make_plan(suite, data, tokenizer, n, template)
+    plan = make_plan(suite, data, tokenizer, n, template, brief)
     measured = _measured(subjects, plan, progress, token_budget)
     report = _report(plan, numbers_of_all(plan, measured), measured)
     absent = [name for name, subject in subjects.items() if subject is None]
@@ -145,7 +147,7 @@ def _report(plan: Plan, numbers: Mapping[str, Numbers], measured: Mapping[str, M
         per_row={s: {k: v.rows for k, v in found.items() if v.rows is not None} for s, found in numbers.items()},
         rows={name: s.rows for name, s in plan.sets.items()},
         answers={
-            subject: {n: [m.answers[p] for p in s.prompts] for n, s in plan.sets.items() if m.answered(n, s)}
+            subject: {n: [m.answers[p] for p in s.prompts] for n, s in plan.sets.items() if m.answered(s)}
             for subject, m in measured.items()
         },
         log_ratio={
@@ -179,7 +181,8 @@ def _swapped(model: Any, adapters: str | Sequence[str] | None) -> Iterator[Any]:
             with model.disable_adapter():
                 yield model
         else:
-            switch(adapters if isinstance(adapters, str) else list(adapters))
+            names = [adapters] if isinstance(adapters, str) else list(adapters)
+            switch(names[0] if prompt_learning else names)  # a soft prompt stands alone
             yield model
     finally:
         if adapters is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -115,6 +115,10 @@ class SetPlan:
         """The rows that a metric with these needs is about."""
         return self.chosen if "perturbed" in needs else np.arange(len(self.rows))
 
+    def answered(self, too_long: Container[str]) -> bool:
+        """Whether greedy answers are wanted and can be had. too_long: sets that the model cannot read."""
+        return self.generates and "generation" not in self.missing and self.spec.name not in too_long
+
     def require(self, measured: Measured, field: str = "") -> None:
         """Raise Unmeasured where a provider has nothing to look at: NaN logits (a model that gives nothing away would count as
         having forgotten), or a `field` that rows lack."""
@@ -135,6 +139,7 @@ class Plan:
     encoded: list[Encoded]
     providers: dict[str, list[str]] = field(default_factory=dict)  # provider -> the sets it is asked about
     moments: NDArray[np.bool_] | None = None  # (pairs,) where mean and spread of log p over the vocabulary are wanted
+    brief: bool = False  # answers end where no metric needs more of them
 
 
 @dataclass
@@ -147,6 +152,6 @@ class Measured:
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # provider's input -> set -> values or Unmeasured
     too_long: dict[str, str] = field(default_factory=dict)  # set -> why this model cannot read it
 
-    def answered(self, name: str, s: SetPlan) -> bool:
+    def answered(self, s: SetPlan) -> bool:
         """Whether the set's greedy answers were generated."""
-        return s.generates and "generation" not in s.missing and name not in self.too_long
+        return s.answered(self.too_long)

@@ -3,15 +3,18 @@ follows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .measured import Ragged
+
+if TYPE_CHECKING:
+    from .cache import Wanted
 
 Encoded = dict[str, list[int]]
 
@@ -29,6 +32,7 @@ class TeacherForced:
     complete: NDArray[np.bool_]
     logp_mean: Ragged  # of log p over the vocabulary under p, as logp; empty rows where nobody asked
     logp_std: Ragged
+    greedy: dict[int, list[int]] = field(default_factory=dict)  # row -> greedy answer, tokens without the end token
 
 
 @contextmanager
@@ -93,43 +97,58 @@ def read_encoded(
     progress: Callable[[int, int], None] | None = None,
     moments: NDArray[np.bool_] | None = None,
     readable: NDArray[np.bool_] | None = None,
+    decode: Mapping[int, Wanted] | None = None,
+    stops: set[int] | None = None,
 ) -> TeacherForced:
-    """`teacher_forced` for rows that are tokens already (`data.collate.encode`).
+    """`teacher_forced` for rows that are tokens already (`data.collate.encode`). What rows begin with is read once, where the model
+    allows it (`cache`).
 
     ends: tokens that are no part of an answer's body where they are its last target (`data.chat.end_tokens`).
     readable: (rows,) False where the model cannot read a row; it stays empty. Default all.
     moments: (rows,) where `logp_mean` and `logp_std` are wanted too; they cost two more passes over the logits.
+    decode: row -> the greedy answer that is wanted of it; those that could be given are in `greedy`.   stops: tokens that end one.
     """
     import torch
 
-    from ..data.collate import pad
-    from ..forward import Pass
+    from .cache import Reader
 
     nothing: list[NDArray[Any]] = [np.zeros(0)] * len(encoded)
     logp, correct, mean, std = (list(nothing) for _ in range(4))
-    complete = np.zeros(len(encoded), dtype=np.bool_)
-    device = model.get_input_embeddings().weight.device
+    complete, greedy = np.zeros(len(encoded), dtype=np.bool_), {}
     more = np.zeros(len(encoded), dtype=np.bool_) if moments is None else moments
     done = 0
     with torch.no_grad(), evaluating(model):
         for wanted in (True, False):
             mine = np.flatnonzero((more == wanted) & (True if readable is None else readable)).tolist()
-            for batch in batches([len(encoded[i]["input_ids"]) for i in mine], token_budget):
-                rows = [mine[k] for k in batch]
-                tensors = {k: v.to(device) for k, v in pad([encoded[i] for i in rows], pad_id).items()}
-                p = Pass(model, tensors)
-                # (n, 2 or 4), row after row
-                columns = p.map_logits(_with_moments if wanted else logp_and_correct).double().cpu().numpy()
-                stops = np.cumsum(p.mask.sum(1).cpu().numpy())
-                for i, part in zip(rows, np.split(columns, stops[:-1]), strict=True):
+            reader = Reader(model, encoded, mine, pad_id, decode or {}, stops or set())
+            look = _with_likeliest(_with_moments if wanted else logp_and_correct)
+            for rows in reader.batches(token_budget):
+                p, go_on = reader.read(rows)
+                # (n, 3 or 5), row after row
+                columns = p.map_logits(look).double().cpu().numpy()
+                parts = np.split(columns, np.cumsum(p.mask.sum(1).cpu().numpy())[:-1])
+                for i, part in zip(rows, parts, strict=True):
                     logp[i], correct[i] = part[:, 0], part[: body(encoded[i], ends), 1]
                     complete[i] = bool((part[:, 1] == 1.0).all())
                     if wanted:
                         mean[i], std[i] = part[:, 2], part[:, 3]
-                done += len(batch)
+                go_on([(part[:, 1], part[:, -1]) for part in parts])
+                done += len(rows)
                 if progress is not None:
                     progress(done, len(encoded))
-    return TeacherForced(Ragged.of(logp), Ragged.of(correct), complete, Ragged.of(mean), Ragged.of(std))
+            greedy.update(reader.greedy)
+    return TeacherForced(Ragged.of(logp), Ragged.of(correct), complete, Ragged.of(mean), Ragged.of(std), greedy)
+
+
+def _with_likeliest(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`fn` with the likeliest token as one more column (exact in float32: no vocabulary has 2 ** 24 tokens)."""
+    import torch
+
+    def look(z: Any, y: Any) -> Any:
+        best = z.argmax(-1).to(z.dtype)  # first: fn works in z's memory
+        return torch.cat([fn(z, y), best[:, None]], 1)
+
+    return look
 
 
 def body(row: Encoded, ends: Container[int]) -> int | None:

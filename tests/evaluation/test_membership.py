@@ -167,7 +167,7 @@ def test_aggregates_are_harmonic_and_zero_where_a_part_is() -> None:
 def test_moments_of_the_vocabulary_come_from_the_same_forward(scale: float) -> None:
     import torch
 
-    from peft_unlearn.evaluation.teacher import _logp_and_correct, _with_moments
+    from peft_unlearn.evaluation.teacher import _with_moments, logp_and_correct
 
     z = scale * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
     z[3, 7] = -math.inf  # a token that the model never says
@@ -183,7 +183,7 @@ def test_moments_of_the_vocabulary_come_from_the_same_forward(scale: float) -> N
     np.testing.assert_allclose(got[sound, 2], mean[sound], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got[sound, 3], std[sound], rtol=1e-4, atol=1e-5)
     assert np.isnan(got[4]).all()
-    plain = _logp_and_correct(z.clone(), y).double().numpy()
+    plain = logp_and_correct(z.clone(), y).double().numpy()
     np.testing.assert_allclose(plain[sound], got[sound, :2], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(plain[sound, 0], logs[sound, np.arange(50)[sound]], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(plain[sound, 1], (z.argmax(-1) == y).double().numpy()[sound])

@@ -14,9 +14,9 @@ from eval_helpers import qa, tiny
 
 from peft_unlearn import registry
 from peft_unlearn.errors import UserError
+from peft_unlearn.evaluation import cache, suites
 from peft_unlearn.evaluation import plan as plan_module
 from peft_unlearn.evaluation import provider as provider_module
-from peft_unlearn.evaluation import suites
 from peft_unlearn.evaluation.measured import Ragged, Unmeasured
 from peft_unlearn.evaluation.plan import cut_at, make_plan, measure
 from peft_unlearn.evaluation.provider import Context, provider
@@ -227,6 +227,7 @@ def test_template_and_length_and_stop_are_the_sets_own(tokenizer: Any, data: Any
         return ["yes \n\nQuestion: no" if max_new_tokens == 5 else "all\n\nof it" for _ in prompts]
 
     monkeypatch.setattr(plan_module, "greedy", asking)
+    monkeypatch.setattr(cache, "cacheable", lambda *_: False)
     measured = measure(tiny(), plan)
     assert len(asked) == len(set(asked)) == 6 + 6 + 6 and {n for _, n in asked} == {5, 7}
     assert {measured.answers[p] for p in plan.sets["forget"].prompts} == {"yes"}

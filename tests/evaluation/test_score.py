@@ -13,8 +13,9 @@ import torch
 from eval_helpers import qa, tiny
 
 from peft_unlearn.errors import UserError
+from peft_unlearn.evaluation import cache, suites
 from peft_unlearn.evaluation import plan as plan_module
-from peft_unlearn.evaluation import suites
+from peft_unlearn.evaluation.cache import cacheable
 from peft_unlearn.evaluation.generate import greedy
 from peft_unlearn.evaluation.plan import evenly, make_plan, measure
 from peft_unlearn.evaluation.score import Report, on_one_model, score
@@ -159,9 +160,13 @@ def memorizing(tokenizer: Any, rows: list[dict[str, Any]], steps: int = 250) -> 
     return model.eval()
 
 
+@pytest.mark.parametrize("cached", [False, True])
 def test_an_answer_known_by_heart_is_not_generated_again(
-    tokenizer: Any, data: Any, monkeypatch: pytest.MonkeyPatch
+    cached: bool, tokenizer: Any, data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without a cache unknown answers are generated from their prompts; with one the model goes on from where it was read."""
+    if not cached:
+        monkeypatch.setattr(cache, "cacheable", lambda *_: False)
     rows = [
         {**qa(i, "x"), "question": f"Q{i}?", "answer": f"In {city}."}
         for i, city in enumerate(["Paris", "Rome", "Oslo"])
@@ -181,7 +186,9 @@ def test_an_answer_known_by_heart_is_not_generated_again(
     }  # fmt: skip
     plan = make_plan(suites.load(spec), {"forget": rows, "retain": unseen}, tokenizer)
     answers = measure(model, plan).answers
-    assert asked and set(asked) == {p.text for p in plan.sets["retain"].prompts}
+    unknown = set() if cached else {p.text for p in plan.sets["retain"].prompts}
+    assert set(asked) == unknown
+    monkeypatch.setattr(cache, "cacheable", lambda *_: False)  # what transformers itself generates
     assert [answers[p] for p in plan.sets["forget"].prompts] == ["In Paris.", "In Rome.", "In Oslo."]
     prompts = [p.text for p in answers]
     assert list(answers.values()) == greedy(model, tokenizer, prompts, max_new_tokens=12)
@@ -195,9 +202,12 @@ def test_an_answer_known_by_heart_is_not_generated_again(
     asked.clear()
     bent = {"repetition_penalty": 1.9, "no_repeat_ngram_size": 1, "suppress_tokens": tokenizer("In")["input_ids"]}
     model.generation_config.update(**bent)
+    if cached:
+        monkeypatch.setattr(cache, "cacheable", cacheable)
     again = measure(model, plan).answers
+    monkeypatch.setattr(cache, "cacheable", lambda *_: False)
     assert again == answers and list(again.values()) == greedy(model, tokenizer, prompts, max_new_tokens=12)
-    assert set(asked) == {p.text for p in plan.sets["retain"].prompts}
+    assert set(asked) == unknown
     assert {k: getattr(model.generation_config, k) for k in bent} == bent
 
 
@@ -344,7 +354,7 @@ def test_subjects_are_left_also_when_evaluation_fails(model: Any, tokenizer: Any
     assert left == [True]
 
 
-def test_progress_and_bundle(model: Any, tokenizer: Any, data: Any) -> None:
+def test_progress_and_bundle(model: Any, tokenizer: Any, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_unlearn.data.bundle import ForgetRetain
 
     extra = {k: v for k, v in data.items() if k not in ("forget", "holdout")}
@@ -354,7 +364,10 @@ def test_progress_and_bundle(model: Any, tokenizer: Any, data: Any) -> None:
     assert got.details["base"]["retain/probability"]["n"] == 8  # the suite's retain set, not what is trained on
     assert got.subjects["base"] == score({"base": subject(model)}, "people", data, tokenizer).subjects["base"]
     whats = {what for what, _, _ in seen}
-    assert whats == {"base: reading answers", "base: generating answers"}
+    assert whats == {"base: reading answers"}
+    monkeypatch.setattr(cache, "cacheable", lambda *_: False)
+    score({"base": subject(model)}, "people", bundle, tokenizer, progress=lambda *a: seen.append(a))
+    assert {what for what, _, _ in seen} == {"base: reading answers", "base: generating answers"}
     assert all(0 < done <= total for _, done, total in seen)
 
 

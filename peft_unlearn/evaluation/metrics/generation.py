@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ...data.facts import names_value, words
+from ...data.facts import accepted, names_value, words
 from ...registry import metric
 from ..measured import KNOWLEDGE, Array, Unmeasured
 from ..provider import Context, provider
 from ..shapes import Measured, Plan, SetPlan
 from .sources import CONTAINS, MUSE, PARSES, ROUGE
 
-# there: whether the answer string stands in the output
+
+def _named(text: str, row: Mapping[str, Any]) -> bool:
+    """Whether the value stands in the words that are complete: what follows cannot take it away."""
+    return names_value(re.sub(r"\w+$", "", text), accepted(row))
+
+
+def _closed(text: str, row: Mapping[str, Any]) -> bool:
+    """Whether the first fence of code is closed: nothing after it is looked at."""
+    found = _FENCE.search(text)
+    return found is not None and found[2] == "```"
+
+
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(```|\Z)", re.DOTALL)
+SETTLED: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {"value_accuracy": _named, "python_parses": _closed}
+"""Metric -> (answer so far, row) -> whether no longer answer would have another value. Metrics that are not here see whole answers."""
 
 
 @metric("value_accuracy", source=CONTAINS, title="names the right value", better=KNOWLEDGE)
@@ -108,7 +122,7 @@ def python_parses(generation: Sequence[str]) -> Array:
 
 
 def _parses(text: str) -> bool:
-    fenced = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(```|\Z)", text, re.DOTALL)
+    fenced = _FENCE.search(text)
     lines = (fenced[1] if fenced else text).rstrip().splitlines()
     whole = fenced is not None and fenced[2] == "```"
     while lines:
