@@ -17,7 +17,7 @@ from ..data.alternates import add_alternates
 from ..data.collate import padding_id
 from ..errors import Errors, UserError
 from ..evaluation.subjects import check_data
-from ..folder.base import load_base, load_tokenizer
+from ..folder.base import load_tokenizer
 from ..folder.digest import digest_checkpoint
 from ..folder.read import WEIGHTS, AdapterFolder, read_adapter
 from ..folder.results import check_place, write_file
@@ -34,7 +34,7 @@ from ..training.checkpoints import STATE, damage
 from ..training.config import WORK, encode_set
 from ..training.fila import begun
 from ..training.recipe import Run, prepare
-from ..training.selecting import chosen
+from ..training.selecting import NEVER, chosen
 from ..training.train import generate_alternates
 
 ADAPTER = "default"
@@ -203,6 +203,11 @@ def _run(
     config = copy.copy(run.config)
     config.term_list = [*mine, *(t for ts in wanted.values() for t in ts if t not in mine)]
     run = replace(run, config=config)
+    if run.selecting is not None and run.selecting.refresh != NEVER:
+        raise UserError(
+            f"{found.path}: its entries were chosen anew while it trained (selection.refresh), and effects over checkpoints are not "
+            "worked out for those"
+        )
     _check_sets(run)
     check_base(found, run.base_dir, digest_checkpoint(run.base_dir))
     if found.manifest.depends_on:
@@ -250,7 +255,7 @@ def _model(run: Run) -> tuple[Any, dict[str, list[dict[str, Any]]], int]:
     from transformers import set_seed
 
     config = run.config
-    base, tokenizer = load_base(run.base_dir, "bfloat16" if config.bf16 else "float32"), load_tokenizer(run.base_dir)
+    base, tokenizer = run.load(), load_tokenizer(run.base_dir)
     generate_alternates(run, base, tokenizer)
     if run.selecting is not None:
         run.adapter = run.selecting.adapter(chosen(run, base, tokenizer, resume=True))
@@ -283,7 +288,7 @@ def _points(found: AdapterFolder) -> tuple[list[_Point], list[str]]:
             f"{work.name} holds no checkpoint from before the end: only the start and the finished adapter were measured. A run "
             "keeps some with train: {save_strategy: steps, save_steps: 20}"
         )
-    final = _Point(last, found.path / WEIGHTS, states.get(last))
+    final = _Point(last, (found.compact or found.path) / WEIGHTS, states.get(last))
     return [_Point(0, None), *sorted([*path, final], key=lambda p: p.step)], notes
 
 

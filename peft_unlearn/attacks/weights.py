@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from ..errors import UserError
 from ..folder.digest import adapter_modules, base_tensors
+from ..folder.quantized import options_of
 from ..folder.safetensors_io import checkpoint_tensors
 from ..head import causal_lm
 from ..tuners.expert_lora.blocks import DOWN, GATE_UP, innermost, is_transposed, moe_blocks
@@ -167,8 +168,8 @@ def _state(model: Any, layers: list[Any]) -> Adapter:
     on = [m for m in layers if not getattr(m, "disable_adapters", False)]
     if not on:
         return "off"
-    if any(not hasattr(m, "merge") or getattr(m, "lora_variant", None) for m in on):
-        return "live"
+    if any(not hasattr(m, "merge") or getattr(m, "lora_variant", None) for m in on) or options_of(model):
+        return "live"  # a base in fewer bits would be rounded anew, and could not be put back
     seen: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         other = seen.setdefault(p.data_ptr(), name) if p.numel() else name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from ..data.chat import end_tokens
 from ..errors import UserError
 from .fetch import snapshot, there
 from .manifest import BaseRef, path_like
+from .quantized import KEY, config_of
 
 if TYPE_CHECKING:
     import torch
@@ -87,11 +88,16 @@ def peft_base_name(ref: str) -> str:
     return "" if ref.startswith("local:") else ref
 
 
-def load_base(path: str | Path, dtype: str | torch.dtype = "float32", fits: Iterable[str] = ()) -> Any:
+def load_base(
+    path: str | Path,
+    dtype: str | torch.dtype = "float32",
+    fits: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Any:
     """The causal language model at `path`, in evaluation mode; safetensors only, no remote code.
 
     float32 by default whatever the files hold: embedded bases are bfloat16 files, always computed in float32. fits: of
-    `model_class`.
+    `model_class`. options: of `quantized.understood`, for a base in fewer bits; what is not quantized is in `dtype`.
     """
     import torch
 
@@ -100,9 +106,17 @@ def load_base(path: str | Path, dtype: str | torch.dtype = "float32", fits: Iter
         raise UserError(f"dtype {dtype!r}: expected float32, bfloat16 or float16.")
     refuse_stray(Path(path))
     config = load_config(path)
+    held: dict[str, Any] = {}
+    if options:
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(
+                f"base {path}: its files are quantized already, and {KEY} quantizes a base while it loads; give the original files, or "
+                f"leave {KEY} out"
+            )
+        held = {"quantization_config": config_of(options, kind)}
     try:
         model = model_class(config, fits).from_pretrained(
-            str(path), dtype=kind, use_safetensors=True, trust_remote_code=False
+            str(path), dtype=kind, use_safetensors=True, trust_remote_code=False, **held
         )
     except Exception as e:  # of any class: somebody else's files, read by somebody else's code
         raise UserError(f"base {path}: transformers cannot load it ({_why(e)}).") from None

@@ -9,7 +9,9 @@ count as they lie on disk (once, or twice). A tensor in memory is digested after
 
 - its value, cast back, has the bytes of the file: same;
 - its value is not what loading the file gives, whether or not the on-disk dtype can express it: CHANGED;
-- loading itself rounded (a float32 file loaded as bfloat16), the base is quantized, or names do not map: cannot tell.
+- loading itself rounded (a float32 file loaded as bfloat16), or names do not map: cannot tell.
+
+A base that is quantized in memory has no way back: the files are quantized once more in the same way, and every tensor is compared.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class LiveDigest:
     changed: list[str] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
     n_tensors: int = 0
+    requantized: bool = False  # compared with the files quantized again
 
     @property
     def verdict(self) -> Literal["same", "changed", "cannot tell"]:
@@ -53,7 +56,8 @@ class LiveDigest:
     def reason(self) -> str | None:
         """One sentence for `changed` and `cannot tell`, None for `same`."""
         if self.changed:
-            return f"{len(self.changed)} of {self.n_tensors} tensors differ from the files: {_some(self.changed)}."
+            files = "the files quantized again" if self.requantized else "the files"
+            return f"{len(self.changed)} of {self.n_tensors} tensors differ from {files}: {_some(self.changed)}."
         if self.unknown:
             name, why = next(iter(self.unknown.items()))
             more = f" (and {len(self.unknown) - 1} more)" if len(self.unknown) > 1 else ""
@@ -117,7 +121,7 @@ def digest_live(model: nn.Module, checkpoint_dir: str | Path, modules: Iterable[
     on_disk = {n: (e.dtype, e.shape, _sha_on_disk(e)) for n, e in entries.items()}
     out = LiveDigest(combined(on_disk), None, n_tensors=len(entries))
     if _quantized(model):
-        out.unknown["the base"] = "it is quantized in memory, which has no lossless way back to the files"
+        _as_quantized_again(model, Path(checkpoint_dir), modules, out)
         return out
     live = _by_disk_name(model, entries)
     unused = _unused_patterns(model)
@@ -183,6 +187,42 @@ def _inner(model: Any) -> Any:
 def _quantized(model: nn.Module) -> bool:
     inner = _inner(model)
     return bool(getattr(inner, "is_quantized", False)) or getattr(inner, "hf_quantizer", None) is not None
+
+
+def _as_quantized_again(model: nn.Module, checkpoint_dir: Path, modules: Iterable[str] | None, out: LiveDigest) -> None:
+    """Fill `out` for a base in fewer bits: its digest is that of the files where loading them in the same way gives the same tensors."""
+    from .base import load_base
+    from .quantized import options_of
+
+    inner = _inner(model)
+    dtype = next(p for p in inner.parameters() if p.is_floating_point()).dtype
+    try:
+        again = load_base(checkpoint_dir, dtype, (), options_of(inner))
+    except UserError as e:
+        out.unknown["the base"] = (
+            f"it is quantized in memory, and cannot be compared with its files quantized again ({e})"
+        )
+        return
+    mine, theirs = plain_tensors(model), plain_tensors(again)
+    within = None if modules is None else tuple(f"{m}." for m in modules)
+    names = sorted(n for n in {*mine, *theirs} if within is None or n.startswith(within))
+    out.n_tensors, out.requantized = len(names), True
+    out.changed = [n for n in names if n not in mine or n not in theirs or not same_tensor(mine[n], theirs[n])]
+    if not out.changed:
+        out.digest = out.checkpoint_digest
+
+
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`base_tensors`, of tensors that are made of others those."""
+    from .quantized import plain_parts
+
+    return {part: t for name, tensor in base_tensors(model).items() for part, t in plain_parts(name, tensor)}
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bits, on whatever devices."""
+    a, b = a.detach().cpu(), b.detach().cpu()
+    return a.dtype == b.dtype and a.shape == b.shape and _same_bits(a, b)
 
 
 def adapter_modules(model: nn.Module) -> dict[str, Any]:

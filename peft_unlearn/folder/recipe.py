@@ -17,7 +17,7 @@ from .manifest import path_like
 from .yaml_io import dump_yaml, parse_yaml, read_yaml
 
 TOP_LEVEL = (
-    "name", "description", "base", "stack", "data", "adapter", "reference", "terms", "rule", "smoothing", "selection",
+    "name", "description", "base", "base_options", "stack", "data", "adapter", "reference", "terms", "rule", "smoothing", "selection",
     "step_size", "averaging", "train", "eval", "tune", "seed", "compose",
 )  # fmt: skip
 

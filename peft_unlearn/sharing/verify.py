@@ -11,7 +11,8 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..folder.digest import digest_checkpoint, targeted_names
 from ..folder.fetch import resolve_adapter
-from ..folder.manifest import n_values, probe_difference
+from ..folder.manifest import Probes, n_values, probe_difference
+from ..folder.quantized import RECORD, identity, name_of, trained_on
 from ..folder.read import CONFIG, RECIPE, WEIGHTS, AdapterFolder, read_adapter
 from ..folder.safetensors_io import checkpoint_tensors, read_header
 from ..folder.schema import is_number, shown
@@ -19,6 +20,7 @@ from ..reporting.result import Result
 from ..stack.below import Below
 from ..stack.fits import check_dependencies, check_tokenizer, check_weights_of, scales_below, words
 from ..stack.identity import check_identity, n_settings, read_tokenizer
+from ..stack.model import probes_on
 from ..stack.removal import PROBE_TOLERANCE
 from ..training.adapt import adapted
 
@@ -175,10 +177,40 @@ def _against_base(found: AdapterFolder, base: str | Path | None, result: Verific
         result.add("loading", "failed", str(e))
         return
     _targets(found, model, base_dir, result)
+    tokenizer = load_tokenizer(found.path, base_dir)
     if found.manifest.probes is None:
         result.add("probes", "cannot tell", "the manifest holds none")
+    else:
+        _probes(found.manifest.probes, model, tokenizer, result)
+    try:
+        _quantized(found, stack, base_dir, tokenizer, result)
+    except UserError as e:
+        result.add("quantized", "cannot tell", str(e))
+
+
+def _quantized(found: AdapterFolder, stack: Below, base_dir: Path, tokenizer: Any, result: Verification) -> None:
+    """The same probes on the base as it was held in the training, where that was in fewer bits."""
+    from ..folder.base import load_base
+
+    if (held := trained_on(found.manifest.method)) is None:
         return
-    _probes(found, model, load_tokenizer(found.path, base_dir), result)
+    options, dtype = held
+    record, words = found.manifest.method[RECORD], f"{name_of(options)} in {dtype}"
+    if record.get("digest") != identity(found.manifest.base.digest, options, dtype):
+        result.add(
+            "quantized", "failed", f"the digest of the base in {words} is not that of its files with these settings"
+        )
+        return
+    result.add(
+        "trained on",
+        "ok",
+        f"1 base, {words}; all before this was measured on its files in float32, what follows on {words}",
+    )
+    model = stack.put_on(load_base(base_dir, dtype, found.manifest.targets, options))
+    if (probes := probes_on(model, found)) is None:
+        result.add("quantized", "cannot tell", "the manifest holds no probes of it")
+        return
+    _probes(probes, model, tokenizer, result, ", quantized")
 
 
 def _same_base(found: AdapterFolder, base_dir: Path, result: Verification, stack: Below | None) -> bool:
@@ -255,10 +287,7 @@ def _outside(names: list[str], others: list[str]) -> list[str]:
     return [n for n in names if not any(n == o or n.startswith(f"{o}.") or o.startswith(f"{n}.") for o in others)]
 
 
-def _probes(found: AdapterFolder, model: Any, tokenizer: Any, result: Verification) -> None:
-    probes = found.manifest.probes
-    assert probes is not None
-
+def _probes(probes: Probes, model: Any, tokenizer: Any, result: Verification, kind: str = "") -> None:
     def compare(name: str, rows: list[dict[str, list[Any]]]) -> None:
         gap = probe_difference(model, tokenizer, probes.prompts, rows)
         if gap is None and n_values(rows):
@@ -274,12 +303,14 @@ def _probes(found: AdapterFolder, model: Any, tokenizer: Any, result: Verificati
             )
             result.add(name, "failed", f"{n_values(rows)} logits of {len(probes.prompts)} prompts: {why}")
 
-    compare("probes, adapter on", probes.adapter)
+    compare(f"probes, adapter on{kind}", probes.adapter)
     moved = probe_difference(model, tokenizer, probes.prompts, probes.base)
     with model.disable_adapter():
-        compare("probes, adapter off", probes.base)
+        compare(f"probes, adapter off{kind}", probes.base)
     if moved is not None and moved <= PROBE_TOLERANCE:
         why = f"it moves no logit of the neutral prompts by more than {PROBE_TOLERANCE:g}: no side effect, or no effect; see eval"
-        result.add("effect", "cannot tell", why)
+        result.add(f"effect{kind}", "cannot tell", why)
     elif moved is not None and math.isfinite(moved):
-        result.compared("effect", n_values(probes.base), f"logits of neutral prompts, moved by up to {moved:.2g}")
+        result.compared(
+            f"effect{kind}", n_values(probes.base), f"logits of neutral prompts, moved by up to {moved:.2g}"
+        )

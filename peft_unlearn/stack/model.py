@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from ..folder.card import add_tags
 from ..folder.digest import digest_checkpoint
 from ..folder.dtype import dtype_of
 from ..folder.fetch import resolve_adapter
+from ..folder.manifest import Probes
 from ..folder.merge_record import RECORD, read_record
+from ..folder.quantized import RECORD as QUANTIZED
+from ..folder.quantized import name_of, options_of, trained_on
 from ..folder.read import AdapterFolder, read_adapter
 from ..tuners.names import scalings
 from .attach import attach, freeze
@@ -64,7 +67,7 @@ class ForgetModel:
             adapters: folders, Hub ids or ``id@commit``, in stacking order: those that others were trained on top of come
                 first. A mapping names them. LoRA and expert adapters may stand together.
             scales: one per adapter; by default each manifest's own.
-            dtype: of the base; "auto": see `folder.dtype.fast_dtype`.
+            dtype: of the base, in floating point; "auto": quantized as it was for the training, else see `folder.dtype.fast_dtype`.
             fused: compute the LoRA adapters of a layer together (`stack.fused`), not one by one.
 
         Raises:
@@ -117,8 +120,9 @@ class ForgetModel:
             check_base(folder, base_dir, digest)
             check_tokenizer(folder.path, base_dir)
         fits = next(iter(folders.values())).manifest.targets
-        kind = dtype_of(dtype, base_dir) if isinstance(dtype, str) else dtype
-        model = attach(load_base(base_dir, kind, fits), folders)
+        held = held_as_trained(folders) if dtype == "auto" else None
+        options, kind = held or ({}, dtype_of(dtype, base_dir) if isinstance(dtype, str) else dtype)
+        model = attach(load_base(base_dir, kind, fits, options), folders)
         add_tags(model)
         stack = cls(model, base_dir, folders, digest, fused)
         for name, value in wanted.items():
@@ -187,7 +191,7 @@ class ForgetModel:
             UserError: others were trained on top of `name`, and `cascade`, which takes those off too, was not asked for.
         """
         if name is None or (list(self.adapters) == [name]):
-            probes = next((a.manifest.probes for a in self.adapters.values()), None)
+            probes = next((probes_on(self.model, a) for a in self.adapters.values()), None)
             tokenizer = None if probes is None else self.tokenizer
             self.model, report = take_off(self.model, self.base_dir, probes, tokenizer)
             self.adapters, self._scales, self._unit = {}, {}, {}
@@ -212,6 +216,36 @@ class ForgetModel:
     def _known(self, name: str) -> None:
         if name not in self.adapters:
             raise UserError(f"There is no adapter {name!r}.{nearest(name, self.adapters)}")
+
+
+def held_as_trained(folders: Mapping[str, AdapterFolder]) -> tuple[dict[str, Any], str] | None:
+    """(options, dtype) of the quantized base that all of these were trained on; None where that was one in floating point.
+
+    Raises:
+        UserError: they were trained on several.
+    """
+    found = {name: trained_on(folder.manifest.method) for name, folder in folders.items()}
+    first = next(iter(found.values()))
+    if any(other != first for other in found.values()):
+        said = "; ".join(
+            f"{n}: {'floating point' if f is None else f'{name_of(f[0])}, {f[1]}'}" for n, f in found.items()
+        )
+        raise UserError(
+            f"these adapters were trained on one base held in several ways ({said}); say what it is to be computed in here with --dtype "
+            "float32 or bfloat16: the base's files, unquantized"
+        )
+    return first
+
+
+def probes_on(model: Any, folder: AdapterFolder) -> Probes | None:
+    """The manifest's probes that `model` should give: those of the quantized base where it is held like that, else the ones in float32."""
+    held = trained_on(folder.manifest.method)
+    if not (options := options_of(model)):
+        return folder.manifest.probes
+    if held is None or held[0] != options:
+        return None
+    rows = folder.manifest.method[QUANTIZED].get("probes")
+    return None if rows is None else Probes(**rows)
 
 
 def remove(

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 
 from ..errors import UserError
-from ..folder.digest import adapter_modules, digest_live
+from ..folder.digest import LiveDigest, adapter_modules, digest_live
 from ..folder.manifest import Probes, probe_difference
+from ..folder.quantized import name_of, options_of
 from ..reporting.result import Result
 from ..tuners.names import belongs
 from .attach import detach
@@ -32,7 +33,8 @@ class RemovalReport(Result):
     """What was taken off and what was found.
 
     digest, base_digest: of the live tensors and of the files. changed: tensors that differ. left: what is still there of
-    the adapters. merged: modules that hold rounded sums. remaining: adapters that go on.
+    the adapters. merged: modules that hold rounded sums. remaining: adapters that go on. quantized: how the base is held in fewer
+    bits, so that it was compared with its files quantized again.
     """
 
     verdict: Literal["removed", "changed", "cannot tell"]
@@ -47,6 +49,7 @@ class RemovalReport(Result):
     probe_tolerance: float = PROBE_TOLERANCE
     reasons: list[str] = field(default_factory=list)
     remaining: list[str] = field(default_factory=list)
+    quantized: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -58,17 +61,19 @@ class RemovalReport(Result):
         return 0 if self.ok else 1
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        return {k: v for k, v in found.items() if k != "quantized" or v is not None}
 
     def __str__(self) -> str:
         names = ", ".join(self.adapters)
+        again = "" if self.quantized is None else f" quantized again, {self.quantized}"
         if self.verdict == "removed" and self.remaining:
             head = (
                 f"Removed {names}; {', '.join(self.remaining)} {'goes' if len(self.remaining) == 1 else 'go'} on over a "
-                f"base all of whose {self.n_tensors} tensors have the bytes of its files."
+                f"base all of whose {self.n_tensors} tensors have the bytes of its files{again}."
             )
         elif self.verdict == "removed":
-            head = f"Removed {names}: all {self.n_tensors} tensors in memory have the bytes of the base's files."
+            head = f"Removed {names}: all {self.n_tensors} tensors in memory have the bytes of the base's files{again}."
         elif self.verdict == "changed":
             head = f"CHANGED: {names} taken off, but what is left is not the base."
         else:
@@ -113,7 +118,7 @@ def take_off(
         verdict = "removed"
     report = RemovalReport(
         verdict, names, live.checkpoint_digest, live.digest, live.n_tensors, live.changed, left, merged,
-        gap if gap is None or math.isfinite(gap) else None, PROBE_TOLERANCE, reasons,
+        gap if gap is None or math.isfinite(gap) else None, PROBE_TOLERANCE, reasons, quantized=_held(live, plain),
     )  # fmt: skip
     return plain, report
 
@@ -144,7 +149,7 @@ def take_one_off(model: Any, base_dir: Path, names: Sequence[str]) -> RemovalRep
     same = live.verdict == "same" and live.digest == live.checkpoint_digest
     return RemovalReport(
         "changed" if bad else "removed" if same else "cannot tell", list(names), live.checkpoint_digest, live.digest,
-        live.n_tensors, live.changed, left, [], None, PROBE_TOLERANCE, reasons, list(model.peft_config),
+        live.n_tensors, live.changed, left, [], None, PROBE_TOLERANCE, reasons, list(model.peft_config), _held(live, model),
     )  # fmt: skip
 
 
@@ -156,6 +161,10 @@ def _others(model: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
         for key, p in model.named_parameters()
         if any(belongs(key, n) for n in kept)
     }
+
+
+def _held(live: LiveDigest, model: Any) -> str | None:
+    return name_of(options_of(model)) if live.requantized else None
 
 
 def _merged(model: Any) -> list[str]:

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..errors import Errors, UserError, nearest
 from ..folder.card import add_tags
-from ..folder.digest import base_tensors, targeted_names
+from ..folder.digest import plain_tensors, targeted_names
+from ..folder.quantized import KEY, name_of, options_of
 from ..head import reads_images
 from ..stack.attach import add
 from ..tuners.delta import changes_base
@@ -132,6 +133,7 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
         config = peft_config(config)
     _refuse(config)
     refuse_base(base)
+    _refuse_on_quantized(base, config)
     if images := reads_images(base):
         config = replace(config, task_type=None)  # PEFT's wrapper of causal language models passes input_ids on
     called = None if images else check_causal(base)
@@ -173,6 +175,16 @@ def get_forget_model(base: nn.Module, config: Any = None, *, adapter_name: str =
     return model
 
 
+def _refuse_on_quantized(base: Any, config: Any) -> None:
+    held = options_of(base)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if held and kind != "LORA":
+        raise UserError(
+            f"adapter.type {kind.removeprefix('PEFT_UNLEARN_').lower()} is refused on a base in {name_of(held)}: it reads or replaces "
+            "weights that are no plain numbers there; only lora adds to a layer's output alone. Train it on the base in floating point"
+        )
+
+
 def _input_embeddings(base: Any) -> str:
     found = base.get_input_embeddings()
     return next(n for n, m in base.named_modules() if m is found)
@@ -199,23 +211,17 @@ def _on_top(model: Any, name: str, config: Any) -> Any:
 
 def refuse_base(model: Any) -> None:
     """Raise a `UserError` for bases that cannot be trained truthfully yet."""
-    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
-    if quantization is not None:
-        method = getattr(quantization, "quant_method", None) or type(quantization).__name__
-        raise UserError(
-            f"the base is quantized ({getattr(method, 'value', method)}): its digest cannot be compared with the released files and "
-            "adapters trained on rounded weights behave otherwise on the real ones; load the base unquantized"
-        )
+    held = options_of(model)
     inner = getattr(model, "get_base_model", lambda: model)()
     if getattr(inner, "_hf_peft_config_loaded", False):
         raise UserError(
             "transformers itself has put an adapter on the base (an adapter_config.json lies in the folder that it was loaded from, or "
             "load_adapter was called): with the new adapter off the model would not be the base. Load it without that one"
         )
-    if odd := quantized_module(inner):
+    if not held and (odd := quantized_module(inner)):
         raise UserError(
-            f"the base is quantized, though its configuration does not say so: {odd}. Adapters trained on rounded weights behave "
-            "otherwise on the real ones; load the base unquantized"
+            f"the base is quantized, though its configuration does not say so: {odd}. Nobody could repeat it from the released files; "
+            f"load them in floating point, or by {KEY}: {{load_in_4bit: true}}"
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(
@@ -301,7 +307,7 @@ def _pattern_matches(pattern: str, names: Sequence[str]) -> bool:
 def _checksums(model: Any) -> dict[str, int]:
     """Exact checksums of the base's tensors (sums of their bits); empty for a model without weights in memory."""
     out = {}
-    for name, tensor in base_tensors(model).items():
+    for name, tensor in plain_tensors(model).items():
         flat = tensor.detach().reshape(-1)
         if flat.is_meta or flat.element_size() not in _BITS:
             return {}

@@ -7,6 +7,7 @@ what training computed in its own dtype.
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..folder.base import load_base
-from ..folder.digest import base_tensors, name_in_base
+from ..folder.digest import name_in_base, plain_tensors
 from ..folder.manifest import Probes, probe_logits, probes
+from ..folder.quantized import identity, options_of
 from ..forward import Reference
 from ..stack.attach import activate, add
 from ..stack.identity import config_difference
@@ -65,21 +67,49 @@ def probes_of_files(live: Any, tokenizer: Any, prompts: tuple[str, ...], base_di
         UserError: with its adapters off, `live` is not the model in these files.
     """
     fresh = load_base(base_dir, fits=fits)
+    if not options_of(live):  # else `held_in_memory` compares
+        _same(live, fresh, tokenizer, prompts, base_dir)
+    return _probed(fresh, live, tokenizer, prompts)
+
+
+def held_in_memory(
+    live: Any, tokenizer: Any, prompts: tuple[str, ...], base_dir: Path, fits: list[str], digest: str
+) -> dict[str, Any] | None:
+    """What a manifest's ``method.quantized`` says of a base in fewer bits, `digest` being that of its files; None for other bases.
+
+    Raises:
+        UserError: with its adapters off, `live` is not what loading these files in the same way gives.
+    """
+    if not (options := options_of(live)):
+        return None
+    dtype = next(p for p in live.get_base_model().parameters() if p.is_floating_point()).dtype
+    fresh = load_base(base_dir, dtype, fits, options)
+    _same(live, fresh, tokenizer, prompts, base_dir)
+    name = str(dtype).removeprefix("torch.")
+    found = _probed(fresh, live, tokenizer, prompts)
+    return {"options": options, "dtype": name, "digest": identity(digest, options, name), "probes": asdict(found)}
+
+
+def _same(live: Any, fresh: Any, tokenizer: Any, prompts: tuple[str, ...], base_dir: Path) -> None:
+    """Raise a `UserError` unless `live` is `fresh`, loaded from `base_dir`, under its adapters."""
     _compare(live, fresh, base_dir)
     with Reference("base").on(live):  # puts the trainable flags back
         now = probe_logits(live.get_base_model(), tokenizer, prompts)
     _compare_logits(live, now, probe_logits(fresh, tokenizer, prompts), base_dir)
+
+
+def _probed(fresh: Any, live: Any, tokenizer: Any, prompts: tuple[str, ...]) -> Probes:
     with torch.random.fork_rng(devices=[]):
         model = _with_adapters(fresh, live)
     return probes(model, tokenizer, prompts)
 
 
 def _compare(live: Any, fresh: nn.Module, base_dir: Path) -> None:
-    if odd := quantized_module(live.get_base_model()):
+    if not options_of(live) and (odd := quantized_module(live.get_base_model())):
         raise _other(base_dir, f"its module {odd} is quantized")
     if odd := config_difference(fresh.config, live.get_base_model().config):
         raise _other(base_dir, f"it was loaded with other settings: {'; '.join(odd[:4])}")
-    mine, theirs = base_tensors(live), base_tensors(fresh)
+    mine, theirs = plain_tensors(live), plain_tensors(fresh)
     if odd := sorted(mine.keys() ^ theirs.keys()):
         raise _other(base_dir, f"{len(odd)} tensors are in one of the two only, first {odd[0]}")
     if odd := sorted(n for n, t in theirs.items() if not _as_loaded(mine[n], t)):

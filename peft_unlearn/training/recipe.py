@@ -12,7 +12,9 @@ from ..data.advice import advice
 from ..data.bundle import ForgetRetain
 from ..data.load import DATA_OPTIONS, load_data
 from ..errors import Errors, UserError, nearest
-from ..folder.base import load_config, load_tokenizer, resolve_base
+from ..folder.base import load_base, load_config, load_tokenizer, resolve_base
+from ..folder.quantized import KEY, name_of, require_library
+from ..folder.quantized import understood as how_held
 from ..folder.schema import COUNT, NUMBER, POSITIVE, is_number, is_whole, maybe, one_of, shape
 from ..tuners.selection import Selection
 from . import fila
@@ -51,8 +53,15 @@ class Run:
     # how the entries are chosen that a sparse adapter trains (`adapter` is None till then), or the structures of a LoRA
     selecting: Selecting | None = None
     selected: Selection | None = None  # once they are
+    base_options: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # how the base is held in fewer bits, see `folder.quantized`
     fila: bool = False  # the adapter's start, see `fila`
     frozen: Mapping[Any, Any] = field(default_factory=dict)  # by that start: parameter -> which of it may move
+
+    def load(self) -> Any:
+        """The base as the recipe wants it held, in the dtype of the training."""
+        return load_base(self.base_dir, "bfloat16" if self.config.bf16 else "float32", options=self.base_options)
 
 
 def auto_options(spec: dict[str, Any], errors: Errors) -> dict[str, Any] | None:
@@ -76,14 +85,26 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     """
     if recipe.get("compose") is not None:
         raise UserError("this recipe sums adapters and trains nothing: run `peft-unlearn compose` on its parts")
-    config, adapter, negate, auto, selecting, starts = _understood(recipe, out)
+    config, adapter, negate, auto, selecting, starts, options = _understood(recipe, out)
     bundle = load_data(recipe.get("data"), data)
     require_sets(config, bundle)
     base_dir = resolve_base(recipe.get("base"), override=base)
     _check_layers(config, base_dir)
     named = str(base or recipe.get("base"))
     recipe = _with_template(recipe, bundle, base_dir)
-    return Run(_as_run(recipe, data), config, adapter, bundle, named, base_dir, negate, auto, selecting, fila=starts)
+    return Run(
+        _as_run(recipe, data),
+        config,
+        adapter,
+        bundle,
+        named,
+        base_dir,
+        negate,
+        auto,
+        selecting,
+        fila=starts,
+        base_options=options,
+    )
 
 
 def notes(run: Run) -> list[str]:
@@ -95,8 +116,8 @@ def notes(run: Run) -> list[str]:
 
 def _understood(
     recipe: Mapping[str, Any], out: str | Path
-) -> tuple[UnlearnConfig, Any, float | None, Any, Selecting | None, bool]:
-    """(config, PEFT config, negation, how experts and how entries are chosen, FILA) of a recipe; every complaint at once."""
+) -> tuple[UnlearnConfig, Any, float | None, Any, Selecting | None, bool, dict[str, Any]]:
+    """(config, PEFT config, negation, how experts and how entries are chosen, FILA, base options) of a recipe; every complaint at once."""
     errors, config, adapter = Errors(), None, None
     given = recipe.get("adapter")
     if not isinstance(given, (Mapping, type(None))):
@@ -113,6 +134,9 @@ def _understood(
     kind = str(spec.get("type", "lora")).lower()
     selecting = on_lora(recipe, spec, errors) if kind == "lora" else understood(recipe, spec, errors)
     starts = fila.understood(spec, errors)
+    options = how_held(recipe.get(KEY), errors)
+    if options:
+        _check_quantized(options, kind, selecting is not None, starts, recipe.get("smoothing"), errors)
     try:
         config = from_recipe(recipe, str(out))
     except UserError as e:
@@ -125,7 +149,30 @@ def _understood(
     assert config is not None
     if isinstance(selecting, OnLora):
         selecting = replace(selecting, config=adapter)
-    return config, adapter, None if negate is None else float(negate), auto, selecting, starts
+    return config, adapter, None if negate is None else float(negate), auto, selecting, starts, options
+
+
+def _check_quantized(
+    options: Mapping[str, Any], kind: str, selects: bool, starts: bool, smoothing: Any, errors: Errors
+) -> None:
+    """Complain of what needs the base's weights as numbers, and of a library that is missing."""
+    held = name_of(options)
+    if kind != "lora":
+        errors.add(
+            f"adapter.type {kind} does not work on a base in {held}, only lora does: it adds to a layer's output alone"
+        )
+    if selects or starts:
+        what = "selection" if selects else f"init_lora_weights {fila.NAME}"
+        errors.add(f"{what} reads the base's weights and their gradients, and a base in {held} has neither")
+    given = list(smoothing.values())[:1] if isinstance(smoothing, Mapping) else []
+    if given and isinstance(given[0], Mapping) and given[0].get("space") == "base":
+        errors.add(
+            f"smoothing in space base moves the weights under the adapters, and a base in {held} has no numbers to move"
+        )
+    try:
+        require_library(options)
+    except UserError as e:
+        errors.absorb(e)
 
 
 def _with_template(recipe: Mapping[str, Any], bundle: ForgetRetain, base_dir: Path) -> Mapping[str, Any]:

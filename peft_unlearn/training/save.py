@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..folder.base import base_reference, peft_base_name, resolve_base
 from ..folder.digest import digest_checkpoint, targeted_names
 from ..folder.manifest import BaseRef, Manifest, neutral_images, neutral_prompts
+from ..folder.quantized import KEY, RECORD, options_of
 from ..folder.read import AdapterFolder
 from ..folder.versions import versions
 from ..folder.write import write_adapter
@@ -28,7 +29,7 @@ from ..tuners.names import belongs
 from ..tuners.peft_type import PEFT_TYPE, SPARSE_TYPE
 from .adapt import adapted
 from .config import METHODS, UnlearnConfig
-from .own_base import probes_of_files
+from .own_base import held_in_memory, probes_of_files
 from .trainer import UnlearnTrainer
 
 
@@ -92,9 +93,11 @@ def _manifest(trainer: UnlearnTrainer, base: str | Path, recipe: dict[str, Any],
     prompts = neutral_prompts(data.forget or ())
     if reads_images(model):
         prompts = neutral_images(*trainer.rows.sets[config.anchor][0]["pixel_values"].shape)
+    digest = digest_checkpoint(base_dir)
+    held = held_in_memory(model, trainer.processing_class, prompts, base_dir, targets, digest)
     return Manifest(
-        base=base_reference(base, base_dir, digest_checkpoint(base_dir), _digest_of(base_dir, modules)),
-        method={**describe_method(trainer, recipe), **identity_of(base_dir)},
+        base=base_reference(base, base_dir, digest, _digest_of(base_dir, modules)),
+        method={**describe_method(trainer, recipe), **identity_of(base_dir), **({RECORD: held} if held else {})},
         data={
             name: {
                 **{k: v for k, v in about.items() if v is not None},
@@ -186,6 +189,7 @@ def recipe_of(trainer: UnlearnTrainer, base: str | Path) -> dict[str, Any]:
     }
     return {
         "base": str(base),
+        **({KEY: held} if (held := options_of(trainer.bare)) else {}),
         "data": {**({"bundle": refs["forget"]} if len(set(refs.values())) == 1 else refs), **options},
         "adapter": {"type": kind.removeprefix("PEFT_UNLEARN_").lower(), **shape},
         "reference": config.reference,

@@ -15,7 +15,7 @@ from ..errors import Interrupted
 from ..evaluation.generate import other_answers
 from ..evaluation.quick import ForgetAtFloor, StopOn, make_score
 from ..folder.atomic import room_for
-from ..folder.base import load_base, load_tokenizer
+from ..folder.base import load_tokenizer
 from ..folder.read import AdapterFolder
 from ..folder.write import check_destination
 from ..forward import Reference
@@ -115,7 +115,7 @@ def adapted_model(run: Run, below: Below, progress: Progress, resume: bool) -> t
     """(the base with the new adapter on top of those below, tokenizer); what the run leaves to the base is settled on the way."""
     from transformers import set_seed
 
-    model = load_base(run.base_dir, "bfloat16" if run.config.bf16 else "float32")
+    model = run.load()
     tokenizer = load_tokenizer(run.base_dir)
     generate_alternates(run, model, tokenizer)
     if run.auto is not None:

@@ -97,6 +97,8 @@ def computes(module: nn.Module, args: tuple[Any, ...], out: Any) -> bool:
     """Whether a call of `module` was what its class promises; subclasses of nn.Linear may compute something else."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return True
+    if not module.weight.is_floating_point():  # bitsandbytes: packed numbers, which nothing else can multiply with
+        return True
     if not isinstance(out, Tensor) or not args or not isinstance(args[0], Tensor):
         return False
     wanted = F.linear(args[0], module.weight, module.bias)
