@@ -32,7 +32,7 @@ FORGOTTEN = 0.05
 # (with a retain loss, LoRA) -> learning rates, the likeliest first
 RATES = {
     (True, True): (2e-3, 1e-3, 4e-3), (True, False): (1e-2, 2e-2, 4e-3), (False, True): (2e-4, 1e-4, 5e-4),
-    (False, False): (2e-3, 1e-3, 4e-3),
+    (False, False): (1e-3, 5e-4, 2e-3),
 }  # fmt: skip
 
 NPO = {"forget": {"npo": {"beta": 0.1}}, "retain": {"nll": {"weight": 5.0}}}
@@ -64,7 +64,7 @@ def recipe(case: str, rate: float, seed: int, file: Path | None) -> dict[str, An
     adapter = (
         {"adapter": LORA} if selection is None else {"adapter": {"type": "sparse"}, "selection": {"file": str(file)}}
     )
-    looks = {} if "retain" in terms else {"eval": {"suite": "people", "every": 4, "n": 50, "stop_below": 0.04}}
+    looks = {} if "retain" in terms else {"eval": {"suite": "people", "every": 4, "n": 50, "stop_below": 0.02}}
     return {
         "name": "selection", "base": "embedded:people", "data": {"bundle": "embedded:people"}, **adapter, "terms": terms,
         "train": {
