@@ -19,6 +19,7 @@ from .card_numbers import headline, numbers
 from .manifest import Manifest, path_like
 from .markdown import block, code, inline, one_line, table
 from .read import CARD, TOGETHER, AdapterFolder
+from .schema import is_number
 from .yaml_io import MAX_CHARACTERS, dump_yaml, parse_yaml, read_text
 
 TAGS = ("forget-adapter", "machine-unlearning", "peft_unlearn")
@@ -207,6 +208,7 @@ def _facts(card: ForgetCard) -> list[list[str]]:
         *([["digest of this adapter", code(m.adapter_id)]] if m.adapter_id else []),
         *_origin(method),
         *([[k.replace("_", " "), code(_flat(method[k]))] for k in _PARTS if method.get(k)]),
+        *([["selection", inline(_selection(method["selection"]))]] if isinstance(method.get("selection"), dict) else []),
         ["training", inline(", ".join(t.strip() for t in trained)) or "not stated"],
         ["adapter", inline(", ".join([str(config.get("peft_type", "LORA")), *shape])) + where],
         ["reference", code(m.reference)],
@@ -215,6 +217,15 @@ def _facts(card: ForgetCard) -> list[list[str]]:
         ["scale", _scale(m)],
     ]  # fmt: skip
     return rows
+
+
+def _selection(found: dict[str, Any]) -> str:
+    """Which entries of the base's weights a sparse adapter has values for, in words."""
+    hyper = found.get("hyper") if isinstance(found.get("hyper"), dict) else {}
+    how = " ".join([str(found.get("method", "by hand")), *(f"{k} {v}" for k, v in hyper.items() if v is not None)])
+    share = f", {100 * found['density']:.2g} % of the weights chosen from" if is_number(found.get("density")) else ""
+    more = [f"{k} {found[k]}" for k in ("ratio", "budget", "unit", "refresh") if found.get(k) not in (None, "entry")]
+    return "; ".join([how, *more, f"{found.get('entries', '?')} entries{share}"])
 
 
 def _origin(method: dict[str, Any]) -> list[list[str]]:

@@ -50,12 +50,14 @@ class Overlay:
         return {w: sorted(e, key=lambda i: i or 0) for w, e in found.items()}
 
     def product(self, weight: str, expert: int | None) -> Product | None:
-        found = [(*d.product(weight, expert), scale) for d, scale in self.parts if weight in d]
+        found = [(d.product(weight, expert), scale) for d, scale in self.parts if weight in d]
         if not found:
             return None
-        if any(right is None for _, right, _ in found):  # a sparse adapter among them
-            return sum((left if right is None else left @ right) * scale for left, right, scale in found), None  # type: ignore[return-value]
-        return torch.cat([left * scale for left, _, scale in found], dim=1), torch.cat([right for _, right, _ in found])
+        pairs = [(left * scale, right) for (left, right), scale in found]
+        rights = [right for _, right in pairs if right is not None]
+        if len(rights) < len(pairs):  # a sparse adapter among them
+            return torch.stack([left if right is None else left @ right for left, right in pairs]).sum(0), None
+        return torch.cat([left for left, _ in pairs], dim=1), torch.cat(rights)
 
     def refuse_tied(self, model: nn.Module) -> None:
         """Raise `UserError` where an adapted weight is the same tensor as another."""

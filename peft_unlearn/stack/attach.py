@@ -86,6 +86,8 @@ def _converted(model: Any, name: str, folder: AdapterFolder) -> Any:
     """The model with a stock adapter on experts, or a sparse one, in the compact form; None where it has to be loaded as it is."""
     from peft import PeftModel, get_peft_model
 
+    fill: Any
+    config: Any
     try:
         if folder.config.get("target_parameters"):
             from ..tuners.expert_lora.export import fill, read_stock
@@ -209,8 +211,8 @@ def _check_compact(model: Any, name: str, folder: AdapterFolder) -> None:
     else:
         from ..tuners.expert_lora.export import stock_tensors
 
-        def stock_parts(model: Any, name: str) -> dict[str, dict[str, torch.Tensor]]:
-            return {"": stock_tensors(model, name)}
+        def stock_parts(model: Any, adapter: str) -> dict[str, dict[str, torch.Tensor]]:
+            return {"": stock_tensors(model, adapter)}
 
     assert folder.compact is not None
     for sub, mine in stock_parts(model, name).items():

@@ -126,7 +126,7 @@ def _occupied(module: Any) -> str | None:
                 f"carries an adapter of another type already ({type(module).__name__}), which computes with the base's weight itself; "
                 "merge one of the two, or stack them on different modules"
             )
-        if getattr(module, "use_dora", None) and any(module.use_dora.values()):
-            return "carries a DoRA adapter, which re-normalizes the weights under it"
-        module = module.base_layer
+        if getattr(module, "lora_variant", None):
+            return "carries a variant of LoRA (DoRA or its kin), which computes with the weights under it"
+        module = module.base_layer  # type: ignore[assignment]
     return None
