@@ -14,13 +14,16 @@ from ..errors import Errors, UserError
 from ..head import causal_lm, reads_images
 from ..tuners.names import belongs
 from ..tuners.peft_type import FORGET_VECTOR
+from .adapt import peft_config
 from .config import UnlearnConfig
 
 _READABLE = {"logp", "ref_logp", "logits", "ref_logits"}
 
 
 def of_images(config: Any, data: Any) -> Any:
-    """A forget vector's config with the shape of the data's images, where it names none."""
+    """A forget vector's config (or a recipe's ``adapter``) with the shape of the data's images, where it names none."""
+    if isinstance(config, Mapping):
+        config = peft_config(config)
     kind = getattr(getattr(config, "peft_type", None), "value", None)
     if kind != FORGET_VECTOR or config.shape is not None or not isinstance(data, ImageSets):
         return config
