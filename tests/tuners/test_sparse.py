@@ -15,6 +15,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_unlearn.stack.attach import add
+from peft_unlearn.tuners.expert_lora import ExpertLoraConfig
+from peft_unlearn.tuners.expert_lora.layer import ExpertsLayer
 from peft_unlearn.tuners.selection import Selection
 from peft_unlearn.tuners.sparse import SparseConfig
 from peft_unlearn.tuners.sparse.export import entries_of
@@ -178,6 +180,53 @@ def test_hooks_of_base_layers_run():
     z = model(IDS).logits
     assert len(calls) == 5 and not z.any()  # embeddings times zero: nothing is left
     assert all("forward" not in vars(m) for m in model.modules())
+
+
+def test_stacks_with_lora_and_expert_adapters_of_a_mixture_of_experts():
+    plain = f.base("olmoe", "grouped_mm")
+    names = ["layers.0.mlp.experts.down_proj", "layers.1.self_attn.q_proj"]
+    model = sparse(copy.deepcopy(plain), chosen(plain, names=names)).eval()
+    add(model, "low", LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    add(model, "expert", ExpertLoraConfig(experts={"1": [2, 5]}, r=2, init_weights=False))
+    model.base_model.set_adapter(["default", "low", "expert"])
+    together = f.logits(model)
+    with torch.no_grad():
+        whole = dense(plain, model)
+        for n, m in model.named_modules():
+            if getattr(m, "lora_A", None):
+                whole.get_parameter(n.removeprefix("base_model.model.") + ".weight").add_(m.get_delta_weight("low"))
+            if isinstance(m, ExpertsLayer):
+                place = whole.get_submodule(n.removeprefix("base_model.model."))
+                for p, e in m._touched(["expert"]):
+                    w = getattr(place, f"{p}_proj")
+                    w[e] = m._merged((p, e), w[e], ["expert"])
+    assert f.error(together, f.logits(whole)) <= 1e-5
+    for name in ("low", "expert", "default"):
+        without = [a for a in ("default", "low", "expert") if a != name]
+        model.base_model.set_adapter(without)
+        assert f.error(f.logits(model), together) > 1e-4
+    with model.disable_adapter():
+        assert torch.equal(f.logits(model), f.logits(plain))
+    with pytest.raises(ValueError, match="already carries an adapter of another type"):
+        add(model, "late", ExpertLoraConfig(experts={"0": [2]}))
+    with pytest.raises(ValueError, match=r"carries an adapter of another type already \(ExpertsLayer\)"):
+        add(model, "later", SparseConfig(selection=chosen(plain, names=["layers.1.mlp.experts.down_proj"])))
+
+
+def test_loaders_of_transformers_and_status(tmp_path):
+    plain = tiny.llama()
+    model = sparse(copy.deepcopy(plain), chosen(plain, names=["proj"])).eval()
+    on = model(IDS).logits
+    model.save_pretrained(str(tmp_path / "adapter"))
+    other = tiny.llama()
+    other.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(other(IDS).logits, on)
+    other.delete_adapter("default")
+    assert torch.equal(other(IDS).logits, plain(IDS).logits)
+    found: Any = PeftModel.from_pretrained(tiny.llama(), str(tmp_path / "adapter"), is_trainable=True)
+    assert torch.equal(found.eval()(IDS).logits, on) and sum(p.requires_grad for p in found.parameters()) == 14
+    status = model.get_model_status()
+    assert status.enabled is True and status.active_adapters == ["default"] and status.num_adapter_layers == 14
 
 
 def test_autocast_is_that_of_the_base():

@@ -117,8 +117,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         added, base = self.added(live), self.base_layer
         linear = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(base)
         if linear and list(added) == ["weight"]:
-            with _forward_is(base, partial(_linear, base, added["weight"])):
-                return base(*args, **kwargs)
+            return _with_forward(base, partial(_linear, base, added["weight"]))(*args, **kwargs)
         sums = {n: _Sum.apply(self.parameter(n), *sum(pairs, ())) for n, pairs in added.items()}
         again = [(s, partial(_sum, self.parameter(n), _detached(added[n]))) for n, s in sums.items()]
         with _made_again(again):
@@ -279,14 +278,11 @@ def _linear(base: Any, pairs: list[Pair], x: Tensor) -> Tensor:
     return _Linear.apply(x, base.weight, base.bias, isinstance(base, Conv1D), dtype, *sum(pairs, ()))  # type: ignore[return-value]
 
 
-@contextmanager
-def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, calls of `module` compute this, with its hooks around it as ever."""
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
+def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """`module` (its parameters, hooks and flags) with another forward; the module itself stays as it is, for other threads too."""
+    shown = object.__new__(type(module))
+    shown.__dict__.update(module.__dict__, forward=forward)
+    return shown
 
 
 @contextmanager
