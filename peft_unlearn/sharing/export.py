@@ -67,6 +67,13 @@ def export(
             f"{found.path}: was trained on top of other adapters ({', '.join(d[:19] for d in found.manifest.depends_on)}), and "
             f"{target} would run it without them; make one of all with peft-unlearn compose, and export that"
         )
+    from ..tuners.delta import is_sparse
+
+    if is_sparse(found):
+        raise UserError(
+            f"{found.path}: is a sparse adapter ({found.config['peft_type']}), and {target} reads LoRA alone; merge it into its base "
+            "(peft-unlearn merge), and use that"
+        )
     scale = float(found.manifest.scale if scale is None else scale)
     tensors, rank, leaves, parameters = _tensors(found, scale, target)
     config = {

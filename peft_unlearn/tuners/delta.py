@@ -90,8 +90,8 @@ def plain_sum(folder: AdapterFolder) -> None:
     kind = config["peft_type"]
     if kind != "LORA":
         raise UserError(
-            f"{where}: merging or composing adapters of type {kind} is not supported; what is a sum of weights are LoRA, and "
-            "sparse adapters where they are taken. Serve it unmerged on its base."
+            f"{where}: merging or composing adapters of type {kind} is not supported: only LoRA and sparse adapters are "
+            "known as sums of weights. Serve it unmerged on its base."
         )
     for key, (what, why) in _NOT_A_SUM.items():
         if config.get(key):

@@ -143,6 +143,8 @@ def test_one_folder_through_every_command(made: Path, base: Path, tmp_path: Path
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), on)
         assert report.worst_cosine is not None and report.worst_cosine > 0.9999
     assert stack.remove().verdict == "removed" and torch.equal(logits(stack.model), before)
+    with pytest.raises(UserError, match=r"is a sparse adapter \(SHIRA\), and vllm reads LoRA alone"):
+        peft_unlearn.export(made, tmp_path / "served", "vllm")
     check_exact(found)
     assert plan(recipe(base)).trainable == pytest.approx(method["entries"], rel=0.02)
 
