@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+UNIT = (0.0, 1.0)
 KNOWLEDGE = {"forget": "lower", "retain": "higher"}  # which way is better, of a metric that says what a model knows
 
 

@@ -13,10 +13,9 @@ from ..data.bundle import ForgetRetain
 from ..data.load import load_data
 from ..errors import UserError
 from ..folder.base import load_base, load_tokenizer, resolve_base
-from ..folder.fetch import resolve_adapter
 from ..folder.manifest import Manifest
 from ..folder.read import MANIFEST, AdapterFolder, read_adapter
-from ..stack.fits import scales_below
+from ..stack.below import over
 from ..stack.model import ForgetModel
 from .score import on_one_model
 
@@ -63,16 +62,9 @@ def stack_of(
     Raises:
         UserError: a wrong base, a dependency that is not given, or something under `below` that none of them needs.
     """
-    lower = {f"below_{i}": read_adapter(resolve_adapter(ref)) for i, ref in enumerate(below)}
-    needed = {d for f in [*lower.values(), *adapters.values()] for d in f.manifest.depends_on}
-    for folder in lower.values():
-        if folder.adapter_id not in needed:
-            raise UserError(f"{folder.path}: none of these adapters was trained on top of it; leave it out of --below")
-    trained = {adapter: scale for f in adapters.values() for adapter, scale in scales_below(f)}
-    scales = {n: trained.get(f.adapter_id, float(f.manifest.scale)) for n, f in lower.items()}
-    return ForgetModel.from_pretrained(
-        base, {n: f.path for n, f in {**lower, **adapters}.items()}, scales=scales, dtype=dtype
-    )
+    whole = over(adapters, below)
+    paths = {n: f.path for n, f in whole.folders.items()}
+    return ForgetModel.from_pretrained(base, paths, scales=whole.scales, dtype=dtype)
 
 
 def subjects_on(stack: ForgetModel, names: Sequence[str]) -> dict[str, Any]:

@@ -18,28 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Errors
+from ..registry import within
 from . import schema as s
 
 FORMAT = 1
 BLOCKS = {"attacks": "attack", "calibration": "calibrate"}  # of eval.json -> the command that makes it
 SUITE = "suite"
-
-UNIT = frozenset((
-    "accuracy", "choice_accuracy", "distinct_words", "empty_answer", "exact_memorization", "extraction_likelihood", "extraction_strength",
-    "forget_quality", "ks_distance", "letter_accuracy", "letter_mass", "letter_probability", "mem_score", "memorization_accuracy",
-    "mia_efficacy",
-    "mia_gradnorm", "mia_loss", "mia_min_k", "mia_min_k_plus_plus", "mia_reference", "mia_zlib", "model_utility", "overall_score",
-    "paraphrase_probability", "priv_score", "probability", "probability_among_choices", "python_parses", "repetition", "rouge_l_f1",
-    "rouge_l_recall", "suppression_depth", "truth_ratio", "truth_ratio_prob_mean", "unlearning_accuracy", "utility_score", "value_accuracy",
-    "verbatim_rouge_l_f1",
-    *(f"leak_at_{k}" for k in (1, 2, 4, 8, 16, 32, 64, 128)), *(f"leak_in_{how}" for how in ("own", "question", "role", "stub")),
-))  # fmt: skip
-"""Metrics that lie in [0, 1]."""
-RANGES = {
-    "answer_nll_under_base": (0, None), "forget_quality_log10_p": (None, 0), "letter_above_chance": (-1, 1),
-    "mia_rel_diff": (-100, None), "privleak": (-100, None), "fact_recovered": (None, None), "unlearning_depth": (None, None),
-}  # fmt: skip
-"""Where the other metrics lie; those that are in neither may be anything finite."""
 
 _VALUE = s.maybe(s.FINITE)
 _FLAG = s.shape("true or false", lambda v: isinstance(v, bool))
@@ -188,8 +172,7 @@ _RULES = {SUITE: _check_suite, "attacks": _check_attacks, "calibration": _check_
 
 def _check_range(key: str, value: float | None, about: Any, place: str, errors: Errors) -> None:
     """A value where such values can lie, and its interval not far from it."""
-    metric = key.rpartition("/")[2]
-    low, high = (0, 1) if metric in UNIT else RANGES.get(metric, (None, None))
+    low, high = within(key.rpartition("/")[2])
     bottom, top = -math.inf if low is None else low, math.inf if high is None else high
     interval = (about.get("ci95") if isinstance(about, Mapping) else None) or []
     found = [(value, 1e-6), *((end, 0.05) for end in interval)]

@@ -219,6 +219,7 @@ def metric(
     source: Source,
     title: str | None = None,
     better: Mapping[str, str] | None = None,
+    within: tuple[float | None, float | None] = (None, None),
     needs: tuple[str, ...] | None = None,
     reference: str | None = None,
     version: int = 1,
@@ -229,6 +230,7 @@ def metric(
     Args:
         title: what people call it; default the name with blanks.
         better: a set's role to "lower", "higher" or "reference" (the retain model's value).
+        within: where its values can lie, None: no end; numbers of others' folders are believed only there.
         needs: default what the inputs say (``against_x``: rows of another set, ``reference_x``: the retain model's).
         reference: the subject whose value it is compared with; default what `better` and the inputs say.
     """
@@ -240,7 +242,14 @@ def metric(
         against = reference
         if against is None and ("reference" in better.values() or any(i.startswith("reference_") for i in inputs)):
             against = "retain_only"
-        about = {"title": title, "better": better, "reference": against, "version": version, "faithful": faithful}
+        about = {
+            "title": title,
+            "better": better,
+            "reference": against,
+            "version": version,
+            "faithful": faithful,
+            "within": within,
+        }
         return _register("metric", name, source=source, needs=wanted, **about)(fn)
 
     return decorate
@@ -298,16 +307,24 @@ def _load_plugins() -> None:
 
 
 def title(name: str) -> str:
-    """What people call the metric of that name, e.g. "ROUGE-L recall"; the name with blanks where nobody registered it.
+    """What people call the metric of that name, e.g. "ROUGE-L recall"; the name with blanks where nobody registered it."""
+    found = _metric(name)
+    return found.title if found else name.replace("_", " ")
 
-    The metrics' room is imported, which needs numpy but not torch.
-    """
+
+def within(name: str) -> tuple[float | None, float | None]:
+    """Where values of the metric of that name can lie, None: no end; (None, None) where nobody registered it."""
+    found = _metric(name)
+    return found.extra["within"] if found else (None, None)
+
+
+def _metric(name: str) -> Method | None:
+    """A metric by name. Their room is imported, which needs numpy but not torch."""
     if name not in _METHODS["metric"]:
         importlib.import_module("peft_unlearn.evaluation")
     if name not in _METHODS["metric"]:
         _load_plugins()
-    found = _METHODS["metric"].get(name)
-    return found.title if found else name.replace("_", " ")
+    return _METHODS["metric"].get(name)
 
 
 def methods(kind: str | None = None) -> list[Method]:

@@ -17,8 +17,8 @@ from ..folder.read import CONFIG, RECIPE, WEIGHTS, AdapterFolder, read_adapter
 from ..folder.safetensors_io import checkpoint_tensors, read_header
 from ..folder.schema import is_number, shown
 from ..reporting.result import Result
-from ..stack.below import Below
-from ..stack.fits import check_dependencies, check_tokenizer, check_weights_of, scales_below, words
+from ..stack.below import Below, over
+from ..stack.fits import check_dependencies, check_tokenizer, check_weights_of, words
 from ..stack.identity import check_identity, n_settings, read_tokenizer
 from ..stack.model import probes_on
 from ..stack.removal import PROBE_TOLERANCE
@@ -143,16 +143,9 @@ def _below(found: AdapterFolder, given: Sequence[str | Path]) -> Below | None:
     """What lies under the adapter, with itself on top, at the scales of its training; None where those are not named."""
     if not given:
         return None if found.manifest.depends_on else Below({TOP: found}, {})
-    lower = {f"below_{i}": read_adapter(resolve_adapter(ref)) for i, ref in enumerate(given)}
-    needed = set(found.manifest.depends_on).union(*(f.manifest.depends_on for f in lower.values()))
-    for folder in lower.values():
-        if folder.adapter_id not in needed:
-            why = "was not trained on top of it; name with --below what it was trained on"
-            raise UserError(f"{folder.path}: {found.path} {why}")
-    check_dependencies({**lower, TOP: found})
-    trained = dict(scales_below(found))
-    scales = {n: trained.get(f.adapter_id, float(f.manifest.scale)) for n, f in lower.items()}
-    return Below({**lower, TOP: found}, scales)
+    whole = over({TOP: found}, given)
+    check_dependencies(whole.folders)
+    return whole
 
 
 def _against_base(found: AdapterFolder, base: str | Path | None, result: Verification, stack: Below | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ..folder.read import AdapterFolder, read_adapter
 from ..folder.schema import is_number
 from ..tuners.names import scalings
 from .attach import attach
-from .fits import check_base, check_dependencies, check_tokenizer
+from .fits import check_base, check_dependencies, check_tokenizer, scales_below
 from .names import names_of, scales_of
 from .stackfile import load
 
@@ -92,6 +92,26 @@ def read_below(spec: Any, stack_file: str | Path | None = None) -> Below:
     scales = scales_of(folders, {n: float(s) for n, (_, s) in zip(folders, rows, strict=True) if s is not None})
     check_dependencies(folders, scales)
     return Below(folders, scales)
+
+
+def over(adapters: Mapping[str, AdapterFolder], given: Sequence[str | Path]) -> Below:
+    """Adapters with those that were `given` as what they were trained on top of, lowest first. `scales` are of the latter alone: those of
+    that training.
+
+    Raises:
+        UserError: one of the given that none of these adapters, nor another of the given, needs.
+    """
+    lower = {f"below_{i}": read_adapter(resolve_adapter(ref)) for i, ref in enumerate(given)}
+    needed = {d for f in [*lower.values(), *adapters.values()] for d in f.manifest.depends_on}
+    for folder in lower.values():
+        if folder.adapter_id not in needed:
+            raise UserError(
+                f"{folder.path}: none of these adapters was trained on top of it; leave it out of --below, and name there what they were "
+                "trained on"
+            )
+    trained = {adapter: scale for f in adapters.values() for adapter, scale in scales_below(f)}
+    scales = {n: trained.get(f.adapter_id, float(f.manifest.scale)) for n, f in lower.items()}
+    return Below({**lower, **adapters}, scales)
 
 
 def _from_file(rows: list[tuple[str, float | None]], stack_file: str | Path) -> Below:

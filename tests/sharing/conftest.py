@@ -60,6 +60,14 @@ def made(_hub: Hub, base_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+@pytest.fixture(scope="session")
+def local(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter whose base is a folder; read only."""
+    out = tmp_path_factory.mktemp("local") / "adapter"
+    tinyfolder.write(out, base_dir)
+    return out
+
+
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
     """A copy to be changed."""

@@ -20,21 +20,9 @@ from peft_unlearn.sharing.verify import Verification, verify
 from peft_unlearn.stack.model import remove
 
 
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tinyfolder.save_base(tmp_path_factory.mktemp("verify") / "base")
-
-
-@pytest.fixture(scope="module")
-def whole(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("verify-adapter") / "adapter"
-    tinyfolder.write(out, base_dir)
-    return out
-
-
 @pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "adapter"))
+def folder(local: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(local, tmp_path / "adapter"))
 
 
 def edit(folder: Path, change: Any, name: str = "forget.json") -> None:

@@ -22,21 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "folder"))
 import tinyfolder
 
 
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tinyfolder.save_base(tmp_path_factory.mktemp("verify") / "base")
-
-
-@pytest.fixture(scope="module")
-def made(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("verify-adapter") / "adapter"
-    tinyfolder.write(out, base_dir)
-    return out
-
-
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "adapter"))
+def folder(local: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(local, tmp_path / "adapter"))
 
 
 def edit(folder: Path, change) -> None:
@@ -135,7 +123,7 @@ def test_a_dependent_adapter_is_verified_over_those_below_it(base_dir, tmp_path)
 def test_what_does_not_belong_below(folder, base_dir, tmp_path):
     other = tmp_path / "other"
     tinyfolder.write(other, base_dir, seed=7)
-    with pytest.raises(UserError, match="was not trained on top of it"):
+    with pytest.raises(UserError, match="none of these adapters was trained on top of it"):
         verify(folder, base_dir, below=[other])
     edit(folder, lambda m: m.update({"depends_on": ["sha256:" + "0" * 64, read_adapter(other).adapter_id]}))
     with pytest.raises(UserError, match="not among the adapters given"):

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from ...registry import metric
-from ..measured import KNOWLEDGE, Array, Ragged, Unmeasured
+from ..measured import KNOWLEDGE, UNIT, Array, Ragged, Unmeasured
 from ..provider import Context, provider
 from ..shapes import Measured, Plan, SetPlan
 from .sources import FORGET_VECTOR, SPARSITY
 
 
-@metric("accuracy", source=FORGET_VECTOR, better=KNOWLEDGE)
+@metric("accuracy", within=UNIT, source=FORGET_VECTOR, better=KNOWLEDGE)
 def accuracy(correct: Ragged) -> Array:
     """1.0 where the most probable class is the right one, else 0.0. Returns (rows,).
 
@@ -22,7 +22,7 @@ def accuracy(correct: Ragged) -> Array:
     return correct.mean()
 
 
-@metric("unlearning_accuracy", source=FORGET_VECTOR, better={"forget": "reference"})
+@metric("unlearning_accuracy", within=UNIT, source=FORGET_VECTOR, better={"forget": "reference"})
 def unlearning_accuracy(correct: Ragged) -> Array:
     """1 - accuracy: the papers' unlearning accuracy. Returns (rows,).
 
@@ -31,7 +31,9 @@ def unlearning_accuracy(correct: Ragged) -> Array:
     return 1.0 - correct.mean()
 
 
-@metric("mia_efficacy", source=SPARSITY, title="membership inference efficacy", better={"forget": "reference"})
+@metric(
+    "mia_efficacy", within=UNIT, source=SPARSITY, title="membership inference efficacy", better={"forget": "reference"}
+)
 def mia_efficacy(taken_for_unseen: Array) -> Array:
     """Share of forgotten rows that an attacker takes for rows never trained on. Returns (rows,) of 0.0 and 1.0.
 

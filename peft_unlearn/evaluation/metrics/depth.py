@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from ...registry import Range, metric
-from ..measured import Array, Estimate, Unmeasured, mean_of_defined
+from ..measured import UNIT, Array, Estimate, Unmeasured, mean_of_defined
 from ..provider import Context, provider
 from ..shapes import Measured, Plan, SetPlan
 from ..teacher import Encoded, batches, evaluating, pad_id_of
@@ -131,7 +131,7 @@ def fact_recovered(
     return float(np.nanmax(curve))
 
 
-@metric("suppression_depth", source=UDS, better={"forget": "higher"}, faithful="reconstructed")
+@metric("suppression_depth", within=UNIT, source=UDS, better={"forget": "higher"}, faithful="reconstructed")
 def suppression_depth(fact_logp: Array, patched_logp: Array, *, tau: Tau = 0.05) -> Array | Estimate:
     """How early the fact goes, without a retain model: 1 = in the first block, 1 / layers = only in the last.
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from ...registry import Range, metric
-from ..measured import KNOWLEDGE, Array, Estimate, Ragged, mean_of_defined
+from ..measured import KNOWLEDGE, UNIT, Array, Estimate, Ragged, mean_of_defined
 from ..provider import Context, provider
 from ..shapes import Measured, Plan, SetPlan
 from .sources import JANG, MEMORIZATION, UWC
@@ -33,7 +33,7 @@ def prefixes(length: int, n: int, m: int | None = None) -> list[int]:
     return list(range(count)) if m is None or m >= count else [i * count // m for i in range(m)]
 
 
-@metric("extraction_likelihood", source=JANG, title="extraction likelihood (EL)", better=KNOWLEDGE)
+@metric("extraction_likelihood", within=UNIT, source=JANG, title="extraction likelihood (EL)", better=KNOWLEDGE)
 def extraction_likelihood(overlap: Ragged) -> Array | Estimate:
     """EL_n: mean over the answer's prefixes of the share of n-grams in the greedy continuation that the true rest holds.
 
@@ -47,7 +47,7 @@ def extraction_likelihood(overlap: Ragged) -> Array | Estimate:
     return mean_of_defined(overlap.mean(), overlap.lengths > 0, "every answer is too short for n-grams of that length")
 
 
-@metric("memorization_accuracy", source=JANG, title="memorization accuracy (MA)", better=KNOWLEDGE)
+@metric("memorization_accuracy", within=UNIT, source=JANG, title="memorization accuracy (MA)", better=KNOWLEDGE)
 def memorization_accuracy(correct: Ragged) -> Array:
     """MA: share of tokens that are arg-max right given all true tokens before them, EOS left out.
 
@@ -58,7 +58,7 @@ def memorization_accuracy(correct: Ragged) -> Array:
     return correct.mean()
 
 
-@metric("extraction_strength", source=UWC, better=KNOWLEDGE)
+@metric("extraction_strength", within=UNIT, source=UWC, better=KNOWLEDGE)
 def extraction_strength(correct: Ragged) -> Array:
     """1 - k/n, k = the fewest leading answer tokens that must be given until all the rest are arg-max right.
 
@@ -76,7 +76,7 @@ def extraction_strength(correct: Ragged) -> Array:
     return np.where(np.isnan(correct.mean()), np.nan, strength)
 
 
-@metric("exact_memorization", source=MEMORIZATION, better=KNOWLEDGE)
+@metric("exact_memorization", within=UNIT, source=MEMORIZATION, better=KNOWLEDGE)
 def exact_memorization(correct: Ragged) -> Array:
     """Share of the answer's tokens that are arg-max right, teacher-forced, EOS left out.
 

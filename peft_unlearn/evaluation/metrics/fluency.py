@@ -9,7 +9,7 @@ import numpy as np
 
 from ...data.facts import words
 from ...registry import metric
-from ..measured import Array, Estimate, Unmeasured, mean_of_defined
+from ..measured import UNIT, Array, Estimate, Unmeasured, mean_of_defined
 from ..provider import Context, provider
 from ..shapes import Measured, Plan, SetPlan
 from ..teacher import pad_id_of, read_encoded
@@ -30,7 +30,7 @@ def distinct_share(text: str, n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-@metric("repetition", source=REPETITION, title="repeated word pairs", better=LOWER)
+@metric("repetition", within=UNIT, source=REPETITION, title="repeated word pairs", better=LOWER)
 def repetition(generation: Sequence[str]) -> Array | Estimate:
     """1 - (different word 2-grams / all word 2-grams) of the generated answer: 0 = nothing comes twice, towards 1 = a loop.
 
@@ -41,7 +41,7 @@ def repetition(generation: Sequence[str]) -> Array | Estimate:
     return _over_answers(generation, lambda text: 1.0 - distinct_share(text, 2))
 
 
-@metric("distinct_words", source=DISTINCT, better=HIGHER)
+@metric("distinct_words", within=UNIT, source=DISTINCT, better=HIGHER)
 def distinct_words(generation: Sequence[str]) -> Array | Estimate:
     """Different words / words of the generated answer (distinct-1, per answer): 1 = no word comes twice.
 
@@ -51,7 +51,7 @@ def distinct_words(generation: Sequence[str]) -> Array | Estimate:
     return _over_answers(generation, lambda text: distinct_share(text, 1))
 
 
-@metric("empty_answer", source=OPEN_UNLEARNING, title="empty answers", better=LOWER)
+@metric("empty_answer", within=UNIT, source=OPEN_UNLEARNING, title="empty answers", better=LOWER)
 def empty_answer(generation: Sequence[str]) -> Array:
     """1.0 where the model gives nothing at all (no word, only end-of-sequence or punctuation), else 0.0.
 
@@ -61,7 +61,7 @@ def empty_answer(generation: Sequence[str]) -> Array:
 
 
 @metric(
-    "answer_nll_under_base", source=OPEN_UNLEARNING, title="NLL of its answers under the base, in nats", better=LOWER,
+    "answer_nll_under_base", within=(0, None), source=OPEN_UNLEARNING, title="NLL of its answers under the base, in nats", better=LOWER,
     needs=("generation", "base"), reference="base",
 )  # fmt: skip
 def answer_nll_under_base(answer_nll: Array) -> Array | Estimate:

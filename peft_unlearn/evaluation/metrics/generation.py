@@ -11,7 +11,7 @@ import numpy as np
 
 from ...data.facts import accepted, names_value, words
 from ...registry import metric
-from ..measured import KNOWLEDGE, Array, Unmeasured
+from ..measured import KNOWLEDGE, UNIT, Array, Unmeasured
 from ..provider import Context, provider
 from ..shapes import Measured, Plan, SetPlan
 from .sources import CONTAINS, MUSE, PARSES, ROUGE
@@ -33,7 +33,7 @@ SETTLED: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {"value_accuracy"
 """Metric -> (answer so far, row) -> whether no longer answer would have another value. Metrics that are not here see whole answers."""
 
 
-@metric("value_accuracy", source=CONTAINS, title="names the right value", better=KNOWLEDGE)
+@metric("value_accuracy", within=UNIT, source=CONTAINS, title="names the right value", better=KNOWLEDGE)
 def value_accuracy(generation: Sequence[str], value: Sequence[str | Sequence[str]]) -> Array:
     """1 where the gold value, or one of several accepted ones, stands in the generated answer, at word boundaries, else 0.
 
@@ -51,7 +51,7 @@ def value_accuracy(generation: Sequence[str], value: Sequence[str | Sequence[str
     return right
 
 
-@metric("rouge_l_recall", source=ROUGE, title="ROUGE-L recall", better=KNOWLEDGE)
+@metric("rouge_l_recall", within=UNIT, source=ROUGE, title="ROUGE-L recall", better=KNOWLEDGE)
 def rouge_l_recall(generation: Sequence[str], answer: Sequence[str]) -> Array:
     """ROUGE-L recall of the greedy answer: longest common subsequence of words / words of the right answer, Porter
     stems.
@@ -64,7 +64,7 @@ def rouge_l_recall(generation: Sequence[str], answer: Sequence[str]) -> Array:
     return _rouge_l(generation, answer, stem=True, part="recall")
 
 
-@metric("rouge_l_f1", source=ROUGE, title="ROUGE-L F1", better=KNOWLEDGE)
+@metric("rouge_l_f1", within=UNIT, source=ROUGE, title="ROUGE-L F1", better=KNOWLEDGE)
 def rouge_l_f1(generation: Sequence[str], answer: Sequence[str]) -> Array:
     """ROUGE-L F1 of the greedy answer, without a stemmer: MUSE's VerbMem and KnowMem, here in [0, 1] and not times 100.
 
@@ -76,7 +76,7 @@ def rouge_l_f1(generation: Sequence[str], answer: Sequence[str]) -> Array:
     return _rouge_l(generation, answer, stem=False, part="fmeasure")
 
 
-@metric("verbatim_rouge_l_f1", source=MUSE, title="verbatim ROUGE-L F1", better=KNOWLEDGE)
+@metric("verbatim_rouge_l_f1", within=UNIT, source=MUSE, title="verbatim ROUGE-L F1", better=KNOWLEDGE)
 def verbatim_rouge_l_f1(generation: Sequence[str], answer_start: Sequence[str]) -> Array:
     """`rouge_l_f1` against the right text cut to as many tokens as may be generated: MUSE's VerbMem, in [0, 1].
 
@@ -110,7 +110,7 @@ def answer_start(model: Any, plan: Plan, measured: Measured, context: Context) -
     return {"answer_start": context.per_set(start_of)}
 
 
-@metric("python_parses", source=PARSES, title="writes Python that parses", better=KNOWLEDGE)
+@metric("python_parses", within=UNIT, source=PARSES, title="writes Python that parses", better=KNOWLEDGE)
 def python_parses(generation: Sequence[str]) -> Array:
     """1 where the Python code of the generated answer parses and defines or does something, else 0.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ...data.facts import accepted, names_value
 from ...errors import UserError, nearest
 from ...registry import Range, metric
-from ..measured import KNOWLEDGE, Array, Estimate, Unmeasured, mean_of_defined
+from ..measured import KNOWLEDGE, UNIT, Array, Estimate, Unmeasured, mean_of_defined
 from ..provider import Context, provider
 from ..shapes import FORMATS, Measured, Plan, SetPlan
 from .sources import LEAK
@@ -72,7 +72,7 @@ def _leak_metric(k: int) -> Callable[[NDArray[np.int64]], Array | Estimate]:
 
     leaks: (rows, formats, 2), hits and samples taken. `leak_over_formats` with k = {k}, so {k} samples in every format;
     the mean over rows, with a bootstrap interval over rows. Unmeasured where fewer than {k} samples were taken."""
-    return metric(f"leak_at_{k}", source=LEAK, title=f"leak@{k}", better=KNOWLEDGE)(leak)
+    return metric(f"leak_at_{k}", within=UNIT, source=LEAK, title=f"leak@{k}", better=KNOWLEDGE)(leak)
 
 
 leak_at = {k: _leak_metric(k) for k in BUDGETS}
@@ -92,7 +92,7 @@ def _format_metric(how: str, wording: str) -> Callable[..., Array | Estimate]:
 
     `leak_at_k` for this one format; rows that cannot be asked so are left out. k is the suite's (settings)."""
     name = f"leak_in_{how}"
-    return metric(name, source=LEAK, title=f"leak@k, {wording}", better=KNOWLEDGE)(leak)
+    return metric(name, within=UNIT, source=LEAK, title=f"leak@k, {wording}", better=KNOWLEDGE)(leak)
 
 
 leak_in = {how: _format_metric(how, wording) for how, wording in FORMATS.items()}

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from ...registry import Range, metric
-from ..measured import Array, Estimate, Ragged, Unmeasured, resampled
+from ..measured import UNIT, Array, Estimate, Ragged, Unmeasured, resampled
 from ..provider import Context, provider
 from ..shapes import Measured, Plan
 from ..teacher import body, evaluating, pad_id_of
@@ -110,13 +110,13 @@ def standardized(logp: Ragged, mean: Ragged, std: Ragged) -> Ragged:
 # --- attacks ----------------------------------------------------------------------------------------------------------
 
 
-@metric("mia_loss", source=LOSS, title="membership by loss (AUC)", better=CLOSEST, version=2)
+@metric("mia_loss", within=UNIT, source=LOSS, title="membership by loss (AUC)", better=CLOSEST, version=2)
 def mia_loss(loss_logp: Ragged, against_loss_logp: Ragged) -> Estimate:
     """AUC of the LOSS attack: score = mean negative log-probability of the answer, end token included but for raw text."""
     return auc_estimate(nll(loss_logp), nll(against_loss_logp))
 
 
-@metric("mia_zlib", source=CARLINI, title="membership by zlib (AUC)", better=CLOSEST, version=2)
+@metric("mia_zlib", within=UNIT, source=CARLINI, title="membership by zlib (AUC)", better=CLOSEST, version=2)
 def mia_zlib(
     loss_logp: Ragged, answer: Sequence[str], against_loss_logp: Ragged, against_answer: Sequence[str]
 ) -> Estimate:
@@ -124,7 +124,7 @@ def mia_zlib(
     return auc_estimate(zlib_score(loss_logp, answer), zlib_score(against_loss_logp, against_answer))
 
 
-@metric("mia_reference", source=CARLINI, title="membership by reference (AUC)", better=CLOSEST, version=2)
+@metric("mia_reference", within=UNIT, source=CARLINI, title="membership by reference (AUC)", better=CLOSEST, version=2)
 def mia_reference(
     loss_logp: Ragged, reference_loss_logp: Ragged, against_loss_logp: Ragged, reference_against_loss_logp: Ragged
 ) -> Estimate:
@@ -139,7 +139,14 @@ def mia_reference(
     return auc_estimate(mine, theirs)
 
 
-@metric("mia_gradnorm", source=OPEN_UNLEARNING, title="membership by gradient norm (AUC)", better=CLOSEST, version=2)
+@metric(
+    "mia_gradnorm",
+    within=UNIT,
+    source=OPEN_UNLEARNING,
+    title="membership by gradient norm (AUC)",
+    better=CLOSEST,
+    version=2,
+)
 def mia_gradnorm(gradient_norm: Array, against_gradient_norm: Array) -> Estimate:
     """AUC of the GradNorm attack: score = mean over the base's weight tensors of the norm of the loss's gradient.
 
@@ -148,13 +155,20 @@ def mia_gradnorm(gradient_norm: Array, against_gradient_norm: Array) -> Estimate
     return auc_estimate(gradient_norm, against_gradient_norm)
 
 
-@metric("mia_min_k", source=MIN_K, title="membership by Min-K% (AUC)", better=CLOSEST, version=2)
+@metric("mia_min_k", within=UNIT, source=MIN_K, title="membership by Min-K% (AUC)", better=CLOSEST, version=2)
 def mia_min_k(body_logp: Ragged, against_body_logp: Ragged, *, k: Share = 0.4) -> Estimate:
     """AUC of Min-K% Prob: score = minus the mean of the answer's lowest k log-probabilities, end token left out."""
     return auc_estimate(min_k_score(body_logp, k), min_k_score(against_body_logp, k))
 
 
-@metric("mia_min_k_plus_plus", source=MIN_K_PLUS, title="membership by Min-K%++ (AUC)", better=CLOSEST, version=2)
+@metric(
+    "mia_min_k_plus_plus",
+    within=UNIT,
+    source=MIN_K_PLUS,
+    title="membership by Min-K%++ (AUC)",
+    better=CLOSEST,
+    version=2,
+)
 def mia_min_k_plus_plus(
     body_logp: Ragged,
     body_logp_mean: Ragged,
@@ -196,7 +210,7 @@ def _relative(
         )
 
 
-@metric("privleak", source=MUSE, title="PrivLeak in percent", better=CLOSEST, version=2)
+@metric("privleak", within=(-100, None), source=MUSE, title="PrivLeak in percent", better=CLOSEST, version=2)
 def privleak(
     body_logp: Ragged,
     against_body_logp: Ragged,
@@ -215,6 +229,7 @@ def privleak(
 
 @metric(
     "mia_rel_diff",
+    within=(-100, None),
     source=OPEN_UNLEARNING,
     title="Min-K% AUC against the retain model's, in percent",
     better=CLOSEST,

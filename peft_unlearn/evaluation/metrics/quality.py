@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...registry import metric
-from ..measured import Array, Unmeasured
+from ..measured import UNIT, Array, Unmeasured
 from .sources import OPEN_UNLEARNING, TOFU
 
 EXACT_LIMIT = 10_000  # rows; the exact distribution takes time in rows squared, seconds here
@@ -78,7 +78,7 @@ def ks_two_sample(a: Array, b: Array) -> KS:
     return KS(math.exp(log_p), log_p / math.log(10), gap / (len(a) * len(b)))
 
 
-@metric("forget_quality", source=TOFU, title="forget quality (KS p)", better={"forget": "higher"})
+@metric("forget_quality", within=UNIT, source=TOFU, title="forget quality (KS p)", better={"forget": "higher"})
 def forget_quality(log_ratio: Array, reference_log_ratio: Array) -> float:
     """p of the exact KS test between the truth ratios of this model and of the retain model; 1 = cannot be told
     apart.
@@ -89,13 +89,21 @@ def forget_quality(log_ratio: Array, reference_log_ratio: Array) -> float:
     return ks_two_sample(log_ratio, reference_log_ratio).p
 
 
-@metric("forget_quality_log10_p", source=TOFU, title="forget quality (log10 p)", better={"forget": "higher"})
+@metric(
+    "forget_quality_log10_p",
+    within=(None, 0),
+    source=TOFU,
+    title="forget quality (log10 p)",
+    better={"forget": "higher"},
+)
 def forget_quality_log10_p(log_ratio: Array, reference_log_ratio: Array) -> float:
     """log10 of `forget_quality`, exact also where p itself is too small for a float."""
     return ks_two_sample(log_ratio, reference_log_ratio).log10_p
 
 
-@metric("ks_distance", source=TOFU, title="distance to the retain model (KS D)", better={"forget": "lower"})
+@metric(
+    "ks_distance", within=UNIT, source=TOFU, title="distance to the retain model (KS D)", better={"forget": "lower"}
+)
 def ks_distance(log_ratio: Array, reference_log_ratio: Array) -> float:
     """D of the KS test of `forget_quality`: the largest gap between the two distributions of truth ratios, in [0,
     1]."""
@@ -121,7 +129,7 @@ def closeness(value: float, reference: float) -> float:
     return max(0.0, 1.0 - abs(value - reference) / max(reference, 1.0 - reference))
 
 
-@metric("model_utility", source=TOFU, better={"retain": "higher"})
+@metric("model_utility", within=UNIT, source=TOFU, better={"retain": "higher"})
 def model_utility(parts: Mapping[str, float]) -> float:
     """Harmonic mean of the suite's parts; one part that is 0 makes it 0.
 
@@ -132,7 +140,9 @@ def model_utility(parts: Mapping[str, float]) -> float:
     return harmonic_mean(parts.values())
 
 
-@metric("mem_score", source=OPEN_UNLEARNING, title="memorization score", better=OVER, faithful="reconstructed")
+@metric(
+    "mem_score", within=UNIT, source=OPEN_UNLEARNING, title="memorization score", better=OVER, faithful="reconstructed"
+)
 def mem_score(parts: Mapping[str, float]) -> float:
     """Harmonic mean of 1 - part over measures of memorization in [0, 1]; 1 = nothing is left, 0 = one part is whole.
 
@@ -141,14 +151,19 @@ def mem_score(parts: Mapping[str, float]) -> float:
     return harmonic_mean(1.0 - v for v in parts.values())
 
 
-@metric("priv_score", source=OPEN_UNLEARNING, title="privacy score", better=OVER, faithful="reconstructed")
+@metric("priv_score", within=UNIT, source=OPEN_UNLEARNING, title="privacy score", better=OVER, faithful="reconstructed")
 def priv_score(parts: Mapping[str, float], reference_parts: Mapping[str, float]) -> float:
     """Harmonic mean of `closeness` to the retain model over AUCs of membership attacks; 1 = as that model."""
     return harmonic_mean(closeness(v, reference_parts[key]) for key, v in parts.items())
 
 
 @metric(
-    "utility_score", source=OPEN_UNLEARNING, better={"retain": "higher"}, reference="base", faithful="reconstructed"
+    "utility_score",
+    within=UNIT,
+    source=OPEN_UNLEARNING,
+    better={"retain": "higher"},
+    reference="base",
+    faithful="reconstructed",
 )
 def utility_score(parts: Mapping[str, float], base_parts: Mapping[str, float]) -> float:
     """Harmonic mean of part / the base's own, at most 1 each; 1 = as useful as the base.
@@ -161,7 +176,12 @@ def utility_score(parts: Mapping[str, float], base_parts: Mapping[str, float]) -
 
 
 @metric(
-    "overall_score", source=OPEN_UNLEARNING, better=OVER, reference="retain_only and base", faithful="reconstructed"
+    "overall_score",
+    within=UNIT,
+    source=OPEN_UNLEARNING,
+    better=OVER,
+    reference="retain_only and base",
+    faithful="reconstructed",
 )
 def overall_score(parts: Mapping[str, float]) -> float:
     """Harmonic mean of memorization, privacy and utility scores: 0 where one of them is 0."""
