@@ -145,6 +145,8 @@ def test_one_folder_through_every_command(made: Path, base: Path, tmp_path: Path
     assert stack.remove().verdict == "removed" and torch.equal(logits(stack.model), before)
     with pytest.raises(UserError, match=r"is a sparse adapter \(SHIRA\), and vllm reads LoRA alone"):
         peft_unlearn.export(made, tmp_path / "served", "vllm")
+    points = peft_unlearn.effect(made, base=str(base), data=str(base.parent)).points
+    assert len(points) == 3 and points[0].to_dict() != points[-1].to_dict()  # start, one checkpoint, the finished adapter
     check_exact(found)
     assert plan(recipe(base)).trainable == pytest.approx(method["entries"], rel=0.02)
 
@@ -212,6 +214,8 @@ def test_the_mask_holds_and_resume_is_bitwise(base: Path, tmp_path: Path) -> Non
         assert set(values.nonzero().flatten().tolist()) <= set(i.tolist())
     again = trained(recipe(base, spec, target_modules=["q_proj", "down_proj"]), tmp_path / "b", resume=True)
     assert again.adapter_id == whole.adapter_id
+    with pytest.raises(UserError, match=r"chosen anew while it trained \(selection.refresh\), and effects"):
+        peft_unlearn.effect(tmp_path / "a", base=str(base), data=str(base.parent))
     for file in sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.safetensors")):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     with pytest.raises(UserError, match="its ratio is not what the recipe says now"):
