@@ -7,7 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data.bundle import ForgetRetain
+from ..data.collate import pad, padding_id
 from ..errors import UserError
 from ..evaluation import suites
 from ..evaluation.numbers import Number, numbers_of
@@ -15,8 +18,11 @@ from ..evaluation.plan import make_plan, measure
 from ..evaluation.subjects import bundle_of, check_data, matches
 from ..folder.base import load_base
 from ..folder.dtype import fast_dtype
+from ..folder.quantized import name_of, options_of, trained_on
 from ..folder.read import AdapterFolder
+from ..forward import Pass
 from ..merging.gate import ProbeCheck, SuiteCheck, SuiteNumber, by_probes
+from ..merging.merge import given
 from ..merging.merge import merge as written
 from ..merging.report import Job, MergeReport
 from ..registry import get
@@ -47,7 +53,51 @@ def merge(
         UserError: as `merging.merge.merge`, and for data of another forget set.
     """
     judge = partial(by_suite, data=data, suite=suite, progress=progress)
-    return written(adapters, base_dir, out, *args, judge=judge, progress=progress, **settings)
+    report = written(adapters, base_dir, out, *args, judge=judge, progress=progress, **settings)
+    report.losses = _losses(adapters, base_dir, out, report.scale, data)
+    return report
+
+
+def _losses(
+    adapters: Adapters, base_dir: Any, out: str | Path, scale: Any, data: str | None
+) -> dict[str, dict[str, float]] | None:
+    """Nats per target token of the adapters' sets on the quantized base that they were trained on, and of the merged model; None for
+    adapters of other bases, and where no rows are at hand."""
+    folders, scales = given(adapters, scale)
+    held = [trained_on(f.manifest.method) for f in folders.values()]
+    if None in held or any(h != held[0] for h in held):
+        return None
+    try:
+        bundle = _rows(next(iter(folders.values())), data)
+    except UserError:
+        if data is not None:
+            raise
+        return None
+    stack = ForgetModel.from_pretrained(base_dir, {n: f.path for n, f in folders.items()}, scales, "auto")
+    tokenizer, name, targets = (
+        stack.tokenizer,
+        name_of(options_of(stack.model)),
+        next(iter(folders.values())).manifest.targets,
+    )
+    found = {f"unmerged, on the base in {name}": _loss(stack.model, bundle, tokenizer)}
+    del stack
+    found["merged"] = _loss(load_base(out, fits=targets), bundle, tokenizer)
+    return found
+
+
+@torch.no_grad()
+def _loss(model: Any, bundle: ForgetRetain, tokenizer: Any, size: int = 16) -> dict[str, float]:
+    """Forget and retain set: nats per target token."""
+    out, pad_id, device = {}, padding_id(tokenizer), next(model.parameters()).device
+    for name in (n for n in ("forget", "retain") if bundle.rows(n)):
+        rows = sorted(bundle.encode(name, tokenizer), key=lambda r: len(r["input_ids"]))
+        values = []
+        for at in range(0, len(rows), size):
+            batch = {k: v.to(device) for k, v in pad(rows[at : at + size], pad_id).items()}
+            p = Pass(model, batch)
+            values.append(p.logp.double().cpu())
+        out[name] = -float(torch.cat(values).mean())
+    return out
 
 
 def by_suite(

@@ -29,6 +29,7 @@ from ..stack.names import Adapters, names_of, scales_of
 from ..stack.stackfile import is_stack, load
 from .gate import Judge, by_probes, gate
 from .layout import Layout
+from .onto import weights
 from .report import MIN_COSINE, Job, LayerMerge, MergeReport
 from .rounding import DTYPES, ROUNDINGS, Sums
 from .sidecars import write_index, write_sidecars
@@ -69,7 +70,8 @@ def merge(
         rounding: "nearest", or "stochastic": the delta in expectation, with noise (`seed`). Its cosine is low by nature and
             is reported, not refused; refused is a gain further than `MAX_DRIFT` from 1.
         onto: take the weights from this folder instead of the base: same architecture, other numbers (the base quantized
-            and dequantized, say). Nothing can say then whether the adapter means anything on them.
+            and dequantized, say). Nothing can say then whether the adapter means anything on them. For an adapter that was trained on
+            a quantized base it has to be said: "original" (the base's files) or "dequantized" (what it was trained on, as floats).
         in_memory: build the model; for the rare layouts that cannot be streamed.
         check: judge it in any case; the numbers are in `report.check`.
         force: write it whatever was lost.
@@ -80,17 +82,18 @@ def merge(
         MergeRefused: rounding would lose the adapter. UserError: an adapter that is no plain sum, other weights, a
             value that does not fit the dtype, an `out` that holds anything, a damaged file.
     """
-    job = _prepare(adapters, base_dir, out, dtype, scale, rounding, seed, onto)
-    passes = partial(gate, job, min_cosine=min_cosine, judge=judge, check=check, force=force)
-    if _done(job):
-        passes(job.out)
-    elif in_memory:
-        from .in_memory import merge_in_memory
+    with weights(given(adapters, None)[0], base_dir, onto, out) as place:
+        job = _prepare(adapters, base_dir, out, dtype, scale, rounding, seed, place)
+        passes = partial(gate, job, min_cosine=min_cosine, judge=judge, check=check, force=force)
+        if _done(job):
+            passes(job.out)
+        elif in_memory:
+            from .in_memory import merge_in_memory
 
-        merge_in_memory(job, passes)
-    else:
-        _stream(job, passes, progress or (lambda *_: None))
-    return job.report
+            merge_in_memory(job, passes)
+        else:
+            _stream(job, passes, progress or (lambda *_: None))
+        return job.report
 
 
 def _prepare(
@@ -105,7 +108,7 @@ def _prepare(
     target = Path(out).expanduser()
     if not (target / RECORD).is_file():  # else `_done` looks closer
         check_destination(target.resolve() if target.is_symlink() else target)
-    folders, scales = _given(adapters, scale)
+    folders, scales = given(adapters, scale)
     check_dependencies(folders, scales)
     ref = next(iter(folders.values())).manifest.base
     base_path = resolve_base(ref.ref, override=onto or base_dir, revision=ref.revision)
@@ -130,7 +133,7 @@ def _prepare(
     return Job(folders, scales, base_path, None if onto else digests.pop(), target, dtype, rounding, seed)
 
 
-def _given(adapters: Adapters, scale: Any) -> tuple[dict[str, AdapterFolder], dict[str, float]]:
+def given(adapters: Adapters, scale: Any) -> tuple[dict[str, AdapterFolder], dict[str, float]]:
     """The adapters' folders, or those of a stack file, and the scale of each."""
     if isinstance(scale, int | float):
         scale = [scale]

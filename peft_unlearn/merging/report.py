@@ -42,7 +42,8 @@ class LayerMerge:
 class MergeReport(Result):
     """scale: of the one adapter, or name -> scale of several. digest: of the files written; base_digest: of those read.
     adapters: name -> adapter id. resumed: shards that an earlier run had written. done: an earlier run had written all.
-    check: what the merged model was judged by, see `gate`. lossy: which layers lost much of their change, in words."""
+    check: what the merged model was judged by, see `gate`. lossy: which layers lost much of their change, in words.
+    losses: for a quantized base: model -> set -> nats per target token."""
 
     out: str
     dtype: str
@@ -56,15 +57,17 @@ class MergeReport(Result):
     check: ProbeCheck | SuiteCheck | None = None
     done: bool = False
     lossy: str | None = None
+    losses: dict[str, dict[str, float]] | None = None
 
     @property
     def worst_cosine(self) -> float | None:
         return min((row.cosine for row in self.layers if row.cosine is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k not in ("done", "lossy")} | {
-            "worst_cosine": self.worst_cosine
-        }
+        found = {k: v for k, v in asdict(self).items() if k not in ("done", "lossy")}
+        if self.losses is None:
+            del found["losses"]
+        return found | {"worst_cosine": self.worst_cosine}
 
     def remarks(self) -> list[str]:
         done = f"{self.out}: an earlier run of this merge had finished; nothing was written again."
@@ -98,7 +101,10 @@ class MergeReport(Result):
             lines.append(
                 "Stochastic rounding: the cosine is low by nature, the gain says how much of the change is in the mean."
             )
-        return "\n".join(lines if self.check is None else [*lines, str(self.check)])
+        lines += [] if self.check is None else [str(self.check)]
+        for name, losses in (self.losses or {}).items():
+            lines.append(f"{name}: " + ", ".join(f"{s} loss {v:.3f}" for s, v in losses.items()))
+        return "\n".join(lines)
 
 
 def by_number(name: str) -> list[Any]:

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from ..data.collate import pad
 from ..folder.atomic import part_of, sweep_parts
-from ..folder.digest import adapter_modules
+from ..folder.digest import adapter_modules, plain_tensors
+from ..folder.quantized import options_of, plain_parts
 from ..forward import Pass, Reference
 from ..tuners.names import belongs, scalings
 
@@ -101,9 +102,11 @@ def model_digest(model: Any, trained: str) -> str:
     others = [a for a in model.active_adapters if a != trained]
     settings = [{**model.peft_config[a].to_dict(), "base_model_name_or_path": None} for a in others]
     h.update(json.dumps([others, settings, *_scales(model, others)], sort_keys=True, default=str).encode())
-    for n, p in model.named_parameters():
-        if not belongs(n, trained):
-            h.update(f"{n}{p.dtype}{tuple(p.shape)}".encode() + raw_bytes(p))
+    held = [part for n, p in model.named_parameters() if not belongs(n, trained) for part in plain_parts(n, p)]
+    if options_of(model):  # the scales of packed numbers are no parameters
+        held += sorted(plain_tensors(model).items())
+    for n, p in held:
+        h.update(f"{n}{p.dtype}{tuple(p.shape)}".encode() + raw_bytes(p))
     for n, t in fixed_tensors(model, others):
         h.update(f"{n}{t.dtype}{tuple(t.shape)}".encode() + raw_bytes(t))
     return h.hexdigest()

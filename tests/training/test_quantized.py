@@ -201,3 +201,41 @@ def test_a_damaged_record_is_an_error() -> None:
     for record in ("nf4", {"options": {"load_in_4bit": True}}, {"options": {"hqq": True}, "dtype": "float32"}):
         with pytest.raises(UserError, match="names no quantized base that this version knows"):
             quantized.trained_on({"quantized": record})
+
+
+def test_merging_asks_onto_which_base_and_prints_both_losses(made: Any, base_dir: Path, tmp_path: Path) -> None:
+    options, out = made
+    data = str(out.parent)
+    with pytest.raises(UserError, match=r"--onto original .*--onto dequantized"):
+        peft_unlearn.merge(out, base_dir, tmp_path / "m", data=data)
+    ids = torch.tensor([[1, 5, 9, 20]])
+    for onto in ("original", "dequantized"):
+        report = peft_unlearn.merge(out, base_dir, tmp_path / onto, onto=onto, data=data)
+        assert report.losses is not None and set(report.losses["merged"]) == {"forget", "retain"}
+        assert "merged: forget loss" in str(report) and quantized.name_of(options) in str(report)
+    assert not list(tmp_path.glob(".dequantized*"))
+    with torch.no_grad():
+        full = ForgetModel.from_pretrained(base_dir, out, dtype="float32").model(input_ids=ids).logits
+        low = ForgetModel.from_pretrained(base_dir, out, dtype="auto").model(input_ids=ids).logits
+        merged = {k: load_base(tmp_path / k)(input_ids=ids).logits for k in ("original", "dequantized")}
+    assert torch.allclose(merged["original"], full, atol=1e-5)
+    # int8 of bitsandbytes rounds what goes into a layer too, which no weights can say
+    assert torch.allclose(merged["dequantized"], low, atol=2e-2 if "load_in_8bit" in options else 1e-5)
+    if "load_in_8bit" not in options:
+        unmerged = next(v for k, v in report.losses.items() if k.startswith("unmerged"))
+        assert report.losses["merged"] == pytest.approx(unmerged, abs=1e-4)
+
+
+def test_dequantized_is_refused_for_other_adapters(base_dir: Path, tmp_path: Path) -> None:
+    peft_unlearn.train(recipe(tmp_path), tmp_path / "out", base=str(base_dir), progress=lambda _: None)
+    with pytest.raises(UserError, match="trained on a quantized base, and these were not"):
+        peft_unlearn.merge(tmp_path / "out", base_dir, tmp_path / "m", onto="dequantized")
+
+
+def test_attacks_leave_a_quantized_base_as_it_was(made: Any, base_dir: Path) -> None:
+    from peft_unlearn.attacks.weights import opened
+
+    stack = ForgetModel.from_pretrained(base_dir, made[1], dtype="auto")
+    with opened(stack.model, {}) as adapter:
+        assert adapter == "live"
+    assert digest_live(stack.model, base_dir).verdict == "same"
