@@ -14,11 +14,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from peft_unlearn.errors import UserError
 from peft_unlearn.stack.attach import add
 from peft_unlearn.tuners.expert_lora import ExpertLoraConfig
 from peft_unlearn.tuners.expert_lora.layer import ExpertsLayer
 from peft_unlearn.tuners.selection import Selection
-from peft_unlearn.tuners.sparse import SparseConfig
+from peft_unlearn.tuners.sparse import SparseConfig, export_stock
 from peft_unlearn.tuners.sparse.export import entries_of
 from peft_unlearn.tuners.sparse.layer import SparseLayer
 
@@ -349,3 +350,32 @@ def test_taking_one_of_two_off():
     assert isinstance(model.base_model.model.model.layers[0].self_attn.v_proj, nn.Module)
     assert model.get_model_status().active_adapters == ["default"]
     assert "sparse.SparseLayer" in repr(model)
+
+
+def test_export_of_any_density_is_exact(tmp_path):
+    """From one entry of a weight to all of them, whatever its shape: the parts together are the adapter."""
+    plain = tiny.llama()
+    names = [n for n, _ in plain.named_parameters() if "proj" in n]
+    g, indices = torch.Generator().manual_seed(0), {}
+    shapes = {n: tuple(plain.get_parameter(n).shape) for n in names}
+    for i, n in enumerate(names):
+        size = torch.Size(shapes[n]).numel()
+        k = size if i == 0 else max(1, size * i // (2 * len(names)))
+        indices[n] = torch.randperm(size, generator=g)[: 1 if i == 1 else k].sort().values
+    model = sparse(copy.deepcopy(plain), Selection(indices, shapes), scale=0.5).eval()
+    form = export_stock(model, tmp_path / "out")
+    rest = [p for p in form.parts if p]
+    stock: Any = PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "out"))
+    for part in rest:
+        stock.load_adapter(str(tmp_path / "out"), part, subfolder=part)
+    stock.base_model.set_adapter(["default", *rest])
+    assert torch.equal(stock.eval()(IDS).logits, model(IDS).logits)
+    assert sum(v.numel() for _, t in form.parts.values() for n, v in t.items() if "weight" in n) == round(
+        form.padding * sum(map(len, indices.values()))
+    )
+    for wrong, words in ((plain, "no sparse adapter 'default'"), (sparse(gpt2()), "SHiRA adapts nothing else")):
+        with pytest.raises(UserError, match=words):
+            export_stock(wrong, tmp_path / "none")
+    with pytest.raises(UserError, match="not empty"):
+        export_stock(model, tmp_path / "out")
+    assert not (tmp_path / "none").exists()

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...folder.atomic import staged
 from ...folder.digest import name_in_base
 from ...folder.read import CONFIG, TOGETHER, WEIGHTS, read_json
 from ...folder.safetensors_io import read_header
@@ -115,6 +116,27 @@ def save_into(
     return write(
         stage, entries_of(model, adapter), linear_in(model), config.scale, config.task_type, base_name, revision
     )
+
+
+def export_stock(peft_model: Any, out_dir: str | Path, adapter_name: str = "default") -> StockForm:
+    """Write a sparse adapter of a model as stock SHiRA, atomically, with the compact form in the subfolder ``sparse/``.
+
+    The folder names no base model, and holds the adapter at the scale of its configuration. Never replaces one that is not empty.
+
+    Raises:
+        UserError: the model has no such sparse adapter, SHiRA cannot hold it, or something stands at `out_dir`.
+    """
+    config = getattr(peft_model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, SparseConfig):
+        held = ", ".join(getattr(peft_model, "peft_config", {})) or "none"
+        raise UserError(f"The model holds no sparse adapter {adapter_name!r} (its adapters: {held}).")
+    with staged(out_dir, lambda _: "is not empty") as stage:
+        _, stock = save_into(stage, peft_model, adapter_name)
+        if isinstance(stock, str):
+            raise UserError(
+                f"{out_dir}: the adapter {adapter_name!r} has no stock form: {stock}. Save it with save_pretrained"
+            )
+    return stock
 
 
 # --- to files ----------------------------------------------------------------------------------------------------------
