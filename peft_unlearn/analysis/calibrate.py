@@ -35,6 +35,7 @@ from ..reporting.result import Result
 from ..stack.model import ForgetModel
 from ..tuners.delta import changes_base, is_sparse
 from ..tuners.peft_type import FORGET_VECTOR, PEFT_TYPE
+from .disruption import Disrupted, make_kl, within
 from .search import FLOOR, Calibration, Levels, search
 
 FORMAT = 1
@@ -94,11 +95,12 @@ class Calibrated(Result):
 def calibrate(
     folder: str | Path, *, retain_floor: float = FLOOR, metric: str = METRIC, max_scale: float = 1.0, bake: bool = False,
     n: int | None = None, base: str | None = None, data: str | None = None, dtype: str = "auto", progress: Progress | None = None,
-    write: bool = True,
-) -> Calibrated:  # fmt: skip
+    write: bool = True, kl: float | None = None, on: str = "retain",
+) -> Calibrated | Disrupted:  # fmt: skip
     """Search the scale (`search`), store it in forget.json and the search as block "calibration" of eval.json.
 
     Args:
+        kl: instead of a retain floor, a budget in nats per token: the largest scale whose KL from the base on set `on` stays within it.
         bake: lora_alpha takes the scale in, so that plain PEFT runs at it (`folder.rescale.bake`).
         n: at most so many rows of each set; nothing is stored then, nor with write=False.
         dtype: what the models are computed in, see `ForgetModel`; with `bake` float32, since the probes are written anew.
@@ -116,8 +118,10 @@ def calibrate(
     if bake and dtype not in ("auto", "float32"):
         raise UserError(f"bake writes the adapter's probes anew, which are of float32; leave out the dtype {dtype!r}")
     stack = ForgetModel.from_pretrained(base, {"adapter": found.path}, dtype="float32" if bake else dtype)
-    read = make_read(bundle, stack.tokenizer, metric, n)
     at = at_scale(stack, "adapter")
+    if kl is not None:
+        return _to_budget(found, stack, at, bundle, kl, on, n, max_scale, bake, write, progress)
+    read = make_read(bundle, stack.tokenizer, metric, n)
     result = search(read, at, levels_of(stack.disabled, read), retain_floor, max_scale, progress)
     retain_model = embedded_retain_model(found.manifest.base.ref, bundle, stack.dtype)
     levels = None if retain_model is None else levels_of(retain_model, read)
@@ -129,6 +133,26 @@ def calibrate(
             done.baked = bake and done.scale != 1.0
             _write_scale(found, done.scale, done.baked, at, stack.tokenizer)
         _store(found, done.to_dict())
+    return done
+
+
+def _to_budget(
+    found: AdapterFolder, stack: ForgetModel, at: Callable[[float], Any], data: Any, budget: float, on: str, n: int | None,
+    max_scale: float, bake: bool, write: bool, progress: Progress | None,
+) -> Disrupted:  # fmt: skip
+    measure, rows = make_kl(stack.model, stack.tokenizer, data, on, n, at)
+    scale, seen = within(measure, budget, max_scale, progress)
+    curve = [{"scale": s, "kl": seen[s]} for s in sorted(seen)]
+    done = Disrupted(
+        budget, scale, None if scale is None else seen[scale], curve, on, rows, found.manifest.scale, found.adapter_id, stack.dtype,
+        stored=write,
+    )  # fmt: skip
+    if write:
+        if scale is not None:
+            done.baked = bake and scale != 1.0
+            _write_scale(found, scale, done.baked, at, stack.tokenizer)
+        if found.eval is not None:
+            update_eval(found.path, _at_its_scale(found, scale, found.manifest.scale, done.baked), measured=())
     return done
 
 
@@ -149,17 +173,23 @@ def _write_scale(found: AdapterFolder, scale: float, bake: bool, at: Callable[[f
 
 
 def _store(found: AdapterFolder, block: Mapping[str, Any]) -> None:
-    """The block beside whatever eval.json has. Numbers that were measured at another scale get that scale beside them; after
-    baking it is in units of what scale 1 means now."""
+    """The block beside whatever eval.json has."""
+    stored = _at_its_scale(found, block["scale"], block["scale_before"], block["baked"])
+    update_eval(found.path, {**stored, BLOCK: block}, measured=(BLOCK,))
+
+
+def _at_its_scale(found: AdapterFolder, scale: float | None, before: float, baked: bool) -> dict[str, Any]:
+    """eval.json as it is. Numbers that were measured at another scale get that scale beside them; after baking it is in units of what
+    scale 1 means now."""
     stored = dict(read_adapter(found.path).eval or {"format": 1, "adapter_id": found.adapter_id, "subjects": {}})
-    if block["scale"] is not None and (block["baked"] or block["scale"] != block["scale_before"]):
-        unit = block["scale"] if block["baked"] else 1.0
+    if scale is not None and (baked or scale != before):
+        unit = scale if baked else 1.0
         if stored.get("subjects"):
-            stored["scale"] = stored.get("scale", block["scale_before"]) / unit
+            stored["scale"] = stored.get("scale", before) / unit
         attacks = stored.get("attacks")
         if isinstance(attacks, dict) and isinstance(attacks.get("scale"), dict):
             stored["attacks"] = {**attacks, "scale": {k: v / unit for k, v in attacks["scale"].items()}}
-    update_eval(found.path, {**stored, BLOCK: block}, measured=(BLOCK,))
+    return stored
 
 
 # -- one adapter, one scale -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ..evaluation.numbers import Number
 from ..evaluation.plan import Progress
 from ..reporting.result import fields_of
 
-FLOOR, TOLERANCE, STEP = 0.95, 0.01, 0.1
+FLOOR, TOLERANCE, STEP, SHARE, LEAST = 0.95, 0.01, 0.1, 0.15, 5e-4
 ROUNDING = 1e-9  # a floor met up to rounding (0.95 of 0.8 against 0.76) is met
 
 
@@ -80,7 +80,8 @@ def search(
 
     First a grid in steps of 0.1. Where both curves only fall, the floor is met up to one scale: that one is bisected to
     `TOLERANCE`, from below, so the scale returned was itself measured and holds. Where one of them rises by more than one row
-    can make it, the best grid point is taken (of equals the smaller scale).
+    can make it, the best grid point is taken (of equals the smaller scale). Where no grid point holds it, the
+    scales below the first are bisected down to `LEAST`.
 
     Args:
         base: the levels of the base, which are the point at scale 0.
@@ -98,11 +99,14 @@ def search(
     if not monotone:
         how = "best point of the grid, because the curves do not only fall"
         good = [p for p in grid[1:] if tried.holds(p)]
-        chosen = min(good, key=lambda p: (_value(p, "forget"), p.scale), default=None)
+        chosen = min(good, key=lambda p: (_value(p, "forget"), p.scale), default=None) or _bisected(
+            tried, 0.0, grid[1].scale
+        )
     elif tried.holds(grid[-1]):
         how, chosen = f"the largest scale searched, {max_scale:g}, holds the floor", grid[-1]
     else:
-        how, chosen = "bisection", _bisected(tried, grid)
+        low = max(p.scale for p in grid if tried.holds(p))
+        how, chosen = "bisection", _bisected(tried, low, min(p.scale for p in grid if p.scale > low))
     reason = None
     if chosen is None:
         reason = f"no scale above 0 keeps {100 * floor:g} % of the base's retain value"
@@ -152,11 +156,10 @@ class _Tried:
         return value is not None and point.levels.forget.value is not None and value >= self.wanted - ROUNDING
 
 
-def _bisected(tried: _Tried, grid: Sequence[Point]) -> Point | None:
-    """The largest scale, to `TOLERANCE`, that holds the floor; None where only the base does."""
-    low = max(p.scale for p in grid if tried.holds(p))
-    high = min(p.scale for p in grid if p.scale > low)
-    while high - low > TOLERANCE:
+def _bisected(tried: _Tried, low: float, high: float) -> Point | None:
+    """The largest scale between one that holds the floor and one that does not, to `TOLERANCE`, or to `SHARE` of itself where that is less:
+    strong adapters live far below the grid. None where nothing from `LEAST` on holds."""
+    while high - low > max(min(TOLERANCE, SHARE * low), LEAST):
         middle = round((low + high) / 2, 6)
         low, high = (middle, high) if tried.holds(tried.at(middle)) else (low, middle)
     return tried.at(low) if low > 0 else None

@@ -12,6 +12,7 @@ from eval_helpers import qa, tiny
 from peft import LoraConfig, get_peft_model
 
 from peft_unlearn.analysis.calibrate import at_scale, check_exact, make_read
+from peft_unlearn.analysis.disruption import make_kl, within
 from peft_unlearn.analysis.search import TOLERANCE, Levels, search
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.numbers import Number
@@ -163,11 +164,58 @@ def test_a_rise_of_one_row_is_no_rise():
 
 
 def test_no_scale_will_do():
-    found, _ = run(FALLS[0], lambda s: 1.0 if s < 0.004 else 0.2)
+    found, _ = run(FALLS[0], lambda s: 1.0 if s < 0.0002 else 0.2)
     assert found.chosen is None and "keeps 95 %" in found.reason
     assert found.to_dict()["scale"] is None and len(found.to_dict()["curve"]) >= 11
     found, _ = run(lambda s: 1.0, FALLS[1])
     assert found.chosen is None and "nothing is forgotten" in found.reason
+
+
+@pytest.mark.parametrize("limit", [0.002, 0.03, 0.09])
+def test_strong_adapters_are_looked_for_below_the_grid(limit):
+    found, tried = run(FALLS[0], lambda s: 1.0 if s < limit else 0.2)
+    assert limit / 1.2 < found.chosen.scale < limit and found.reason is None and len(tried) < 30
+
+
+@pytest.mark.parametrize(("strength", "most"), [(1.0, 1.0), (4e4, 1.0), (1e8, 1.0), (0.3, 4.0)])
+def test_the_largest_scale_within_a_budget(strength, most):
+    def kl(s):  # as of small changes: quadratic
+        return strength * s * s
+
+    scale, seen = within(kl, 0.01, most)
+    assert scale is not None and scale == min(most, max(s for s, v in seen.items() if v <= 0.01))
+    assert kl(scale) <= 0.01 and (scale == most or kl(scale) >= 0.95 * 0.01 or kl(1.02 * scale) > 0.01)
+    assert len(seen) <= 25
+
+
+def test_budgets_that_no_scale_keeps_or_that_are_none():
+    assert within(lambda s: 1.0, 0.01, 1.0)[0] is None and within(lambda s: float("nan"), 0.01, 1.0)[0] is None
+    assert within(lambda s: 0.0, 0.01, 2.0)[0] == 2.0
+    for bad in (0.0, -1.0, float("inf")):
+        with pytest.raises(UserError, match="--kl"):
+            within(lambda s: s, bad, 1.0)
+    with pytest.raises(UserError, match="--max-scale"):
+        within(lambda s: s, 0.1, 0.0)
+
+
+def test_the_kl_of_a_scale_is_that_of_the_whole_distributions():
+    stack, at = (s := stacked()), at_scale(s, "mine")
+    rows = [
+        {"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in ([5, 6, 7, 8, 9], [11, 12, 13], [4, 5, 6, 7])
+    ]
+    data = SimpleNamespace(extra={"retain": rows}, encode=lambda name, tokenizer: [dict(r) for r in rows])
+    measure, n = make_kl(stack.model, SimpleNamespace(pad_token_id=0), data, "retain", None, at)
+    assert n == 3 and measure(0.0) == 0.0
+    total, count, base = 0.0, 0, tiny().double()
+    with at(0.7) as model, torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            q, p = (
+                base(input_ids=ids).logits[0, 1:-1].log_softmax(-1),
+                model(input_ids=ids).logits[0, 1:-1].double().log_softmax(-1),
+            )
+            total, count = total + float((q.exp() * (q - p)).sum()), count + len(q)
+    assert measure(0.7) == pytest.approx(total / count, rel=1e-4) and total > 0
 
 
 def test_a_model_of_nan_neither_forgets_nor_keeps():
@@ -196,7 +244,7 @@ def test_a_base_without_levels_is_refused():
 @pytest.mark.parametrize(
     ("config", "why"),
     [({"use_dora": True}, "DoRA"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"bias": "all"}, "biases"),
-     ({"init_lora_weights": "pissa"}, "base's own weights"), ({"peft_type": "PREFIX_TUNING"}, "no scale"),
+     ({"init_lora_weights": "pissa"}, "base's own weights"), ({"peft_type": "PREFIX_TUNING"}, "whose scale is not known"),
      ({"use_dora": False, "depends_on": ["sha256:" + "0" * 64]}, "on top of other adapters")],
 )  # fmt: skip
 def test_adapters_whose_scale_is_no_exact_mix_are_refused(tmp_path, config, why):

@@ -279,3 +279,13 @@ def test_what_cannot_be_judged_together_is_refused(made):
         interfering.interference([made.root / "first", made.root / "second"], data=[str(made.root / "data-first")])
     with pytest.raises(UserError, match="shown in one of"):
         interfering.interference([made.root / "strong", made.root / "weak"], metric="truth_ratio", n=2)
+
+
+def test_a_kl_budget_sets_the_scale_and_leaves_the_numbers(made, tmp_path):
+    folder = shutil.copytree(made.root / "strong", tmp_path / "K")
+    found = calibrating.calibrate(folder, kl=0.02, n=None)
+    assert found.exit_code == 0 and 0 < found.scale <= 1 and found.kl <= 0.02
+    assert read_adapter(folder).manifest.scale == found.scale and "nats a token" in str(found)
+    assert (read_adapter(folder).eval or {}).get("calibration") is None
+    with pytest.raises(UserError, match="--on"):
+        calibrating.calibrate(folder, kl=0.02, on="nothing")
