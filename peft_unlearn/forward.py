@@ -124,8 +124,31 @@ class Reference:
                 stack.callback(tuner.set_adapter, active)
                 tuner.set_adapter(wanted)
             else:
-                stack.enter_context(model.disable_adapter())  # type: ignore[operator]
+                stack.enter_context(adapters_off(model))
             yield
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """`PeftModel.disable_adapter` without its report on every parameter, which takes more than half of a switch. Of that report only one
+    thing is used: whether the layers were on, so that they are again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = model.peft_config[model.active_adapter]
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        with model.disable_adapter():
+            yield
+        return
+    tuner, before = model.base_model, model._adapters_disabled
+    on = any(isinstance(m, BaseTunerLayer) and not m.disable_adapters for m in tuner.modules())
+    try:
+        tuner.disable_adapter_layers()
+        model._adapters_disabled = True
+        yield
+    finally:
+        if on:
+            tuner.enable_adapter_layers()
+        model._adapters_disabled = before
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]], training: list[nn.Module]) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 
 from peft_unlearn import head as head_room
 from peft_unlearn.errors import UserError
-from peft_unlearn.forward import Pass, Reference, blocks, dropouts, layer_module
+from peft_unlearn.forward import Pass, Reference, adapters_off, blocks, dropouts, layer_module
 
 VOCAB = 97
 _SMALL: dict[str, Any] = {
@@ -470,3 +470,24 @@ def test_alternate():
     assert p.alternate.ref_logp.shape == p.alternate.logp.shape
     with pytest.raises(UserError, match="winner"):
         Pass(model, b).alternate  # noqa: B018
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_switching_adapters_off_is_what_peft_does(off: bool) -> None:
+    def state(model: Any) -> tuple[list[Any], Any, list[bool]]:
+        layers = [m.disable_adapters for m in model.modules() if isinstance(getattr(m, "disable_adapters", 0), bool)]
+        return layers, model._adapters_disabled, [p.requires_grad for p in model.parameters()]
+
+    seen = []
+    for switch in (lambda m: m.disable_adapter(), adapters_off):
+        model = tiny.lora(tiny.llama(), modules_to_save=["lm_head"])
+        if off:
+            model.base_model.disable_adapter_layers()
+        before = state(model)
+        with switch(model):
+            inside = state(model)
+        seen.append((before, inside, state(model)))
+        with pytest.raises(ZeroDivisionError), switch(model):
+            raise ZeroDivisionError
+        seen[-1] += (state(model),)
+    assert seen[0] == seen[1] and all(seen[0][1][0])
