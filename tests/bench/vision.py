@@ -96,6 +96,27 @@ def one_seed(name: str, seed: int, classes: list[int], work: Path, note: Any, re
     return out
 
 
+COLUMNS = ("forget, training", "forget, unseen", "others, training", "others, unseen", "MIA efficacy")
+
+
+def table(found: dict[str, Any]) -> str:
+    """The Markdown table of docs/vision.md: means over seeds (and classes), in brackets the range."""
+    lines = ["| model, request | " + " | ".join(COLUMNS) + " |", "|---" * 6 + "|"]
+    for name, seeds in found.items():
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for numbers in seeds.values():
+            for key, value in numbers.items():
+                if isinstance(value, dict):
+                    rows.setdefault("vector, one class" if key.startswith("vector ") else key, []).append(value)
+        for label, values in rows.items():
+            cells = []
+            for key in KEYS:
+                got = [v[key] for v in values if v[key] is not None]
+                cells.append(f"{sum(got) / len(got):.3f} [{min(got):.2f}, {max(got):.2f}]" if got else "–")
+            lines.append(f"| {name.removeprefix('digits-')} ({len(values)}): {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="digits-resnet", choices=RECIPES)
@@ -114,6 +135,7 @@ def main() -> None:
             )
         found.setdefault(given.base, {})[str(seed)] = numbers
         given.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
 
 
 if __name__ == "__main__":
