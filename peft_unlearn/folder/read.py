@@ -153,7 +153,14 @@ def check_weights(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-_DECISIVE = ("lora_B", "lora_embedding_B", "shira_weight", "supertuning_values", "peft_unlearn_sparse_values", "forget_vector_delta")
+_DECISIVE = (
+    "lora_B",
+    "lora_embedding_B",
+    "shira_weight",
+    "supertuning_values",
+    "peft_unlearn_sparse_values",
+    "forget_vector_delta",
+)
 """Tensors without which, if they are all zero, an adapter does nothing."""
 
 

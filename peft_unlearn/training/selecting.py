@@ -67,8 +67,13 @@ class Selecting:
         shapes = {n: tuple(p.shape) for n, p in eligible(base, self.target_modules).items()}
         sizes = {n: torch.Size(s).numel() for n, s in shapes.items()}
         counts = {n: max(1, int(self.ratio * size)) for n, size in sizes.items()}
-        if self.budget == "global" and (more := int(self.ratio * sum(sizes.values()) + 1e-9) - sum(counts.values())) > 0:
-            counts[max(sizes, key=lambda n: sizes[n])] += more  # each share was rounded down, and all together only once
+        if (
+            self.budget == "global"
+            and (more := int(self.ratio * sum(sizes.values()) + 1e-9) - sum(counts.values())) > 0
+        ):
+            counts[max(sizes, key=lambda n: sizes[n])] += (
+                more  # each share was rounded down, and all together only once
+            )
         return self.adapter(Selection({n: torch.arange(k, device="cpu") for n, k in counts.items()}, shapes))
 
     def choose(
@@ -135,7 +140,9 @@ def _check(found: Selecting, errors: Errors) -> None:
         for wrong in method.check(found.hyper or {}):
             errors.add(f"selection: {wrong}")
         if found.file is not None and found.refresh == NEVER:
-            errors.add("selection: a file and a method are two selections; name one (with a refresh the file is the first of them)")
+            errors.add(
+                "selection: a file and a method are two selections; name one (with a refresh the file is the first of them)"
+            )
         if not 0 < found.ratio <= 1:
             errors.add(f"selection.ratio {found.ratio!r} must lie in (0, 1]: the share of the entries that may move")
     elif found.file is None or found.refresh != NEVER:
@@ -161,7 +168,9 @@ def chosen(
     if (resume or hashed) and kept.is_file():
         found = Selection.load(kept)
         found.check_origin(base.digest, data)
-        if spec.method and (odd := [k for k in ("method", "ratio", "budget") if found.about.get(k) != getattr(spec, k)]):
+        if spec.method and (
+            odd := [k for k in ("method", "ratio", "budget") if found.about.get(k) != getattr(spec, k)]
+        ):
             raise UserError(
                 f"{kept} is the selection that the run began with, and its {', '.join(odd)} is not what the recipe says now; resume with "
                 "the recipe it was started with, or start anew with another output folder"
