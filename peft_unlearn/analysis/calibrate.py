@@ -206,7 +206,9 @@ def check_exact(folder: AdapterFolder) -> None:
     sparse = is_sparse(folder)
     vector = kind == FORGET_VECTOR  # scaled at the input: no mix of weights, and as exact
     if kind not in ("LORA", PEFT_TYPE) and not sparse and not vector:
-        errors.add(f"its PEFT type is {kind}, which has no scale, or whose scale is not known to be the factor of a sum of weights")
+        errors.add(
+            f"its PEFT type is {kind}, which has no scale, or whose scale is not known to be the factor of a sum of weights"
+        )
     if config.get("use_dora"):
         errors.add("it is a DoRA adapter, which re-normalizes the weights: half the scale is not half the change")
     if config.get("bias") not in (None, "none"):
