@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import zygote
-from peft import PeftModel, ShiraConfig, get_peft_model
+from peft import PeftModel, PeftType, ShiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -324,6 +324,8 @@ def test_damaged_folders(made: Path, base: Path, tmp_path: Path) -> None:
 
 def test_stock_sparse_types_are_loaded_in_the_form_whose_base_can_be_reached(base: Path, tmp_path: Path) -> None:
     for kind, options in (("shira", {"r": 1}), ("supertuning", {"sparsity": 0.97})):
+        if kind.upper() not in PeftType.__members__:  # peft 0.20
+            continue
         spec = recipe(base)
         del spec["selection"]
         spec["adapter"] = {"type": kind, "target_modules": ["q_proj", "up_proj"], **options}
