@@ -146,7 +146,9 @@ def test_one_folder_through_every_command(made: Path, base: Path, tmp_path: Path
     with pytest.raises(UserError, match=r"is a sparse adapter \(SHIRA\), and vllm reads LoRA alone"):
         peft_unlearn.export(made, tmp_path / "served", "vllm")
     points = peft_unlearn.effect(made, base=str(base), data=str(base.parent)).points
-    assert len(points) == 3 and points[0].to_dict() != points[-1].to_dict()  # start, one checkpoint, the finished adapter
+    assert (
+        len(points) == 3 and points[0].to_dict() != points[-1].to_dict()
+    )  # start, one checkpoint, the finished adapter
     check_exact(found)
     assert plan(recipe(base)).trainable == pytest.approx(method["entries"], rel=0.02)
 
