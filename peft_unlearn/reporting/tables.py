@@ -87,7 +87,8 @@ def _cell(text: str) -> str:
 
 # -- evaluations ------------------------------------------------------------------------------------------------------
 
-METRICS = ("value_accuracy", "accuracy", "extraction_strength", "mia_efficacy", "probability", "rouge_l_recall")  # a block of rows each
+# a block of rows each
+METRICS = ("value_accuracy", "accuracy", "extraction_strength", "mia_efficacy", "probability", "rouge_l_recall")
 WHOLE = ("forget/truth_ratio", "forget/ks_distance", "forget/forget_quality", "model_utility")
 Column = tuple[str, Mapping[str, Any], str]  # heading, evaluation, subject
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from .text import interval, named, number, percent
 
-MEASURES = ("extraction_strength", "value_accuracy", "accuracy", "rouge_l_recall", "probability")  # the first that is there speaks
+# the first that is there speaks
+MEASURES = ("extraction_strength", "value_accuracy", "accuracy", "rouge_l_recall", "probability")
 FORGETS, KEEPS, DISTINCT = 0.9, 0.95, 0.05
 MEANING = {
     "extraction_strength": "Extraction strength, the part of an answer that follows by itself,",

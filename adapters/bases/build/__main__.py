@@ -1,6 +1,6 @@
 """Train an embedded base and its retain models again, verify them, and only then write them.
 
-python adapters/bases/build people --out adapters/bases      # or domains: a mixture of experts, and its control; or digits: image classifiers
+python adapters/bases/build people --out adapters/bases      # or domains (a mixture of experts), or digits (image classifiers)
 """
 
 from __future__ import annotations
