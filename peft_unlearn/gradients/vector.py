@@ -12,6 +12,34 @@ import torch
 from torch import Tensor, nn
 
 
+def is_sharded(t: Tensor) -> bool:
+    """Whether a tensor lies in parts on several ranks (DTensor, as FSDP2's `fully_shard` makes parameters)."""
+    return hasattr(t, "full_tensor")
+
+
+def whole(t: Tensor) -> Tensor:
+    """The tensor itself; of a sharded one all of it, on every rank, which all of them have to ask for."""
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[operator]
+
+
+def gradients_of(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """d loss / d params, None for those that it does not reach; of sharded parameters the sum over ranks, each rank with its own loss.
+
+    FSDP2 collects gradients in hooks that only ``.backward()`` runs (torch.autograd.grad gives None for every sharded parameter), and
+    averages them over ranks. What stands in ``.grad`` is left as it is.
+    """
+    if not any(is_sharded(p) for p in params):
+        return torch.autograd.grad(loss, list(params), allow_unused=True)
+    before = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    loss.backward()
+    found = [p.grad for p in params]
+    for p, grad in zip(params, before, strict=True):
+        p.grad = grad
+    return [g if g is None or not is_sharded(g) else g * g.device_mesh.size() for g in found]  # type: ignore[attr-defined]
+
+
 class Vec:
     """A vector of a `Space`; supports + and - with another, * and / by a scalar. Operations return new vectors."""
 
@@ -94,7 +122,7 @@ class Space:
 
     def randn(self, rng: torch.Generator) -> Vec:
         """Standard normal entries, drawn on the CPU so that every rank and device draws the same."""
-        return Vec([torch.randn(p.shape, generator=rng).to(p.device) for p in self.params])
+        return Vec([_as(p, torch.randn(p.shape, generator=rng).to(p.device)) for p in self.params])
 
     def read(self) -> Vec:
         """A copy of the parameters as float32."""
@@ -108,7 +136,7 @@ class Space:
 
     def dot(self, a: Vec, b: Vec) -> Tensor:
         """<a, b>, 0-dim float64."""
-        parts = [(x.double() * y.double()).sum() for x, y in zip(a.tensors, b.tensors, strict=True)]
+        parts = [whole((x.double() * y.double()).sum()) for x, y in zip(a.tensors, b.tensors, strict=True)]
         return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
 
     def norm(self, a: Vec) -> Tensor:
@@ -133,3 +161,12 @@ class Space:
             with torch.no_grad():
                 for p, s in zip(self.params, saved, strict=True):
                     p.copy_(s)
+
+
+def _as(p: Tensor, t: Tensor) -> Tensor:
+    """`t`, which every rank has whole, in parts like `p`."""
+    if not is_sharded(p):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, p.device_mesh, p.placements)  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from ..forward import Pass, Reference
 from ..registry import Method
 from ..tuners.bypass import refuse_bypass
 from .terms import Term, count_units
-from .vector import Space, Vec
+from .vector import Space, Vec, gradients_of, is_sharded, whole
 
 Batches = Sequence[Mapping[str, Any]]  # micro-batches: {"forget": batch, "retain": batch, ..}
 _STOPPING = frozenset({"hidden", "ref_hidden", "router", "ref_router"})  # nothing beyond a layer is needed
@@ -91,6 +91,11 @@ class Window:
             )
         if smoothing is not None and space == "base":
             refuse_bypass(model, "smoothing in space base")
+        self.sharded = any(map(is_sharded, self.space.params))
+        if self.sharded and smoothing is not None and space == "base":
+            raise UserError(
+                "smoothing in space base is refused on a sharded base: FSDP2 gives no gradient of weights that it froze"
+            )
         self.groups = group_indices(self.space.names, scope)
         self.rng = torch.Generator().manual_seed(seed)
         self.rule_state: dict[str, dict[str, Any]] = {}
@@ -191,6 +196,8 @@ class Window:
         total = torch.tensor(local, dtype=torch.float64, device=self.space.params[0].device)
         if self.reduce is not None:
             self.reduce(total)
+        if self.sharded and self.reduce is not None:
+            self._check_in_step(window)
         counts = [int(x) for x in total.tolist()]
         for t, n in zip(self.terms, counts, strict=True):
             if n == 0:
@@ -199,6 +206,20 @@ class Window:
                 )
         joint = sum({t.batch: n for t, n in zip(self.terms, counts, strict=True) if t.joint}.values())
         return [joint if t.joint else n for t, n in zip(self.terms, counts, strict=True)]
+
+    def _check_in_step(self, window: Batches) -> None:
+        """Raise a `UserError` unless all ranks read the same sets in the same micro-batches: else they would wait for each other."""
+        assert self.reduce is not None
+        names = sorted({t.batch for t in self.terms})
+        here = torch.tensor([[float(b in mb) for b in names] for mb in window], device=self.space.params[0].device)
+        total, ranks = here.clone(), torch.ones((), device=here.device)
+        self.reduce(total)
+        self.reduce(ranks)
+        if not torch.equal(total, here * ranks):
+            raise UserError(
+                "on a sharded base all ranks run the same passes, and in this step some have no rows of a set that others have: give whole "
+                "numbers for per_anchor, or a larger per_device_train_batch_size"
+            )
 
     def sweep(
         self,
@@ -222,8 +243,7 @@ class Window:
                     loss = self.loss(mb[batch], terms, None if cache is None else cache.setdefault(batch, {}))
                     value += loss.detach().double()
                     if loss.requires_grad:  # else constant, e.g. every adapter lies beyond the layer it looks at
-                        found = torch.autograd.grad(loss, space.params, allow_unused=True)
-                        for into, got in zip(total.tensors, found, strict=True):
+                        for into, got in zip(total.tensors, gradients_of(loss, space.params), strict=True):
                             if got is not None:
                                 into.add_(got)
         return self._reduced(total, value)
@@ -244,7 +264,7 @@ class Window:
             reference=self.reference,
             layers=[k for t in terms for k in t.layers],
             routers=[k for t in terms for k in t.routers],
-            stop=bool(needs) and needs <= _STOPPING,
+            stop=bool(needs) and needs <= _STOPPING and not self.sharded,  # all ranks run every module
             reference_cache=cache,
         )
 
@@ -256,13 +276,14 @@ class Window:
         return torch.stack([t.weight * t.objective.fn(p, **t.hyper).sum() / n for t, n in terms]).sum()
 
     def _reduced(self, v: Vec, value: Tensor) -> tuple[Vec, float]:
-        """Sum a vector over ranks, together with its loss value, in one call."""
+        """Sum a vector over ranks, together with its loss value, in one call; sharded tensors are sums already."""
         if self.reduce is None:
             return v, float(value)
-        flat = torch.cat([t.flatten() for t in v.tensors] + [value.float()[None]])
+        own = [t for t in v.tensors if not is_sharded(t)]
+        flat = torch.cat([t.flatten() for t in own] + [value.float()[None]])
         self.reduce(flat)
         start = 0
-        for t in v.tensors:
+        for t in own:
             t.copy_(flat[start : start + t.numel()].view_as(t))
             start += t.numel()
         return v, float(flat[-1])
@@ -270,7 +291,7 @@ class Window:
     def _check_finite(self, name: str, v: Vec, norm: float, value: float) -> None:
         if torch.isfinite(torch.tensor([norm, value])).all():
             return
-        bad = [n for n, t in zip(self.space.names, v.tensors, strict=True) if not torch.isfinite(t).all()]
+        bad = [n for n, t in zip(self.space.names, v.tensors, strict=True) if not torch.isfinite(whole(t)).all()]
         methods = ", ".join(t.objective.name for t in self.terms if t.gradient == name)
         where = f"in {len(bad)} tensors, first {', '.join(bad[:3])}" if bad else "in the loss itself"
         raise Diverged(f"the gradient of {name} ({methods}) is not finite (loss {value:g}) {where}")
@@ -282,5 +303,5 @@ class Window:
 
     def _moved(self, g: Mapping[str, Vec]) -> list[float]:
         """Largest absolute gradient entry of each parameter over all names."""
-        rows = [torch.stack([t.abs().max() for t in v.tensors]) for v in g.values()]
+        rows = [torch.stack([whole(t.abs().max()) for t in v.tensors]) for v in g.values()]
         return torch.stack(rows).amax(0).tolist()

@@ -41,14 +41,20 @@ _TYPED = {
 """What transformers would take for the name of a JSON file, or fail on only inside a run."""
 _REFUSED = {
     "fp16": "fp16 is refused: its loss scaling changes what gradient rules see; use bf16",
-    "deepspeed": "deepspeed is not supported yet: its engine owns the gradients that unlearning rewrites",
-    "fsdp": "fsdp is not supported yet; use torchrun with plain data parallelism, the adapter is small",
+    "deepspeed": "deepspeed is refused: its engine owns the gradients, and rules and smoothing rewrite them; a base too large for one "
+    "device is sharded by torch's fully_shard (docs/your-model.md)",
+    "fsdp": "fsdp by settings is not supported yet: accelerate would shard and save the model by itself. Shard it with torch's "
+    "fully_shard and give it to UnlearnTrainer (docs/your-model.md), or use torchrun with plain data parallelism, the adapter is small",
     "torch_compile": "torch_compile is not supported: hooks on the model's head break the graph at every step",
     "use_liger_kernel": "use_liger_kernel is not supported: its kernels hide the hidden states that terms read",
     "parallelism_config": "parallelism_config is not supported; use torchrun with plain data parallelism, the adapter is small",
     "remove_unused_columns": "remove_unused_columns is refused: batches are nested, and nothing of them would be left",
     "label_smoothing_factor": "label_smoothing_factor has no meaning here: terms are the losses",
 }
+_LAUNCHED = {
+    "deepspeed": "ACCELERATE_USE_DEEPSPEED",
+    "fsdp": "ACCELERATE_USE_FSDP",
+}  # variables that accelerate starts processes with
 _PUBLISHES = "push_to_hub", "hub_"  # what the names of such arguments begin with
 _REPORTS = {"none", "tensorboard"}  # to files of the run; all others send it to somebody
 _HAS_ACTIVATION_CHECKPOINTING = hasattr(TrainingArguments, "activation_checkpointing")  # transformers 5.23
@@ -305,6 +311,11 @@ class UnlearnConfig(TrainingArguments):
 
     def _check_types(self, errors: Errors) -> None:
         """What transformers must not see: each is named, and set to its default so that the rest can be checked too."""
+        for key, name in _LAUNCHED.items():
+            if os.environ.get(name, "").lower() in ("true", "1", "yes") and not getattr(self, key, None):
+                raise UserError(
+                    f"configuration: {name} is set, as `accelerate launch` does by its own configuration: {_REFUSED[key]}"
+                )
         for f in fields(self):
             value, kinds = getattr(self, f.name, None), _TYPED.get(f.name)
             if f.name in _REFUSED and value:

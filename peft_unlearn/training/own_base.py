@@ -20,6 +20,7 @@ from ..folder.digest import name_in_base, plain_tensors
 from ..folder.manifest import Probes, probe_logits, probes
 from ..folder.quantized import identity, options_of
 from ..forward import Reference
+from ..gradients.vector import is_sharded, whole
 from ..stack.attach import activate, add
 from ..stack.identity import config_difference
 from ..tuners.names import scalings
@@ -90,11 +91,18 @@ def held_in_memory(
     return {"options": options, "dtype": name, "digest": identity(digest, options, name), "probes": asdict(found)}
 
 
+def plain_copy(live: Any, base_dir: Path, fits: list[str]) -> Any:
+    """The base in these files with copies of the active adapters of `live` on it, for a model that lies in parts on several ranks."""
+    return _with_adapters(load_base(base_dir, fits=fits), live)
+
+
 def _same(live: Any, fresh: Any, tokenizer: Any, prompts: tuple[str, ...], base_dir: Path) -> None:
     """Raise a `UserError` unless `live` is `fresh`, loaded from `base_dir`, under its adapters."""
     _compare(live, fresh, base_dir)
     with Reference("base").on(live):  # puts the trainable flags back
-        now = probe_logits(live.get_base_model(), tokenizer, prompts)
+        # a sharded base has to be called through the module that gathers its parameters
+        called = live if any(map(is_sharded, live.parameters())) else live.get_base_model()
+        now = probe_logits(called, tokenizer, prompts)
     _compare_logits(live, now, probe_logits(fresh, tokenizer, prompts), base_dir)
 
 
@@ -118,8 +126,7 @@ def _compare(live: Any, fresh: nn.Module, base_dir: Path) -> None:
 
 def _as_loaded(mine: Tensor, theirs: Tensor) -> bool:
     """Whether loading the file in the dtype of the tensor in memory gives that very tensor."""
-    full = getattr(mine.detach(), "full_tensor", None)  # DTensor: the whole, on every rank
-    tensor = (mine.detach() if full is None else full()).cpu()
+    tensor = whole(mine.detach()).cpu()
     return tensor.shape == theirs.shape and torch.equal(tensor, theirs.detach().to(tensor.dtype))
 
 
@@ -150,7 +157,7 @@ def _with_adapters(base: nn.Module, live: Any) -> Any:
         else:
             add(model, name, config)
         state = get_peft_model_state_dict(live, adapter_name=name, save_embedding_layers=False)
-        set_peft_model_state_dict(model, {k: t.detach().cpu() for k, t in state.items()}, adapter_name=name)
+        set_peft_model_state_dict(model, {k: whole(t.detach()).cpu() for k, t in state.items()}, adapter_name=name)
     factors = dict(scalings(live))
     for at, scaling in scalings(model):
         scaling.update({n: factors[at][n] for n in scaling.keys() & factors[at].keys()})

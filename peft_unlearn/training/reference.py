@@ -18,6 +18,7 @@ from ..folder.atomic import part_of, sweep_parts
 from ..folder.digest import adapter_modules, plain_tensors
 from ..folder.quantized import options_of, plain_parts
 from ..forward import Pass, Reference
+from ..gradients.vector import whole
 from ..tuners.names import belongs, scalings
 
 
@@ -148,5 +149,5 @@ def n_targets(row: Mapping[str, Any]) -> int:
 
 
 def raw_bytes(p: torch.Tensor) -> bytes:
-    """The tensor's values as they lie in memory."""
-    return p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    """The tensor's values as they lie in memory; of a sharded one all of them, for which every rank has to ask."""
+    return whole(p.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -17,9 +17,10 @@ from ..folder.base import base_reference, peft_base_name, resolve_base
 from ..folder.digest import digest_checkpoint, targeted_names
 from ..folder.manifest import BaseRef, Manifest, neutral_images, neutral_prompts
 from ..folder.quantized import KEY, RECORD, options_of
-from ..folder.read import AdapterFolder
+from ..folder.read import AdapterFolder, read_adapter
 from ..folder.versions import versions
 from ..folder.write import write_adapter
+from ..gradients.vector import is_sharded
 from ..head import reads_images
 from ..merging.layout import meta_model
 from ..stack.attach import check_reloads
@@ -29,7 +30,7 @@ from ..tuners.names import belongs
 from ..tuners.peft_type import PEFT_TYPE, SPARSE_TYPE
 from .adapt import adapted
 from .config import METHODS, UnlearnConfig
-from .own_base import held_in_memory, probes_of_files
+from .own_base import held_in_memory, plain_copy, probes_of_files
 from .trainer import UnlearnTrainer
 
 
@@ -42,6 +43,8 @@ def save_adapter(
     depends_on: Sequence[str] | None = None,
 ) -> AdapterFolder:
     """Write the trained adapter of `trainer` as a forget adapter's folder and return it as read back.
+
+    On a sharded base every rank calls it and loads the base's files once more; rank 0 alone writes.
 
     Args:
         out: the folder; default the `output_dir` of the config.
@@ -64,16 +67,37 @@ def save_adapter(
             f"{len(depends_on or ())}; give their ids (AdapterFolder.adapter_id), lowest first"
         )
     manifest = _manifest(trainer, base, recipe, list(depends_on or ()))
-    return write_adapter(
-        out or config.output_dir,
-        model,
-        manifest,
-        recipe,
-        tokenizer=trainer.processing_class,
-        adapter_name=trainer.trained_adapter,
-        save=stock_export(model, trainer.trained_adapter, manifest.base),
-        check=lambda stage: _check(stage, resolve_base(base), manifest.targets),
-    )
+    sharded = any(map(is_sharded, model.parameters()))
+    if sharded:
+        model = plain_copy(model, resolve_base(base), manifest.targets)
+
+    def write() -> AdapterFolder:
+        return write_adapter(
+            out or config.output_dir,
+            model,
+            manifest,
+            recipe,
+            tokenizer=trainer.processing_class,
+            adapter_name=trainer.trained_adapter,
+            save=stock_export(model, trainer.trained_adapter, manifest.base),
+            check=lambda stage: _check(stage, resolve_base(base), manifest.targets),
+        )
+
+    return _by_first_rank(write, Path(out or config.output_dir)) if sharded else write()
+
+
+def _by_first_rank(write: Callable[[], AdapterFolder], out: Path) -> AdapterFolder:
+    """What rank 0 wrote, read by every rank; why it wrote nothing is every rank's `UserError`."""
+    found: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            write()
+        except UserError as e:
+            found = [str(e)]
+    torch.distributed.broadcast_object_list(found)
+    if found[0] is not None:
+        raise UserError(found[0])
+    return read_adapter(out)
 
 
 def _check(stage: Path, base_dir: Path, targets: list[str]) -> None:

@@ -21,11 +21,11 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from ..data.bundle import ForgetRetain
 from ..data.collate import PairedRows, StreamSampler, collate, padding_id
-from ..errors import Diverged, UserError
+from ..errors import Diverged, Errors, UserError
 from ..forward import Reference, check_rows, dropouts
 from ..gradients.step_size import peeked_update
 from ..gradients.terms import with_experts
-from ..gradients.vector import Space, Vec
+from ..gradients.vector import Space, Vec, is_sharded
 from ..gradients.window import Window
 from ..head import reads_images
 from ..tuners.names import belongs
@@ -101,6 +101,9 @@ class UnlearnTrainer(Trainer):
         self.rows = PairedRows(sets, args.anchor, args.per_anchor, args.seed)
         if reads_images(model):
             refuse_tokens_only(self.config)
+        if any(map(is_sharded, model.parameters())):
+            _refuse_sharded(self.config)
+            model._is_accelerate_prepared = True  # type: ignore[assignment]  # it would wrap it in DDP
         theirs = copy.copy(self.config)  # transformers writes to its output_dir, and nowhere else
         theirs.output_dir = self.config.work_dir
         super().__init__(
@@ -379,6 +382,24 @@ def _refuse_dropout(model: nn.Module, config: UnlearnConfig) -> None:
     }
     if (dropped := dropouts(model)) and (what := next((k for k, used in exact.items() if used), None)):
         raise UserError(f"{what} needs the same forward twice, and {dropped[0]} drops at random; set dropout to 0")
+
+
+def _refuse_sharded(config: UnlearnConfig) -> None:
+    """Raise one `UserError` for what would wait for ever on a base that lies in parts on several ranks, or be saved in parts."""
+    errors = Errors()
+    if str(getattr(config.save_strategy, "value", config.save_strategy)) != "no":
+        errors.add(
+            "save_strategy: checkpoints of a sharded base would hold one rank's part of the adapter; set it to no"
+        )
+    if config.eval_strategy != "no":
+        errors.add(
+            "eval_strategy: ranks decode answers of different lengths, and a sharded base needs all of them at every token"
+        )
+    if config.reference == "precomputed":
+        errors.add(
+            "reference: precomputed: one rank may find another's cache and not run the pass that the others wait in; use before"
+        )
+    errors.raise_if_any("a sharded base")
 
 
 def _trained_adapter(model: Any) -> str:
