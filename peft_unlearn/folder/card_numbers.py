@@ -11,7 +11,15 @@ from .eval_json import usable
 from .markdown import code, inline, table
 
 # What is shown, of what the evaluation holds: up to three of the forget set, two of what is to be kept, then summaries.
-_FORGET = ("value_accuracy", "extraction_strength", "accuracy", "mia_efficacy", "rouge_l_recall", "verbatim", "probability")
+_FORGET = (
+    "value_accuracy",
+    "extraction_strength",
+    "accuracy",
+    "mia_efficacy",
+    "rouge_l_recall",
+    "verbatim",
+    "probability",
+)
 _RETAIN = ("retain/value_accuracy", "retain/accuracy", "retain/rouge_l_recall", "retain/probability",
            "general/value_accuracy", "general/accuracy", "general/probability", "test/accuracy")  # fmt: skip
 _WHOLE = ("model_utility", "forget/forget_quality")
@@ -23,7 +31,10 @@ def columns(evaluation: dict[str, Any] | None) -> list[str]:
     """The metrics that the card shows, in order: of the forget set, of what is to be kept, summaries."""
     known = _measured(evaluation or {})
     forget = [m for m in (f"forget/{f}" for f in _FORGET) if m in known][:3]
-    keep = [next((m for m in _RETAIN if m in known and m.startswith(group)), "") for group in ("retain/", "general/", "test/")]
+    keep = [
+        next((m for m in _RETAIN if m in known and m.startswith(group)), "")
+        for group in ("retain/", "general/", "test/")
+    ]
     chosen = [*forget, *(m for m in keep if m), *(m for m in _WHOLE if m in known)]
     return chosen or known[:6]
 
