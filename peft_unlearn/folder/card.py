@@ -221,7 +221,8 @@ def _facts(card: ForgetCard) -> list[list[str]]:
 
 def _selection(found: dict[str, Any]) -> str:
     """Which entries of the base's weights a sparse adapter has values for, in words."""
-    hyper = found.get("hyper") if isinstance(found.get("hyper"), dict) else {}
+    given = found.get("hyper")
+    hyper = given if isinstance(given, dict) else {}
     how = " ".join([str(found.get("method", "by hand")), *(f"{k} {v}" for k, v in hyper.items() if v is not None)])
     share = f", {100 * found['density']:.2g} % of the weights chosen from" if is_number(found.get("density")) else ""
     more = [f"{k} {found[k]}" for k in ("ratio", "budget", "unit", "refresh") if found.get(k) not in (None, "entry")]
