@@ -133,7 +133,7 @@ def load(spec: str | Path, template: Template = "qa") -> ImageSets:
         UserError: no request, no such class, or a source that cannot be read.
     """
     where, _, query = str(spec).partition("?")
-    options = dict(part.partition("=")[::2] for part in query.split("&") if part)
+    options = {key: value for key, _, value in (part.partition("=") for part in query.split("&") if part)}
     if odd := sorted(options.keys() - {"forget", "seed"}) or not options.get("forget"):
         what = f"unknown option {odd[0]!r}" if isinstance(odd, list) else "it does not say what to forget"
         raise UserError(f"data: {spec}: {what}; for example {where}?forget=CLASS, or {where}?forget=random10&seed=0")

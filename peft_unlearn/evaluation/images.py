@@ -13,7 +13,8 @@ from .plan import evenly, providers_asked, rows_of
 from .shapes import Plan, SetPlan, Suite
 from .teacher import TeacherForced, evaluating, logp_and_correct
 
-_ABSENT = dict.fromkeys(("generation", "value", "perturbed"), "the rows are images, which have no text")
+_WHY = "the rows are images, which have no text"
+_ABSENT: dict[str, str] = {"generation": _WHY, "value": _WHY, "perturbed": _WHY}
 
 
 def plan_images(suite: Suite, data: ImageSets, processor: Any, n: int | None = None) -> Plan:

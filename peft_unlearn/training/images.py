@@ -51,11 +51,11 @@ def check_images(model: Any, sets: Mapping[str, Sequence[Mapping[str, Any]]], _:
     size = getattr(config, "image_size", None)
     wanted = (size, size) if isinstance(size, int) else size and tuple(size)
     for name, rows in sets.items():
-        shape = tuple(rows[0]["pixel_values"].shape) if rows else ()
-        channels = getattr(config, "num_channels", None)
-        if rows and ((channels and shape[0] != channels) or (wanted and shape[1:] != tuple(wanted))):
+        channels, *sides = rows[0]["pixel_values"].shape
+        shape, reads = (channels, *sides), getattr(config, "num_channels", None)
+        if (reads and channels != reads) or (wanted and sides != list(wanted)):
             errors.add(
-                f"{name} set: images are {shape}, and the base reads ({channels}, {', '.join(map(str, wanted or 'hw'))})"
+                f"{name} set: images are {shape}, and the base reads ({reads}, {', '.join(map(str, wanted or 'hw'))})"
             )
         if (most := max((int(r["labels"]) for r in rows), default=0)) >= config.num_labels:
             errors.add(f"{name} set: a row has class {most}, and the base tells classes 0 to {config.num_labels - 1}")
