@@ -175,12 +175,17 @@ METHODS: dict[str, Callable[[Any, str, int], list[float]]] = {
 def peak_above_model(name: str, shape: str) -> int:
     """Peak bytes of torch's CPU allocator above the loaded base over two steps; call it in a fresh process."""
     model = base(shape)
+    return peak(lambda: (RUNS | METHODS)[name](model, shape, 2))
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """Peak bytes of torch's CPU allocator above what is there, while `run` runs."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
-        (RUNS | METHODS)[name](model, shape, 2)
+        run()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
+    now = most = 0
     for e in sorted(events, key=lambda e: e.start_ns()):
         now += e.nbytes()
-        peak = max(peak, now)
-    return peak
+        most = max(most, now)
+    return most
