@@ -132,7 +132,7 @@ def fixed_tensors(model: Any, adapters: Sequence[str]) -> list[tuple[str, torch.
     found = []
     for name, layer in adapter_modules(model).items():
         for kind in getattr(layer, "other_param_names", ()):
-            held = getattr(layer, kind, None)
+            held: Any = getattr(layer, kind, None)
             for a in adapters if hasattr(held, "keys") else ():
                 if a in held.keys() and isinstance(held[a], torch.Tensor):  # noqa: SIM118  a module of buffers
                     found.append((f"{name}.{kind}.{a}", held[a]))

@@ -317,7 +317,7 @@ class UnlearnTrainer(Trainer):
         c = self.config
         rows = [[row_of(r) for r in rows] for _, rows in sorted(self.rows.sets.items())]
         method = (c.terms, c.rule, c.smoothing, c.step_size, c.averaging, c.reference)
-        more = [below] if (below := stack_digest(self.bare, self.trained_adapter)) else []
+        more: list[Any] = [below] if (below := stack_digest(self.bare, self.trained_adapter)) else []
         if places := fixed_tensors(self.bare, [self.trained_adapter]):
             more.append([[n, hashlib.sha256(raw_bytes(t)).hexdigest()] for n, t in places])
         if isinstance(self.mask, Refresh):
