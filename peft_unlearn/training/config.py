@@ -41,7 +41,7 @@ _TYPED = {
 """What transformers would take for the name of a JSON file, or fail on only inside a run."""
 _REFUSED = {
     "fp16": "fp16 is refused: its loss scaling changes what gradient rules see; use bf16",
-    "deepspeed": "deepspeed is not supported: its engine owns the gradients, and rules and smoothing rewrite them; a base too large for one "
+    "deepspeed": "deepspeed is not supported: its engine owns the gradients, which rules and smoothing rewrite; a base too large for one "
     "device is sharded by torch's fully_shard (docs/your-model.md)",
     "fsdp": "fsdp by settings is not supported yet: accelerate would shard and save the model by itself. Shard it with torch's "
     "fully_shard and give it to UnlearnTrainer (docs/your-model.md), or use torchrun with plain data parallelism, the adapter is small",
