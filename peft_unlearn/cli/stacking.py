@@ -93,7 +93,9 @@ def compose(
 
     if learn or data is not None:
         if not (learn and data is not None) or rank is not None or no_probes:
-            raise UserError("compose: --learn goes with --data, the request to learn on, and without --rank and --no-probes.")
+            raise UserError(
+                "compose: --learn goes with --data, the request to learn on, and without --rank and --no-probes."
+            )
         from ..progress import bars
         from ..training.coefficients import learn_sum
 

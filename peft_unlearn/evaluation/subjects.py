@@ -155,7 +155,7 @@ def loaded_retain_model(path: Path, tokenizer: Any, dtype: str = "float32") -> C
         own = load_tokenizer(path)
     except UserError:  # a folder of weights alone
         own = None
-    if hasattr(own, "get_vocab") and own.get_vocab() != tokenizer.get_vocab():
+    if own is not None and hasattr(own, "get_vocab") and own.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"--retain-model {path.name}: its tokenizer is not the base's, so its probabilities are not of the same tokens; it must "
             "be trained from the same base"
