@@ -81,6 +81,8 @@ def peft_config(spec: Mapping[str, Any] | None) -> Any:
         if key not in fields:
             known = _LORA_KEYS if kind == "LORA" else set(fields)
             errors.add(f"adapter: {kind.lower()} has no {key!r}.{nearest(str(key), known)}")
+    if kind == "PROMPT_TUNING" and spec.get("num_virtual_tokens") is None:
+        errors.add("adapter: prompt_tuning needs num_virtual_tokens, the length of its soft prompt, e.g. 16")
     errors.raise_if_any("recipe")
     if kind == "LORA":
         spec = {"r": 16, "lora_alpha": 32, "target_modules": ALL_LINEAR, **spec}

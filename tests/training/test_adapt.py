@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptEncoderConfig
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from peft_unlearn.errors import UserError
@@ -45,7 +45,8 @@ def test_a_second_adapter_on_a_frozen_one():
         ({"type": "lorra"}, "no PEFT type. Did you mean 'lora'?"),
         ({"rank": 4}, "lora has no 'rank'"),
         ({"target_module": "q_proj"}, "Did you mean 'target_modules'?"),
-        ({"type": "prompt_tuning"}, "soft prompts lengthen every input"),
+        ({"type": "prompt_tuning"}, "prompt_tuning needs num_virtual_tokens"),
+        ({"type": "p_tuning", "num_virtual_tokens": 4}, "soft prompts come from a network"),
         ({"type": "adalora", "total_step": 10}, "adalora is refused"),
         ({"target_modules": ["no_such"]}, "no_such"),
         ({"target_modules": ["q_proj"], "r": 0}, "should be a positive integer"),
@@ -63,7 +64,7 @@ def test_refusals(spec, message):
 
 def test_config_objects_are_checked_too():
     with pytest.raises(UserError, match="soft prompts"):
-        get_forget_model(tiny.llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+        get_forget_model(tiny.llama(), PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(UserError, match="bias"):
         get_forget_model(tiny.llama(), LoraConfig(bias="lora_only"))
 

@@ -620,8 +620,8 @@ def test_other_peft_types_are_refused_with_the_reason(kind):
 
 
 def test_every_peft_type_is_trained_or_refused():
-    known = {"lora", "lily", "adamss", *_COMMON, *_RARE, *(k.lower() for k in _NO)}
-    # lily shares factors between layers (needs allow_untrained); adamss needs scikit-learn
+    known = {"lora", "lily", "adamss", "prompt_tuning", *_COMMON, *_RARE, *(k.lower() for k in _NO)}
+    # lily shares factors between layers (needs allow_untrained); adamss needs scikit-learn; prompt_tuning: test_input_space.py
     ours = {k for k in PeftType.__members__ if k.startswith("PEFT_UNLEARN")}
     assert {k.lower() for k in set(PeftType.__members__) - ours} <= known
 
