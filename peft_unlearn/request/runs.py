@@ -140,6 +140,7 @@ class Tuner:
         deadline: `time.monotonic` after which nothing new begins.
         work: folder for ``trials.json`` and the best state; a search of the same `identity` goes on from what lies there.
         trials: runs at most.
+        ready: called with the trainer of each run before it starts (masks of structured selections).
     """
 
     def __init__(
@@ -156,10 +157,11 @@ class Tuner:
         log: Log,
         identity: str = "",
         trials: int = 4,
+        ready: Callable[[UnlearnTrainer], Any] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.data, self.recipe = model, tokenizer, data, recipe
         self.score, self.goal, self.deadline, self.work, self.log = score, goal, deadline, work, log
-        self.identity, self.most_trials = identity, trials
+        self.identity, self.most_trials, self.ready = identity, trials, ready
         self.space = Space.trainable(model)
         self.start, self.best = self.space.read(), (math.inf, self.space.read(), {}, Settings(), 0)
         self.trials: list[Trial] = []
@@ -232,6 +234,8 @@ class Tuner:
             self.model, config, data=self.data, processing_class=self.tokenizer, callbacks=list(callbacks)
         )
         quiet(trainer)
+        if self.ready is not None:
+            self.ready(trainer)
         return trainer
 
     def _train(self, trial: Trial) -> None:
@@ -302,7 +306,7 @@ class Tuner:
     def _trim(self) -> float:
         """The scale at which the best state is best; taken into the factors."""
         best, loss = 1.0, self.best[0]
-        if not self.goal.missing(self.best[2]):
+        if not self.goal.missing(self.best[2]) or not any("lora_B" in n for n in self.space.names):
             return best
         for scale in SCALES:
             if self.left() < self.judging:

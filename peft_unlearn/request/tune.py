@@ -24,6 +24,7 @@ from ..stack.below import read_below
 from ..training.recipe import Run, prepare
 from ..training.save import save_adapter
 from ..training.selecting import NEVER
+from ..training.structured import restrict
 from ..training.train import adapted_model, to_stderr
 from .goal import Goal, numbers_by_set
 from .runs import Tuner, identity_of, keep
@@ -138,7 +139,7 @@ def tune(
         tuner = Tuner(
             model, tokenizer, run.data, partial(with_settings, run.recipe), score, goal, deadline=deadline, log=log,
             work=Path(run.config.work_dir), identity=identity_of(run.recipe, run.data, digest_checkpoint(run.base_dir)),
-            trials=trials or options.get("trials") or 4,
+            trials=trials or options.get("trials") or 4, ready=partial(restrict, run),
         )  # fmt: skip
         anchors = len(run.data.rows(run.config.anchor) or ())
         steps = run.config.max_steps if run.config.max_steps > 0 else run.config.steps_over(anchors)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation import suites
@@ -149,3 +150,17 @@ def test_bad_input_of_tune(change, why, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=why):
         tune({**RECIPE, **change}, tmp_path / "T", log=lambda _: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_masks_of_structures_hold_in_every_run(tmp_path: Path) -> None:
+    recipe = {
+        **RECIPE,
+        "selection": {"method": "magnitude", "ratio": 0.1, "unit": "row", "budget": "module"},
+        "eval": {"suite": "people", "n": 2},
+    }
+    recipe["train"] = {**RECIPE["train"], "max_steps": 2}
+    tune(recipe, tmp_path / "T", budget="5m", log=lambda _: None)
+    factors = load_file(tmp_path / "T" / "adapter_model.safetensors")
+    moved = sum(int(t.any(1).sum()) for n, t in factors.items() if "lora_B" in n)
+    rows = sum(len(t) for n, t in factors.items() if "lora_B" in n)
+    assert 0 < moved <= 0.15 * rows
