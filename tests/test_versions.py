@@ -36,7 +36,7 @@ IMPORTED_AS = {
     "rouge-score": "rouge_score",
     "lm-eval": "lm_eval",
 }
-COMES_WITH = {"tokenizers": "transformers", "click": "typer"}
+COMES_WITH = {"tokenizers": "transformers", "click": "typer", "PIL": "matplotlib"}
 NOT_IMPORTED = {
     "accelerate": "transformers' Trainer needs it",
     "bitsandbytes": "transformers loads it for quantized bases",

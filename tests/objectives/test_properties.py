@@ -103,6 +103,11 @@ def literal(name: str, p: FakePass) -> list[float]:
         return [TOKEN[name](*t) for row in rows for t in row[1:]]  # the first answer token is left alone
     if name in TOKEN:
         return [TOKEN[name](*t) for row in rows for t in row]
+    if name == "cross_entropy":
+        return [sum(-math.log(a[y]) for a, _, y in row) / len(row) for row in rows]
+    if name == "margin":
+        lead = [[math.log(a[y] / max(x for v, x in enumerate(a) if v != y)) for a, _, y in row] for row in rows]
+        return [sum(max(x, -1.0) for x in row) / len(row) for row in lead]
     if name == "npo":
         return [20 * math.log(1 + math.exp(0.1 * ratio(row))) for row in rows]
     if name == "simnpo":
@@ -488,7 +493,9 @@ def learned() -> Any:
 
 # Weight beside a retain term of weight 5, since the scales of these losses differ by orders of magnitude.
 WEIGHT = {
-    **dict.fromkeys(["npo", "undial", "ceu", "kl_uniform", "neg_kl", "dpo", "idk_dpo", "altpo", "idk", "rmu"], 0.1),
+    **dict.fromkeys(
+        ["npo", "undial", "ceu", "kl_uniform", "neg_kl", "dpo", "idk_dpo", "altpo", "idk", "rmu", "margin"], 0.1
+    ),
     **dict.fromkeys(["ga", "wga", "tnpo", "wtnpo", "simnpo", "inverted_hinge"], 1.0),
     "neg_entropy": 0.3,
     "satimp": 100.0,  # a token of probability .99 weighs .01
@@ -496,7 +503,9 @@ WEIGHT = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in ("nll", "kl", "representation_retention")])
+@pytest.mark.parametrize(
+    "name", [n for n in OBJECTIVES if n not in ("nll", "cross_entropy", "kl", "representation_retention")]
+)
 def test_twenty_steps_forget(learned, name):
     """p of the forget answers falls; that of the retain answers falls by less than 5 %."""
     hyper = {"layer": 0, "coeff": 20.0} if name == "rmu" else {}

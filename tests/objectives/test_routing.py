@@ -284,5 +284,5 @@ def test_the_keep_term_in_a_run(tmp_path):
     t = trainer(tmp_path / "a", spec=spec, max_steps=2)
     t.train()
     assert all(torch.isfinite(v).all() for v in t.last_step.update.tensors)
-    with pytest.raises(UserError, match="router_keep need more of the reference"):
+    with pytest.raises(UserError, match="router_keep need its inner layers"):
         UnlearnConfig(output_dir="x", terms=spec, use_cpu=True, reference="precomputed")
