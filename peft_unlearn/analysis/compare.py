@@ -18,7 +18,7 @@ from ..evaluation.measured import bootstrap_ci
 from ..evaluation.plan import Progress
 from ..evaluation.score import Report, Subject, score
 from ..evaluation.shapes import Suite
-from ..evaluation.subjects import bundle_for, embedded_retain_model, named_folders
+from ..evaluation.subjects import bundle_for, embedded_retain_model, named_folders, suite_of
 from ..folder.read import AdapterFolder
 from ..reporting import compare as shown
 from ..reporting.compare import LEVEL
@@ -90,7 +90,7 @@ def compare(
     """
     found = named_folders(folders)
     first = next(iter(found.values()))
-    judged, keys = headline(suites.load(suite or str((first.recipe.get("eval") or {}).get("suite") or "people")))
+    judged, keys = headline(suites.load(suite or suite_of(first)))
     _check_comparable(found)
     bundle = bundle_for([first], data)
     stack = ForgetModel.from_pretrained(base, {name: f.path for name, f in found.items()}, dtype=dtype)

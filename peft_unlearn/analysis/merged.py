@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..evaluation import suites
 from ..evaluation.numbers import Number, numbers_of
 from ..evaluation.plan import make_plan, measure
-from ..evaluation.subjects import bundle_of, check_data, matches
+from ..evaluation.subjects import bundle_of, check_data, matches, suite_of
 from ..folder.base import load_base
 from ..folder.dtype import fast_dtype
 from ..folder.quantized import name_of, options_of, trained_on
@@ -120,10 +120,7 @@ def by_suite(
     dtype = fast_dtype(job.base_path)
     paths = {n: f.path for n, f in job.folders.items()}
     stack = ForgetModel.from_pretrained(job.base_path, paths, job.scales, dtype)
-    chosen = {
-        n: suites.load(suite or str((job.folders[n].recipe.get("eval") or {}).get("suite") or "people"))
-        for n in bundles
-    }
+    chosen = {n: suites.load(suite or suite_of(job.folders[n])) for n in bundles}
     plans = {n: make_plan(s.quick(), bundles[n], stack.tokenizer, s.quick_rows, brief=True) for n, s in chosen.items()}
     before = {
         n: numbers_of(p, measure(stack.model, p, _named(progress, "unmerged")), None, ci=False)

@@ -28,6 +28,7 @@ from .subjects import (
     named_retain_model,
     stack_of,
     subjects_on,
+    suite_of,
 )  # fmt: skip
 
 LAYOUTS = ("eval", "open-unlearning")
@@ -75,7 +76,7 @@ def evaluate(
     subjects = {**subjects_on(stack, names), "retain_only": _retain_model(given, stack) or own}
     # first, since a task that is misspelled or cannot be fetched is found out here alone
     blocks = lm_eval.run_tasks(subjects, stack.tokenizer, tasks, limit=n, progress=progress) if tasks else None
-    suite = suite or str((found[0].recipe.get("eval") or {}).get("suite") or "people")
+    suite = suite or suite_of(found[0])
     own_id = manifest.adapter_id if len(found) == 1 else None
     report = score(
         subjects, suite, bundle, stack.tokenizer, progress, n, adapter_id=own_id, base=manifest.base.ref, brief=brief

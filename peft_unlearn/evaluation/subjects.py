@@ -17,6 +17,7 @@ from ..folder.manifest import Manifest
 from ..folder.read import MANIFEST, AdapterFolder, read_adapter
 from ..stack.below import over
 from ..stack.model import ForgetModel
+from ..tuners.peft_type import FORGET_VECTOR
 from .score import on_one_model
 
 RETAIN_MODEL = "retain-only"  # the name on a stack of an adapter that is the retain model
@@ -147,6 +148,12 @@ def named_retain_model(given: str | None) -> AdapterFolder | Path | None:
         return resolve_base(given)
     except UserError as e:
         raise UserError(f"--retain-model: {e}") from None
+
+
+def suite_of(folder: AdapterFolder) -> str:
+    """The suite that an adapter's recipe names, else the one for what it reads: images or text."""
+    named = (folder.recipe.get("eval") or {}).get("suite")
+    return str(named or ("classes" if folder.config.get("peft_type") == FORGET_VECTOR else "people"))
 
 
 def loaded_retain_model(path: Path, tokenizer: Any, dtype: str = "float32") -> Callable[[], Any]:

@@ -10,6 +10,7 @@ import torch
 
 from peft_unlearn.data.images import bundle_of
 from peft_unlearn.errors import UserError
+from peft_unlearn.evaluation.subjects import suite_of
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.merging.compose import compose
 from peft_unlearn.merging.vectors import vector_of
@@ -118,3 +119,11 @@ def test_what_is_refused(vectors, tmp_path):
     with pytest.raises(UserError, match="rows are texts"):
         learn_sum([made[0]], {"forget": [{"text": "a"}], "retain": [{"text": "b"}]}, tmp_path / "x", base=base)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_sum_is_judged_by_the_suite_of_images(vectors, tmp_path):
+    base, made = vectors
+    rows = {k: tiny_vision.rows(4, k) for k in range(4)}
+    pair = bundle_of({"forget": rows[0] + rows[1], "retain": rows[2] + rows[3]})
+    found = learn_sum(list(made.values()), pair, tmp_path / "pair", base=base, steps=1, rows=4)
+    assert found.folder.recipe.get("eval") is None and suite_of(found.folder) == "classes"
