@@ -18,7 +18,8 @@ from ..data.chat import Template
 from ..errors import Errors, UserError
 from ..evaluation import suites
 from ..evaluation.numbers import numbers_of
-from ..evaluation.plan import Progress, make_plan, measure, rows_of
+from ..evaluation.plan import Progress, make_plan, measure
+from ..evaluation.rows import rows_of
 from ..evaluation.score import on_one_model
 from ..evaluation.subjects import bundle_for, embedded_retain_model
 from ..folder.manifest import Probes, probes

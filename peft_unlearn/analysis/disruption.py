@@ -17,7 +17,8 @@ import torch
 
 from ..data.collate import pad, padding_id
 from ..errors import UserError
-from ..evaluation.plan import Progress, rows_of
+from ..evaluation.plan import Progress
+from ..evaluation.rows import rows_of
 from ..forward import Pass, Reference
 from ..objectives.distillation import kl
 from ..reporting.result import Result, fields_of

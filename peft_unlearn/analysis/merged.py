@@ -21,7 +21,8 @@ from ..folder.dtype import fast_dtype
 from ..folder.quantized import name_of, options_of, trained_on
 from ..folder.read import AdapterFolder
 from ..forward import Pass
-from ..merging.gate import ProbeCheck, SuiteCheck, SuiteNumber, by_probes
+from ..merging.checks import ProbeCheck, SuiteCheck, SuiteNumber
+from ..merging.gate import by_probes
 from ..merging.merge import given
 from ..merging.merge import merge as written
 from ..merging.report import Job, MergeReport

@@ -18,7 +18,7 @@ from ..errors import Errors, UserError
 from ..evaluation.generate import greedy
 from ..evaluation.measured import Array, Unmeasured
 from ..evaluation.metrics.generation import value_accuracy
-from ..evaluation.plan import rows_of
+from ..evaluation.rows import rows_of
 from ..folder.schema import TEXT, list_of, one_of, record, require, shape
 from ..folder.yaml_io import read_yaml
 from ..head import causal_lm

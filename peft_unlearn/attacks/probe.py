@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..data.collate import encode
 from ..data.formats import to_text
 from ..evaluation.measured import Array, Unmeasured
-from ..evaluation.plan import rows_of
+from ..evaluation.rows import rows_of
 from ..evaluation.teacher import evaluating, pad_id_of, teacher_forced
 from ..forward import blocks
 from ..registry import Range, Source, attack

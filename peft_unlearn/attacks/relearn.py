@@ -16,7 +16,7 @@ from ..data.collate import encode, pad, padding_id
 from ..data.formats import to_text
 from ..errors import UserError
 from ..evaluation.measured import Array, Unmeasured
-from ..evaluation.plan import rows_of
+from ..evaluation.rows import rows_of
 from ..evaluation.teacher import evaluating
 from ..folder.schema import is_number
 from ..forward import Pass

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..evaluation.measured import Array, Unmeasured, resampled
-from ..evaluation.plan import Progress, evenly, rows_of
+from ..evaluation.plan import Progress
+from ..evaluation.rows import evenly, rows_of
 from ..evaluation.score import Subject
 from ..folder.manifest import path_like
 from ..folder.versions import installed_versions

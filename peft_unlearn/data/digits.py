@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .classes import split
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +56,5 @@ def check_forget(value: str) -> str:
 
 
 def generate(seed: int = 0, forget: str = "3") -> dict[str, list[dict[str, Any]]]:
-    """The sets of one request; see `images.split`. seed: of the rows that a random request draws."""
-    from .images import split
-
+    """The sets of one request; see `classes.split`. seed: of the rows that a random request draws."""
     return split(rows(True), rows(False), check_forget(forget).split(","), seed)

@@ -9,7 +9,8 @@ import numpy as np
 
 from ..data.images import ImageSets
 from .measured import Ragged
-from .plan import evenly, providers_asked, rows_of
+from .provider import providers_asked
+from .rows import evenly, rows_of
 from .shapes import Plan, SetPlan, Suite
 from .teacher import TeacherForced, evaluating, logp_and_correct
 

@@ -18,27 +18,12 @@ from ..errors import UserError
 from ..registry import get
 from .cache import Wanted
 from .generate import bare_ids, cut_at, end_ids, greedy
+from .images import plan_images, read_images
 from .metrics.generation import SETTLED
 from .provider import Context, Progress, inputs_asked, provide, providers_asked
+from .rows import evenly, rows_of
 from .shapes import EvalSet, Measured, Plan, Prompt, SetPlan, Suite
 from .teacher import Encoded, pad_id_of, read_encoded
-
-
-def rows_of(data: Any, source: str) -> list[dict[str, Any]] | None:
-    """The rows of a set by name, from a mapping or a `ForgetRetain`; None where the data has no such set."""
-    if isinstance(data, Mapping):
-        return data.get(source)
-    # extra first: the bundle of the embedded people retains more than the suite's own retain set
-    found = data.extra.get(source)
-    return getattr(data, source, None) if found is None and source in ("forget", "retain", "holdout") else found
-
-
-def evenly(count: int, n: int | None) -> NDArray[np.int64]:
-    """(min(n, count),) indices spread evenly over range(count): rows lie person by person, so the first n are one
-    person."""
-    if n is None or n >= count:
-        return np.arange(count)
-    return (np.arange(n) * count) // n
 
 
 def make_plan(
@@ -53,8 +38,6 @@ def make_plan(
     if n is not None and n < 1:
         raise UserError(f"n is the number of rows of each set and must be at least 1, not {n}")
     if isinstance(data, ImageSets):
-        from .images import plan_images
-
         return plan_images(suite, data, tokenizer, n)
     pairs = _Pairs()
     sets = {name: _set_plan(spec, suite, data, tokenizer, n, template, pairs) for name, spec in suite.sets.items()}
@@ -224,8 +207,6 @@ def measure(
     """
     context = context or Context(settings=plan.suite.settings, progress=progress, token_budget=token_budget)
     if plan.encoded and "pixel_values" in plan.encoded[0]:
-        from .images import read_images
-
         forced = read_images(model, plan.encoded, progress=context.progress_of("reading images"))
         measured = Measured(forced, forced.logp.mean(), {})
         measured.extra = provide(model, plan, measured, context)

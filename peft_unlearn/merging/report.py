@@ -7,19 +7,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..folder.read import AdapterFolder
 from ..reporting.result import Result
 from ..reporting.tables import Table, to_text
 from ..stack.fits import check_base
 from ..tuners.delta import read_deltas
+from .checks import ProbeCheck, SuiteCheck
 from .layout import Unit
 from .rounding import Sums
 from .stream import Overlay
-
-if TYPE_CHECKING:
-    from .gate import ProbeCheck, SuiteCheck
 
 MIN_COSINE = 0.9
 SHOWN = 10

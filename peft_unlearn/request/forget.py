@@ -13,8 +13,8 @@ from typing import Any
 from ..data.bundle import ForgetRetain
 from ..data.formats import to_text
 from ..evaluation import suites
-from ..evaluation.plan import rows_of
 from ..evaluation.quick import make_score
+from ..evaluation.rows import rows_of
 from ..evaluation.score import on_one_model, score
 from ..evaluation.subjects import work_data
 from ..folder.atomic import room_for

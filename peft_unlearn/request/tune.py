@@ -12,8 +12,8 @@ from typing import Any
 
 from ..errors import Errors, UserError
 from ..evaluation import suites
-from ..evaluation.plan import rows_of
 from ..evaluation.quick import make_score
+from ..evaluation.rows import rows_of
 from ..folder.atomic import room_for
 from ..folder.digest import digest_checkpoint
 from ..folder.schema import COUNT, NUMBER, mapping_of, maybe

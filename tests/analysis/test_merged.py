@@ -19,7 +19,8 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.generate import greedy
 from peft_unlearn.folder.base import load_base
 from peft_unlearn.folder.write import write_adapter
-from peft_unlearn.merging.gate import MergeRefused, ProbeCheck, SuiteCheck
+from peft_unlearn.merging.checks import ProbeCheck, SuiteCheck
+from peft_unlearn.merging.gate import MergeRefused
 from peft_unlearn.merging.report import LayerMerge, MergeReport
 
 WORDS = [

@@ -17,7 +17,8 @@ from peft_unlearn.evaluation import cache, suites
 from peft_unlearn.evaluation import plan as plan_module
 from peft_unlearn.evaluation.cache import cacheable
 from peft_unlearn.evaluation.generate import greedy
-from peft_unlearn.evaluation.plan import evenly, make_plan, measure
+from peft_unlearn.evaluation.plan import make_plan, measure
+from peft_unlearn.evaluation.rows import evenly
 from peft_unlearn.evaluation.score import Report, on_one_model, score
 from peft_unlearn.evaluation.teacher import batches, teacher_forced
 

@@ -6,31 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..own import OwnTuner
 from ..peft_type import PREFIX
 from .blocks import MoeBlock, moe_blocks
 from .config import ExpertLoraConfig
 from .layer import ExpertsLayer, RouterLayer, TunerLayer
 
 
-class ExpertLoraModel(BaseTuner):
+class ExpertLoraModel(OwnTuner):
     """The PEFT tuner of type ``PEFT_UNLEARN_EXPERT_LORA``; use it through PEFT's own functions."""
 
     prefix: str = PREFIX
     tuner_layer_cls = TunerLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT declares it so
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        # PEFT calls this before it changes anything: whatever is refused leaves the model as it was.
         self._targets = resolve(peft_config, model)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        return peft_config
-
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        return key in self._targets
 
     def _create_and_replace(  # type: ignore[override]
         self,

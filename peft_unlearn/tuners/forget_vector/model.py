@@ -6,30 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..own import OwnTuner
 from .config import ForgetVectorConfig
 from .layer import PREFIX, ForgetVectorLayer
 
 
-class ForgetVectorModel(BaseTuner):
+class ForgetVectorModel(OwnTuner):
     """The PEFT tuner of type ``PEFT_UNLEARN_FORGET_VECTOR``; use it through PEFT's own functions."""
 
     prefix: str = PREFIX
     tuner_layer_cls = ForgetVectorLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT declares it so
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        # PEFT calls this before it changes anything: whatever is refused leaves the model as it was.
-        self._target = first_convolution(model)
-        peft_config.shape = image_shape(peft_config, model, self._target)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        return peft_config
-
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        return key == self._target
+        self._targets = (target := first_convolution(model),)
+        peft_config.shape = image_shape(peft_config, model, target)
 
     def _create_and_replace(  # type: ignore[override]
         self,

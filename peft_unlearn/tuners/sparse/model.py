@@ -7,32 +7,25 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...errors import nearest
 from ..expert_lora.blocks import innermost
+from ..own import OwnTuner
 from ..peft_type import SPARSE_PREFIX
 from .config import SparseConfig
 from .layer import SparseLayer
 
 
-class SparseModel(BaseTuner):
+class SparseModel(OwnTuner):
     """The PEFT tuner of type ``PEFT_UNLEARN_SPARSE``; use it through PEFT's own functions."""
 
     prefix: str = SPARSE_PREFIX
     tuner_layer_cls = SparseLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT declares it so
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        # PEFT calls this before it changes anything: whatever is refused leaves the model as it was.
         self._targets = resolve(peft_config, model)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        return peft_config
-
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        return key in self._targets
 
     def _create_and_replace(  # type: ignore[override]
         self,
