@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .errors import Errors, UserError
 from .head import ClassHead, Head, causal_lm, held
+from .prefix import read_rest, shared
 from .tuners.expert_lora.blocks import moe_blocks
 
 # --- the model's parts ------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ _DROPOUT: weakref.WeakKeyDictionary[nn.Module, tuple[list[str], bool]] = weakref
 
 
 def _has_dropout(model: nn.Module) -> bool:
-    adapters = list(model.peft_config)  # type: ignore[call-overload, arg-type]  # one added later may bring dropout
+    adapters = list(getattr(model, "peft_config", ()))  # one added later may bring dropout
     if model not in _DROPOUT or _DROPOUT[model][0] != adapters:
         _DROPOUT[model] = adapters, bool(dropouts(model))
     return _DROPOUT[model][1]
@@ -244,6 +245,7 @@ class Pass:
         layers: the layers whose hidden states will be asked for (blocks by number, or module names).
         routers: the mixture-of-experts blocks whose router logits will be asked for.
         stop: end the forward after the deepest of `layers` (nothing beyond is needed).
+        share: read what all rows begin with once, where nothing but targets is asked for (`prefix.py`).
         reference_cache: filled with what the reference model computed on this batch, and read from when it is filled: for several
             passes over one batch whose reference must not move with the parameters.
     """
@@ -257,6 +259,7 @@ class Pass:
         layers: Sequence[int | str] = (),
         routers: Sequence[int] = (),
         stop: bool = False,
+        share: bool = False,
         reference_cache: dict[str, dict[Any, Tensor]] | None = None,
     ) -> None:
         self.model, self.batch, self.reference = model, batch, reference
@@ -267,7 +270,7 @@ class Pass:
         self.labels: Tensor = batch["labels"]
         self.mask: Tensor = self.labels[:, 1:] != -100  # (batch, seq-1): position t predicts token t+1
         self.targets: Tensor = self.labels[:, 1:][self.mask]  # (n,)
-        self._layers, self._stop = list(dict.fromkeys(layers)), stop
+        self._layers, self._stop, self._share = list(dict.fromkeys(layers)), stop, share
         self._routers = list(dict.fromkeys(routers))
         self._head = Head(model) if self.images is None else ClassHead()
         self._seen: dict[bool, dict[Any, Tensor]] = {}
@@ -348,6 +351,7 @@ class Pass:
                 self.model,
                 self.batch["alternate"],
                 reference=self.reference,
+                share=self._share,
                 reference_cache=None if cache is None else {"own": cache},
             )
         return self._alternate
@@ -395,8 +399,12 @@ class Pass:
             raise RuntimeError("the forward stops at a layer, and an objective reads logits, which lie beyond it")
         seen = self._run(reference)
         if "targets" not in seen:
-            seen["targets"] = seen.pop("head")[:, :-1][self.mask]  # (batch, seq, hidden) -> (n, hidden)
+            head = seen.pop("head")  # (batch, seq, hidden), or without the beginning that all rows share
+            seen["targets"] = head[:, :-1][self.mask[:, -(head.shape[1] - 1) :]]  # (n, hidden)
         return seen["targets"]
+
+    def _shares(self) -> bool:
+        return self._share and not (self.model.training and _has_dropout(self.model))  # each row drops for itself
 
     def _run(self, reference: bool) -> dict[Any, Tensor]:
         if reference in self._seen:
@@ -433,8 +441,11 @@ class Pass:
             else:
                 with held(self._head.module.register_forward_pre_hook(take_head)):
                     past = {k: self.batch[k] for k in ("position_ids", "past_key_values") if k in self.batch}
-                    self.model(
-                        input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache="past_key_values" in past, **past
-                    )  # fmt: skip
+                    if self._shares() and not (hooks or past) and (n := shared(self.model, self.batch)):
+                        read_rest(self.model, self.input_ids, self.attention_mask, n)
+                    else:
+                        self.model(
+                            input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache="past_key_values" in past, **past
+                        )  # fmt: skip
         self._seen[reference] = seen
         return seen

@@ -15,8 +15,8 @@ import peft_unlearn
 
 PACKAGE = Path(peft_unlearn.__file__).resolve().parent
 # docs/design.md: each room imports only from rooms before it
-ORDER = ["errors", "progress", "registry", "reporting", "data", "folder", "tuners", "head", "forward", "stack", "merging",
-         "objectives", "gradients", "attribution", "evaluation", "training", "attacks", "sharing", "analysis", "request", "demo",
+ORDER = ["errors", "progress", "registry", "reporting", "data", "folder", "tuners", "head", "prefix", "forward", "stack", "merging",
+         "objectives", "gradients", "attribution", "evaluation", "training", "attacks", "sharing", "records", "analysis", "request", "demo",
          "cli"]  # fmt: skip
 OUTSIDE = {"__init__", "__main__"}  # the public names, loaded when asked for
 
@@ -87,7 +87,7 @@ def test_public_names_resolve():
 
 
 def test_every_command_is_a_public_function():
-    commands = "attack calibrate compare report merge compose remove verify push pull train evaluate plan effect experts interference"
+    commands = "attack calibrate compare report merge compose remove verify push pull train evaluate plan effect experts interference record audit"
     assert all(callable(getattr(peft_unlearn, name)) for name in [*commands.split(), "card", "export", "methods"])
 
 

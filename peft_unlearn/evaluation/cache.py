@@ -6,7 +6,6 @@ out is as if it had never been. Others are read and decoded as before, row by ro
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,33 +16,7 @@ from torch import Tensor
 from ..data.collate import pad
 from ..forward import Pass
 from ..head import causal_lm
-
-LEAST = 8
-"""Fewer common tokens than this are not worth a forward of their own."""
-
-
-def cacheable(model: Any, longest: int) -> bool:
-    """Whether rows of up to `longest` tokens, padding between their parts included, can be read piece by piece."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    bare: Any = causal_lm(model)
-    config = bare.config
-    if (
-        config.get_text_config() is not config
-        or getattr(bare, "_is_stateful", False)
-        or getattr(config, "alibi", False)
-    ):
-        return False
-    if config.is_encoder_decoder or config._attn_implementation not in ("sdpa", "eager"):
-        return False
-    if any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values()):
-        return False
-    if not {"position_ids", "past_key_values", "logits_to_keep"} <= set(inspect.signature(bare.forward).parameters):
-        return False
-    layers = DynamicCache(config=config).layers
-    plain = [type(x) is DynamicLayer for x in layers]
-    windows = [type(x) is DynamicSlidingWindowLayer and x.sliding_window > longest for x in layers]
-    return bool(layers) and all(a or b for a, b in zip(plain, windows, strict=True))
+from ..prefix import cacheable, common
 
 
 @dataclass
@@ -93,15 +66,6 @@ def read(
         "labels": padded(labels or [[-100] * len(row) for row in ids], -100),
     }  # fmt: skip
     return Pass(model, batch), Cached(before.past, mask, before.next + real.sum(1))
-
-
-def common(rows: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all rows share; 0 where those are fewer than `LEAST` or there is one row only."""
-    if len(rows) < 2:
-        return 0
-    low, high = min(map(list, rows)), max(map(list, rows))  # what these two share, all do
-    n = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return n if n >= LEAST else 0
 
 
 @dataclass(frozen=True)

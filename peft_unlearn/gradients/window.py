@@ -264,6 +264,7 @@ class Window:
             reference=self.reference,
             layers=[k for t in terms for k in t.layers],
             routers=[k for t in terms for k in t.routers],
+            share=not self.sharded,
             stop=bool(needs) and needs <= _STOPPING and not self.sharded,  # all ranks run every module
             reference_cache=cache,
         )

@@ -20,7 +20,7 @@ from ..folder.merge_record import write_record
 from .layout import Unit
 from .report import Job
 from .rounding import DTYPES, Adder, Overflow, Sums, blocks, generator
-from .sidecars import scrub
+from .sidecars import scrub, write_processor
 from .stage import KEEP
 from .stream import Overlay, empty_table, wide_patterns
 
@@ -40,7 +40,9 @@ def merge_in_memory(job: Job, passes: Callable[[Path], None]) -> None:
         job.account(sums)
         _cast(model, dtype, wide)
         model.save_pretrained(str(stage))
-        load_tokenizer(*job.tokenizers).save_pretrained(str(stage))
+        if (tokenizer := load_tokenizer(*job.tokenizers)) is not None:  # an image classifier has none
+            tokenizer.save_pretrained(str(stage))
+        write_processor(stage, job.base_path)
         for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
             scrub(stage / name)
         proof = digest_live(model, stage)

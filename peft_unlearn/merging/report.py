@@ -142,7 +142,7 @@ class Job:
 
     def overlay(self, model: Any) -> Overlay:
         """The deltas, checked against the model's shapes. Raises `UserError` also for a weight that is tied to another."""
-        found = Overlay([(read_deltas(f, model), self.scales[n]) for n, f in self.folders.items()])
+        found = Overlay([(read_deltas(f, model, self.base_path), self.scales[n]) for n, f in self.folders.items()])
         found.refuse_tied(model)
         return found
 

@@ -30,6 +30,7 @@ def write_sidecars(out: Path, base_dir: Path, tokenizers: Sequence[Path], dtype:
     _write(out / "config.json", config)
     if (base_dir / "generation_config.json").is_file():
         _write(out / "generation_config.json", _scrubbed(read_json(base_dir / "generation_config.json")))
+    write_processor(out, base_dir)
     for place in tokenizers:
         if any((place / name).is_file() for name in _MARKS):
             for name in _TOKENIZER:
@@ -40,6 +41,13 @@ def write_sidecars(out: Path, base_dir: Path, tokenizers: Sequence[Path], dtype:
                 shutil.copyfile(template, out / "additional_chat_templates" / template.name)
             scrub(out / "tokenizer_config.json")
             return
+
+
+def write_processor(out: Path, base_dir: Path) -> None:
+    """How images are prepared, where the base says it."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (base_dir / name).is_file():
+            _write(out / name, _scrubbed(read_json(base_dir / name)))
 
 
 def scrub(path: Path) -> None:

@@ -28,6 +28,7 @@ from .pipeline import SIZE, Pipeline, Ring
 from .rounding import Adder, Overflow, Sums, blocks, cast_block, generator
 
 if TYPE_CHECKING:
+    from ..tuners.forget_vector.delta import VectorDeltas
     from ..tuners.sparse.delta import SparseDeltas
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -37,7 +38,7 @@ _SAFE = {v: k for k, v in TORCH_NAMES.items()}
 class Overlay:
     """The sum of several adapters' deltas, each times its scale, by weight and expert."""
 
-    def __init__(self, parts: Sequence[tuple[Deltas | SparseDeltas, float]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Deltas | SparseDeltas | VectorDeltas, float]]) -> None:
         self.parts = [(d, s) for d, s in parts if s != 0]
 
     def units(self) -> dict[str, list[int | None]]:

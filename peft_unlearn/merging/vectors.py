@@ -8,31 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..folder.read import WEIGHTS, AdapterFolder
+from ..folder.read import AdapterFolder
+from ..tuners.forget_vector.delta import vector_of
 from ..tuners.peft_type import FORGET_VECTOR
 
 
 def is_vector(folder: AdapterFolder) -> bool:
     return folder.config.get("peft_type") == FORGET_VECTOR
-
-
-def vector_of(folder: AdapterFolder) -> tuple[str, Tensor]:
-    """(name in the file, the vector (channels, height, width) float32) of a forget vector's folder.
-
-    Raises:
-        UserError: the file holds something else.
-    """
-    from safetensors.torch import load_file
-
-    held = load_file(str(folder.path / WEIGHTS))
-    if len(held) != 1:
-        raise UserError(f"{folder.path}: holds {len(held)} tensors, and a forget vector is one")
-    ((name, vector),) = held.items()
-    if list(vector.shape) != folder.config.get("shape"):
-        raise UserError(
-            f"{folder.path}: its vector has shape {list(vector.shape)}, and its configuration says {folder.config.get('shape')}"
-        )
-    return name, vector.float()
 
 
 def vector_sum(given: Sequence[tuple[AdapterFolder, float]], rank: int | None) -> tuple[dict[str, Tensor], Any] | None:

@@ -85,7 +85,7 @@ def reference_values(
     for at in range(0, len(order), size):
         part = order[at : at + size]
         batch = {k: v.to(device) for k, v in pad([rows[i] for i in part], pad_id).items()}
-        p = Pass(model, batch, reference=reference)
+        p = Pass(model, batch, reference=reference, share=True)
         for i, v in zip(part, getattr(p, what).split(p.mask.sum(1).tolist()), strict=True):
             out[i] = v.cpu()
     return out

@@ -28,9 +28,12 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..folder.read import WEIGHTS, AdapterFolder
 from ..folder.safetensors_io import TensorEntry, read_header
-from .peft_type import SPARSE_TYPE
+from .peft_type import FORGET_VECTOR, SPARSE_TYPE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .forget_vector.delta import VectorDeltas
     from .sparse.delta import SparseDeltas
 
 _KEPT = 6  # weights whose factors stay in memory: the projections of one layer of experts, read in turns
@@ -69,8 +72,17 @@ def changes_base(config: Mapping[str, Any]) -> str | None:
 _REWRITE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "lora-ga")  # prefixes: pissa_niter_4
 
 
-def read_deltas(folder: AdapterFolder, model: nn.Module | None = None) -> Deltas | SparseDeltas:
-    """What the adapter in a folder adds to each weight. Raises `UserError` for one that is not a sum with the base's weights."""
+def read_deltas(
+    folder: AdapterFolder, model: nn.Module | None = None, base: Path | None = None
+) -> Deltas | SparseDeltas | VectorDeltas:
+    """What the adapter in a folder adds to each weight. Raises `UserError` for one that is not a sum with the base's weights.
+
+    base: the folder of the base's files, which a forget vector needs.
+    """
+    if folder.config["peft_type"] == FORGET_VECTOR and model is not None and base is not None:
+        from .forget_vector.delta import VectorDeltas
+
+        return VectorDeltas(folder, model, base)
     if is_sparse(folder):
         from .sparse.delta import SparseDeltas
 

@@ -102,10 +102,7 @@ class ForgetVectorLayer(nn.Module, BaseTunerLayer):
     def positions(self) -> tuple[nn.Parameter, int]:
         """Position embeddings (1, tokens, width) and how many of the tokens stand before the patches."""
         if (found := self._positions[0]) is None:
-            raise ValueError(
-                "a forget vector cannot be merged into this model: it has no position embeddings on its patches (ViT and DeiT have), "
-                "and no other weight adds a picture to the input. Serve it unmerged"
-            )
+            raise ValueError(no_positions())
         return found
 
     @torch.no_grad()
@@ -113,14 +110,13 @@ class ForgetVectorLayer(nn.Module, BaseTunerLayer):
         """The base's position embeddings plus W * delta at the patches, (1, tokens, width)."""
         place, ahead = self.positions
         conv: Any = self.base_layer
-        added = F.conv2d(delta[None], conv.weight.float(), None, conv.stride, conv.padding, conv.dilation, conv.groups)
-        patches = added.flatten(2).transpose(1, 2)  # (1, width, h, w) -> (1, patches, width)
+        added = at_patches(conv, conv.weight.float(), delta, ahead)
         start = place.detach() if self._backup is None else self._backup
-        if patches.shape[1] != start.shape[1] - ahead:
+        if added.shape != start.shape:
             raise ValueError(
-                f"the vector covers {patches.shape[1]} patches and the model has embeddings for {start.shape[1] - ahead}"
+                f"the vector covers {added.shape[1] - ahead} patches and the model has embeddings for {start.shape[1] - ahead}"
             )
-        return (start.float() + F.pad(patches, (0, 0, ahead, 0))).to(start.dtype)
+        return (start.float() + added).to(start.dtype)
 
     def unmerge(self) -> None:
         """Put back, bit for bit, what `merge` wrote over."""
@@ -134,3 +130,17 @@ class ForgetVectorLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "forget_vector." + super().__repr__()
+
+
+def at_patches(conv: Any, weight: Tensor, delta: Tensor, ahead: int) -> Tensor:
+    """W * delta at the patches and 0 at the tokens ahead of them, (1, tokens, width); `weight` is that of `conv`."""
+    added = F.conv2d(delta[None], weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    patches = added.flatten(2).transpose(1, 2)  # (1, width, h, w) -> (1, patches, width)
+    return F.pad(patches, (0, 0, ahead, 0))
+
+
+def no_positions() -> str:
+    return (
+        "a forget vector cannot be merged into this model: it has no position embeddings on its patches (ViT and DeiT have), "
+        "and no other weight adds a picture to the input. Serve it unmerged"
+    )
