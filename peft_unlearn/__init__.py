@@ -50,6 +50,7 @@ _WHERE = {
     "rule": "registry",
     "save_adapter": "training.save",
     "score": "evaluation.score",
+    "sanitize": "analysis.sanitize",
     "selection": "registry",
     "smoothing": "registry",
     "step_size": "registry",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from .analysis.merged import merge as merge
     from .attacks.attack import attack as attack
     from .attribution.attribute import attribute as attribute
+    from .analysis.sanitize import sanitize as sanitize
     from .attribution.experts import experts as experts
     from .data.bundle import ForgetRetain as ForgetRetain
     from .errors import UserError as UserError

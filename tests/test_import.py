@@ -87,8 +87,11 @@ def test_public_names_resolve():
 
 
 def test_every_command_is_a_public_function():
-    commands = "attack calibrate compare report merge compose remove verify push pull train evaluate plan effect experts interference record audit"
-    assert all(callable(getattr(peft_unlearn, name)) for name in [*commands.split(), "card", "export", "methods"])
+    commands = "attack calibrate sanitize compare report merge compose remove verify push pull train evaluate plan effect experts interference"
+    assert all(
+        callable(getattr(peft_unlearn, name))
+        for name in [*commands.split(), *"card export methods record audit".split()]
+    )
 
 
 def test_public_names_are_typed_where_they_are_loaded_from():

@@ -128,6 +128,23 @@ def calibrate(
 
 
 @app.command()
+@app.command()
+def sanitize(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or that of any LoRA that PEFT saved.")],
+    out: Annotated[str, typer.Option("--out", help="Folder for the sanitized adapter.")],
+    strength: Annotated[float, typer.Option(help="Of the projection, in units of the mean eigenvalue.")] = 0.1,
+    on: Annotated[str, typer.Option("--on", help="The set whose activations are left alone.")] = "retain",
+    n: Rows = None, base: Base = None, data: Data = None, json: Json = False,
+) -> None:  # fmt: skip
+    """Take out of an adapter what acts on dominant retain activations; a new folder, with numbers before and after."""
+    from ..analysis import sanitize as job
+    from ..progress import bars
+
+    with bars() as progress:
+        found = job.sanitize(folder, out, strength=strength, on=on, n=n, base=base, data=data, progress=progress)
+    finish(found, json)
+
+
 def compare(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters of one forget set.")],
     retain_floor: Floor = 0.95, metric: Metric = "extraction_strength", max_scale: MaxScale = 1.0, suite: SuiteName = None,

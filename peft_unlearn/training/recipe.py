@@ -85,6 +85,11 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
     """
     if recipe.get("compose") is not None:
         raise UserError("this recipe sums adapters and trains nothing: run `peft-unlearn compose` on its parts")
+    if recipe.get("sanitize") is not None:
+        raise UserError(
+            "this adapter was trained and then changed by `peft-unlearn sanitize`: take `sanitize` out of the recipe to train the first, "
+            "and run that command on it"
+        )
     config, adapter, negate, auto, selecting, starts, options = _understood(recipe, out)
     bundle = load_data(recipe.get("data"), data)
     require_sets(config, bundle)

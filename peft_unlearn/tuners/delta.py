@@ -105,7 +105,7 @@ def plain_sum(folder: AdapterFolder) -> None:
             f"{where}: merging or composing adapters of type {kind} is not supported: only LoRA and sparse adapters are "
             "known as sums of weights. Serve it unmerged on its base."
         )
-    for key, (what, why) in _NOT_A_SUM.items():
+    for key, (what, why) in NOT_A_SUM.items():
         if config.get(key):
             raise UserError(
                 f"{where}: has {what} ({key}), which is not a plain sum of weights: {why}. Merging or composing it is "
@@ -129,7 +129,7 @@ def plain_sum(folder: AdapterFolder) -> None:
         )
 
 
-_NOT_A_SUM = {
+NOT_A_SUM = {
     "use_dora": ("DoRA", "it rescales the columns of W + s B A by trained magnitudes"),
     "lora_bias": ("a LoRA bias", "B has a bias of its own, for which the base may have no place"),
     "modules_to_save": ("fully trained modules", "they replace the base's, so two of them cannot be summed"),
