@@ -27,6 +27,7 @@ _WHERE = {
     "averaging": "registry",
     "calibrate": "analysis.calibrate",
     "card": "sharing.card",
+    "audit": "records.audit",
     "augment": "request.augment",
     "compare": "analysis.compare",
     "compose": "merging.compose",
@@ -45,12 +46,13 @@ _WHERE = {
     "plan": "training.cost",
     "pull": "sharing.publish",
     "push": "sharing.publish",
+    "record": "records.record",
     "remove": "stack.model",
     "report": "analysis.evidence",
     "rule": "registry",
+    "sanitize": "analysis.sanitize",
     "save_adapter": "training.save",
     "score": "evaluation.score",
-    "sanitize": "analysis.sanitize",
     "selection": "registry",
     "smoothing": "registry",
     "step_size": "registry",
@@ -67,9 +69,9 @@ if TYPE_CHECKING:
     from .analysis.evidence import report as report
     from .analysis.interference import interference as interference
     from .analysis.merged import merge as merge
+    from .analysis.sanitize import sanitize as sanitize
     from .attacks.attack import attack as attack
     from .attribution.attribute import attribute as attribute
-    from .analysis.sanitize import sanitize as sanitize
     from .attribution.experts import experts as experts
     from .data.bundle import ForgetRetain as ForgetRetain
     from .errors import UserError as UserError
@@ -79,6 +81,8 @@ if TYPE_CHECKING:
     from .forward import Pass as Pass
     from .forward import Reference as Reference
     from .merging.compose import compose as compose
+    from .records.audit import audit as audit
+    from .records.record import record as record
     from .registry import Range as Range
     from .registry import Source as Source
     from .registry import averaging as averaging

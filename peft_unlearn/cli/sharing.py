@@ -8,6 +8,11 @@ import typer
 
 from .options import Adapter, Base, Below, Data, Folder, Json, app, finish
 
+Ledger = Annotated[str | None, typer.Option("--stack", help="The ledger: a stack file.")]
+Copies = Annotated[
+    list[str] | None, typer.Option("--derived", metavar="DIR", help="A model that it was merged into; repeat it.")
+]
+
 
 @app.command()
 def verify(
@@ -92,3 +97,46 @@ def export(
 
     report = run(folder, out, target, scale=scale, base=base)
     finish(report, json)
+
+
+@app.command()
+def record(
+    folder: Folder, key: Annotated[str, typer.Option("--key", metavar="PEM", help="Private elliptic key that signs.")],
+    base: Base = None, data: Data = None, stack: Ledger = None,
+    request: Annotated[list[str] | None, typer.Option("--request", metavar="ID", help="Request that it answers; repeat it.")] = None,
+    derived: Copies = None,
+    commitment: Annotated[str | None, typer.Option(metavar="SHA256", help="Of canaries, published before training.")] = None,
+    alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="What all bounds may be wrong with together.")] = 0.05,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Sign an adapter and what is known of it: model.sig and erasure.intoto.jsonl."""
+    from ..records.record import record as run
+
+    done = run(
+        folder, key, base=base, data=data, stack=stack, requests=request or (), derived=derived or (), commitment=commitment,
+        alpha=alpha,
+    )  # fmt: skip
+    finish(done, json)
+
+
+@app.command()
+def audit(
+    folder: Adapter,
+    key: Annotated[str | None, typer.Option("--public-key", "--key", metavar="PEM", help="The signer's public key.")] = None,
+    base: Base = None, data: Data = None, stack: Ledger = None, derived: Copies = None,
+    retain_model: Annotated[
+        list[str] | None, typer.Option("--retain-model", metavar="MODEL", help="Trained without the forget set; five or more.")
+    ] = None,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Check signatures, files and probes; measure nothing again.")] = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Check a signed record: what is confirmed here, what is only signed (exit code 5), what is contradicted (1)."""
+    from ..progress import bars
+    from ..records.audit import audit as run
+
+    with bars() as progress:
+        found = run(
+            folder, key=key, base=base, data=data, stack=stack, derived=derived or (), retain_models=retain_model or (),
+            rerun=not no_run, progress=progress,
+        )  # fmt: skip
+    finish(found, json)

@@ -14,6 +14,7 @@ from .manifest import path_like
 
 FILES: tuple[str, ...] = (
     "adapter_config.json", "adapter_model.safetensors", "forget.json", "recipe.yaml", "eval.json", "README.md",
+    "model.sig", "erasure.intoto.jsonl",
     *(f"{place}/{name}" for place in ("expert_lora", "sparse", "shira_r*")
       for name in ("adapter_config.json", "adapter_model.safetensors")),
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",

@@ -16,6 +16,8 @@ from .yaml_io import MAX_JSON, parse_json, read_text
 
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "forget.json"
 RECIPE, EVAL, CARD = "recipe.yaml", "eval.json", "README.md"
+RECORDED = ("model.sig", "erasure.intoto.jsonl")
+"""The signed record, where `record` made one."""
 COMPACT = ("expert_lora", "sparse")
 """Subfolders with an adapter's own form, beside the stock form on top: of an expert adapter, of a sparse one."""
 TOGETHER = "also_load_and_activate"

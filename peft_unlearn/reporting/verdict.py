@@ -106,13 +106,21 @@ def _conditions(e: Evidence) -> str:
     return text
 
 
+def share_forgotten(e: Evidence) -> float | None:
+    """How much of the way from the base to the retain model (else to 0) the adapter goes on the forget set; None where it is unknown."""
+    base, now, floor = (e.value(s, e.key("forget")) for s in ("base", "adapter", "retain_only"))
+    if base is None or now is None:
+        return None
+    floor = floor if floor is not None and floor < base else 0.0
+    return (base - now) / (base - floor) if base > floor else 0.0
+
+
 def _forgotten(e: Evidence) -> list[str]:
     key = e.key("forget")
     base, now, retain_model = (e.value(s, key) for s in ("base", "adapter", "retain_only"))
     if key is None or base is None or now is None:
         return []
-    floor = retain_model if retain_model is not None and retain_model < base else 0.0
-    share = (base - now) / (base - floor) if base > floor else 0.0
+    share = share_forgotten(e) or 0.0
     word = "it forgets" if share >= FORGETS else "it forgets in part" if share >= 0.5 else "it hardly forgets"
     text = f"{word}. {MEANING.get(key.rpartition('/')[2], named(key).capitalize())} on the forget set goes from {number(base)} "
     text += f"to {e.shown('adapter', key)}"

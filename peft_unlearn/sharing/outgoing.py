@@ -14,12 +14,12 @@ from ..data.embedded import is_embedded
 from ..errors import Errors, UserError
 from ..folder.card import card_of, current, portable_front, split
 from ..folder.manifest import PROMPT_POOL, path_like, plain_words
-from ..folder.read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, WEIGHTS, AdapterFolder
+from ..folder.read import CARD, CONFIG, EVAL, MANIFEST, RECIPE, RECORDED, WEIGHTS, AdapterFolder
 from ..folder.safetensors_io import plain_name
 from ..folder.yaml_io import parse_yaml, read_text
 from ..reporting.text import printable
 
-SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".txt", ".jinja", ".model")
+SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".txt", ".jinja", ".model", *RECORDED)
 _TEXTS = (CARD, EVAL, RECIPE, MANIFEST, "tokenizer_config.json")  # and every adapter_config.json
 _ROOTS = ("home", "Users", "root", "tmp", "private", "var/tmp", "var/folders", "mnt", "media", "Volumes", "scratch",
           "workspace", "work", "content", "kaggle", "opt", "srv", "data", "gpfs", "lustre", "dbfs", "nfs")  # fmt: skip
@@ -57,7 +57,7 @@ def pack(found: AdapterFolder, data: Any = None) -> Parcel:
     """
     errors = Errors()
     root = found.path.resolve()
-    names = sorted({*found.manifest.files, MANIFEST, *(n for n in (CARD, EVAL) if (root / n).is_file())})
+    names = sorted({*found.manifest.files, MANIFEST, *(n for n in (CARD, EVAL, *RECORDED) if (root / n).is_file())})
     names = [n for n in names if (root / n).is_file()]  # read_adapter has refused what may not be missing
     for name in names:
         if not plain_name(name) or not name.endswith(SUFFIXES):

@@ -20,7 +20,7 @@ from ..errors import Interrupted, UserError
 from ..folder.atomic import staged
 from ..folder.fetch import commit_of, cut_off, resolve_adapter, split_reference
 from ..folder.manifest import Manifest
-from ..folder.read import CARD, EVAL, MANIFEST, WEIGHTS, AdapterFolder, file_sha256, read_adapter
+from ..folder.read import CARD, EVAL, MANIFEST, RECORDED, WEIGHTS, AdapterFolder, file_sha256, read_adapter
 from ..folder.safetensors_io import plain_name
 from ..folder.write import why_not_replaceable
 from ..folder.yaml_io import MAX_JSON, parse_json, read_text
@@ -187,7 +187,7 @@ def _leftovers(api: Any, out: Publication, head: Any, names: list[str]) -> list[
     before = f"sha256:{old.get(WEIGHTS)}"
     if before != out.adapter_id:
         out.notes.append(f"replaces the adapter {before[:19]} of the base {ref}, which the history there keeps")
-    return sorted(({*old, EVAL} & there) - {*names, CARD})
+    return sorted(({*old, EVAL, *RECORDED} & there) - {*names, CARD})
 
 
 def _compare(api: Any, found: AdapterFolder, out: Publication) -> None:
@@ -226,7 +226,7 @@ def pull(repo_id: str, out: str | Path, revision: str | None = None) -> Pulled:
     commit = commit or commit_of(source) or ""
     with staged(out, why_not_replaceable) as stage:
         manifest = Manifest.from_text(read_text(source / MANIFEST, limit=MAX_JSON + 1), f"{hub_id}: {MANIFEST}")
-        for name in sorted({*manifest.files, MANIFEST, CARD, EVAL}):
+        for name in sorted({*manifest.files, MANIFEST, CARD, EVAL, *RECORDED}):
             if plain_name(name) and (source / name).is_file():  # other names are read_adapter's to refuse
                 (stage / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, stage / name)
