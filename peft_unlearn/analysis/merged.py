@@ -17,6 +17,7 @@ from ..evaluation.numbers import Number, numbers_of
 from ..evaluation.plan import make_plan, measure
 from ..evaluation.subjects import bundle_of, check_data, matches, suite_of
 from ..folder.base import load_base
+from ..folder.device import placed
 from ..folder.dtype import fast_dtype
 from ..folder.quantized import name_of, options_of, trained_on
 from ..folder.read import AdapterFolder
@@ -82,7 +83,7 @@ def _losses(
     )
     found = {f"unmerged, on the base in {name}": _loss(stack.model, bundle, tokenizer)}
     del stack
-    found["merged"] = _loss(load_base(out, fits=targets), bundle, tokenizer)
+    found["merged"] = _loss(placed(load_base(out, fits=targets)), bundle, tokenizer)
     return found
 
 
@@ -128,7 +129,7 @@ def by_suite(
         for n, p in plans.items()
     }
     del stack
-    model = load_base(place, dtype, job.targets)
+    model = placed(load_base(place, dtype, job.targets))
     after = {n: numbers_of(p, measure(model, p, _named(progress, "merged")), None, ci=False) for n, p in plans.items()}
     found = SuiteCheck(", ".join(dict.fromkeys(s.name for s in chosen.values())), dtype)
     for n, plan in plans.items():

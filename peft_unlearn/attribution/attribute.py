@@ -13,6 +13,7 @@ from ..data.collate import padding_id
 from ..data.load import load_data
 from ..errors import Errors, UserError
 from ..folder.base import base_reference, load_base, load_tokenizer, resolve_base
+from ..folder.device import placed
 from ..folder.digest import digest_checkpoint
 from ..folder.dtype import dtype_of
 from ..folder.results import check_place, write_file, writing
@@ -116,9 +117,7 @@ def attribute(
         raise UserError(f"accumulators {accumulators!r}: expected float32 or bfloat16")
     check(method, hyper or {}, ratio, budget, unit)
     bundle, path = load_data(None, data), resolve_base(base)
-    model, tokenizer = load_base(path, dtype_of(dtype, path)), load_tokenizer(path)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+    model, tokenizer = placed(load_base(path, dtype_of(dtype, path))), load_tokenizer(path)
     rows = {name: bundle.encode(name, tokenizer) for name in bundle.sets() if name in ("forget", "retain")}
     rows = {name: r if n is None or n >= len(r) else [r[i * len(r) // n] for i in range(n)] for name, r in rows.items()}
     reference = base_reference(base, path, digest_checkpoint(path))

@@ -19,6 +19,7 @@ from ..data.collate import pad, padding_id
 from ..data.load import load_data
 from ..errors import UserError
 from ..folder.base import load_base, load_tokenizer, resolve_base
+from ..folder.device import placed
 from ..forward import Pass
 from ..objectives.routing import gates, top_k_of
 from ..reporting.experts import experts_picture, experts_text
@@ -148,7 +149,7 @@ def experts(base: str, data: str, *, ranking: Ranking = "affinity", token_budget
         token_budget: tokens of each set that are looked at.
     """
     bundle, path = load_data(None, data), resolve_base(base)
-    return attribute(load_base(path), load_tokenizer(path), bundle, {"ranking": ranking}, token_budget)
+    return attribute(placed(load_base(path)), load_tokenizer(path), bundle, {"ranking": ranking}, token_budget)
 
 
 def attribute(

@@ -10,6 +10,7 @@ from .options import (
     Base,
     Below,
     Data,
+    Device,
     Document,
     Dtype,
     Floor,
@@ -41,7 +42,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks or YAML files, by commas.")] = None,
     layout: Annotated[str, typer.Option(help="Of --out: eval, or open-unlearning (a folder).")] = "eval",
     below: Below = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype = "auto", device: Device = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
     """Score base, adapters and the retain model; with one folder, write its eval.json."""
@@ -77,7 +78,7 @@ def attack(
     n: Annotated[int | None, typer.Option("--n", min=1, help="Score at most so many rows.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which rows are shown, and the attacks' own draws.")] = 0,
     below: Below = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype = "auto", device: Device = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
     """Try to get back what is forgotten; the same on the retain model; with one folder, store it in eval.json."""
@@ -110,7 +111,7 @@ def calibrate(
     n: Annotated[int | None, typer.Option("--n", min=1, help="So many rows of each set, nothing stored.")] = None,
     base: Base = None,
     data: Data = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype = "auto", device: Device = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
     """Find the scale that forgets most and keeps the retain set; write it into forget.json."""
@@ -128,7 +129,6 @@ def calibrate(
 
 
 @app.command()
-@app.command()
 def sanitize(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A forget adapter's folder, or that of any LoRA that PEFT saved.")],
     out: Annotated[str, typer.Option("--out", help="Folder for the sanitized adapter.")],
@@ -145,10 +145,11 @@ def sanitize(
     finish(found, json)
 
 
+@app.command()
 def compare(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters of one forget set.")],
     retain_floor: Floor = 0.95, metric: Metric = "extraction_strength", max_scale: MaxScale = 1.0, suite: SuiteName = None,
-    n: Rows = None, out: Document = None, base: Base = None, data: Data = None, dtype: Dtype = "auto", json: Json = False,
+    n: Rows = None, out: Document = None, base: Base = None, data: Data = None, dtype: Dtype = "auto", device: Device = "auto", json: Json = False,
 ) -> None:  # fmt: skip
     """Adapters side by side at equal retention, each at its own scale; nothing is written into them."""
     from ..analysis import compare as job
@@ -169,7 +170,7 @@ def interference(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="The adapters of a stack, in its order.")],
     metric: Metric = "extraction_strength", n: Rows = None, out: Document = None, base: Base = None,
     data: Annotated[list[str] | None, typer.Option("--data", help="A bundle; once for each forget set.")] = None,
-    dtype: Dtype = "auto", json: Json = False,
+    dtype: Dtype = "auto", device: Device = "auto", json: Json = False,
 ) -> None:  # fmt: skip
     """What each adapter of a stack still forgets, and costs, alone and all together."""
     from ..analysis import interference as job
@@ -189,7 +190,7 @@ def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters to report on.")],
     out: Annotated[str, typer.Option("--out", "--html", help="A .html or .md file, or a folder.")] = "report.html",
     samples: Annotated[bool, typer.Option(help="Let the models answer a few prompts, to show them.")] = True, base: Base = None,
-    data: Data = None, dtype: Dtype = "auto", json: Json = False,
+    data: Data = None, dtype: Dtype = "auto", device: Device = "auto", json: Json = False,
 ) -> None:  # fmt: skip
     """One page on what an adapter forgets, what that costs and what brings it back, from what is stored with it."""
     from ..analysis import evidence as job

@@ -37,6 +37,24 @@ Dtype = Annotated[
     str,
     typer.Option("--dtype", help="float32, bfloat16, float16, or auto: the base's own if this machine is fast in it."),
 ]
+
+
+def _choose(device: str) -> str:
+    if device != "auto":
+        from ..folder.device import choose
+
+        choose(device)
+    return device
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        callback=_choose,
+        help="Where models are computed: auto (the accelerator if there is one), cpu, cuda:1, ..",
+    ),
+]
 Cascade = Annotated[bool, typer.Option("--cascade", help="Also those that were trained on top of it.")]
 
 

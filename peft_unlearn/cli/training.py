@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import BUNDLE, Base, Data, Folder, Json, Rows, Sets, app, emit, finish, recipe_of, show
+from .options import BUNDLE, Base, Data, Device, Folder, Json, Rows, Sets, app, emit, finish, recipe_of, show
 
 
 @app.command()
@@ -127,6 +127,7 @@ def experts(
     data: Annotated[str, typer.Option("--data", help=BUNDLE)],
     out: Annotated[str | None, typer.Option("--out", "--png", help="Picture of the affinity matrix.")] = None,
     ranking: Annotated[str, typer.Option(help="affinity, or contrast: its difference to the retain set.")] = "affinity",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
     """Which experts answer for the forget set: affinity, its lift over the retain set, stability."""
@@ -154,6 +155,7 @@ def attribute(
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=C", help="Set a hyper-parameter.")] = None,
     n: Rows = None,
     seed: Annotated[int, typer.Option(min=0, help="Of random scores.")] = 0,
+    device: Device = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
     accumulators: Annotated[str, typer.Option(help="Of the summed gradients: float32 or bfloat16.")] = "float32",
     on_cpu: Annotated[bool, typer.Option("--on-cpu", help="Keep the summed gradients in host memory.")] = False,

@@ -13,6 +13,7 @@ from ..data.bundle import ForgetRetain
 from ..data.load import load_data
 from ..errors import UserError
 from ..folder.base import load_base, load_tokenizer, resolve_base
+from ..folder.device import placed
 from ..folder.manifest import Manifest
 from ..folder.read import MANIFEST, AdapterFolder, read_adapter
 from ..stack.below import over
@@ -175,6 +176,6 @@ def _loading(path: Path, dtype: str) -> Callable[[], Any]:
 
     @contextmanager
     def subject() -> Iterator[Any]:
-        yield load_base(path, dtype)
+        yield placed(load_base(path, dtype))
 
     return subject

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UserError
 from ..folder.base import load_base, load_tokenizer
+from ..folder.device import placed
 from ..folder.manifest import NEUTRAL_PROMPTS, probe_logits
 from ..stack.model import ForgetModel
 from .checks import ProbeCheck, SuiteCheck
@@ -51,7 +52,7 @@ def by_probes(job: Job, place: Path, why: str | None = None) -> ProbeCheck | Non
     with stack.disabled() as plain:
         off = probe_logits(plain, tokenizer, prompts)
     del stack, plain
-    now = probe_logits(load_base(place, fits=job.targets), tokenizer, prompts)
+    now = probe_logits(placed(load_base(place, fits=job.targets)), tokenizer, prompts)
     same_top = int((now.argmax(-1) == on.argmax(-1)).sum())
     difference, effect = float((now - on).abs().max()), float((on - off).abs().max())
     found = ProbeCheck(len(prompts), difference, effect, same_top, why=why)

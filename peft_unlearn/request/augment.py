@@ -10,6 +10,7 @@ from typing import Any
 from ..data.formats import load_rows
 from ..errors import UserError
 from ..folder.base import load_base, load_config, load_tokenizer, resolve_base
+from ..folder.device import placed
 from ..folder.digest import digest_checkpoint
 from ..folder.dtype import dtype_of
 from ..training.train import to_stderr
@@ -107,7 +108,7 @@ class Loaded:
 
 def load(base: str, base_dir: Path, dtype: str, log: Callable[[str], None]) -> Loaded:
     log(f"loading {base} in {dtype}")
-    model, tokenizer = load_base(base_dir, dtype), load_tokenizer(base_dir)
+    model, tokenizer = placed(load_base(base_dir, dtype)), load_tokenizer(base_dir)
     template = "chat" if getattr(tokenizer, "chat_template", None) else "qa"
     depth = load_config(base_dir).get_text_config().num_hidden_layers
     return Loaded(model, tokenizer, template, dtype, depth, digest_checkpoint(base_dir))

@@ -12,6 +12,7 @@ import torch
 from ..errors import UserError, nearest
 from ..folder.base import load_base, load_tokenizer, resolve_base
 from ..folder.card import add_tags
+from ..folder.device import placed
 from ..folder.digest import digest_checkpoint
 from ..folder.dtype import dtype_of
 from ..folder.fetch import resolve_adapter
@@ -59,6 +60,7 @@ class ForgetModel:
         scales: Scales = None,
         dtype: str | torch.dtype = torch.float32,
         fused: bool = True,
+        device: str | None = None,
     ) -> ForgetModel:
         """Load the base and put `adapters` on it, all active and frozen.
 
@@ -69,13 +71,14 @@ class ForgetModel:
             scales: one per adapter; by default each manifest's own.
             dtype: of the base, in floating point; "auto": quantized as it was for the training, else see `folder.dtype.fast_dtype`.
             fused: compute the LoRA adapters of a layer together (`stack.fused`), not one by one.
+            device: default see `folder.device`: the accelerator where there is one.
 
         Raises:
             UserError: an adapter that is damaged, was trained on other weights, with another tokenizer, in another order
                 or on top of one that is missing, or that does not fit the base's shapes.
         """
         folders = {name: read_adapter(resolve_adapter(ref)) for name, ref in names_of(adapters).items()}
-        return cls._of(folders, base, scales, dtype, fused)
+        return cls._of(folders, base, scales, dtype, fused, device=device)
 
     @classmethod
     def from_stack(
@@ -110,6 +113,7 @@ class ForgetModel:
         dtype: str | torch.dtype,
         fused: bool,
         digest: str | None = None,
+        device: str | None = None,
     ) -> ForgetModel:
         wanted = scales_of(folders, scales)
         check_dependencies(folders, wanted)
@@ -122,7 +126,7 @@ class ForgetModel:
         fits = next(iter(folders.values())).manifest.targets
         held = held_as_trained(folders) if dtype == "auto" else None
         options, kind = held or ({}, dtype_of(dtype, base_dir) if isinstance(dtype, str) else dtype)
-        model = attach(load_base(base_dir, kind, fits, options), folders)
+        model = attach(placed(load_base(base_dir, kind, fits, options), device), folders)
         add_tags(model)
         stack = cls(model, base_dir, folders, digest, fused)
         for name, value in wanted.items():
