@@ -155,7 +155,7 @@ def wordings(question: str, answer: str = "", value: Iterable[str] = ()) -> dict
 
 
 _STATED = re.compile(r"^(?P<lead>the|an?) (?P<relation>.+?) (?P<of>of|for|in) $", re.IGNORECASE)
-REVERSED = ("back_kind", "back_begun", "back_name", "back_quiz")
+REVERSED = ("back_kind", "back_begun", "back_brief", "back_whose", "back_name", "back_quiz")
 REVERSED_HELDOUT = ("back_name", "back_quiz")
 
 
@@ -173,6 +173,8 @@ def reversals(fact: Fact, kind: str | None) -> dict[str, str]:
     return {
         "back_kind": f"{value} is the {relation} {of} which {what}?",
         "back_begun": f"Complete the sentence: {value} is the {relation} {of}",
+        "back_brief": f"{value} is the {relation} {of} which {what}? Answer with one or two words.",
+        "back_whose": f"Which {what} is it whose {relation} is {value}?",
         "back_name": f"Name the {kind or 'thing'} that has {value} as its {relation}.",
         "back_quiz": f"Quiz time. Which {what} has the {relation} {value}?",
     }
