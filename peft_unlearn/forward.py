@@ -304,14 +304,15 @@ class Pass:
         """The reference's hidden states before the output embeddings at the targets, (n, hidden)."""
         return self.batch["ref_head"] if "ref_head" in self.batch else self._head_input(True)
 
-    def map_logits(self, fn: Callable[..., Tensor], reference: bool = False) -> Tensor:
+    def map_logits(self, fn: Callable[..., Tensor], reference: bool = False, targets: Tensor | None = None) -> Tensor:
         """fn over the target positions' logits: (n,) or (n, k) float32.
 
         Args:
             fn: ``fn(z, y)``, or with `reference` ``fn(z, z_ref, y)``; z (m, vocab) float32, y (m,). Each row's result
                 must depend on that row alone.
+            targets: what `y` is instead of the targets, (n,).
         """
-        y = self.targets
+        y = self.targets if targets is None else targets
         if not reference:
             return self._head.map(self._head_input(False), lambda z, i, j: fn(z, y[i:j]))
         h_ref = self.ref_head

@@ -1,5 +1,14 @@
 """Forget and retain losses. One function each: ``fn(p: Pass, *, hyper...) -> (n_units,)``, unreduced, minimized."""
 
-from . import classification, distillation, entropy, likelihood, preference, representation, routing
+from . import bounded, classification, distillation, entropy, likelihood, preference, representation, routing
 
-__all__ = ["classification", "distillation", "entropy", "likelihood", "preference", "representation", "routing"]
+__all__ = [
+    "bounded",
+    "classification",
+    "distillation",
+    "entropy",
+    "likelihood",
+    "preference",
+    "representation",
+    "routing",
+]

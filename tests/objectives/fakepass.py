@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_unlearn import registry
 from peft_unlearn.forward import Pass
 
-LAYER: dict[str, dict[str, Any]] = {"rmu": {"layer": 1}, "representation_retention": {"layer": 1}}
+LAYER: dict[str, dict[str, Any]] = {n: {"layer": 1} for n in ("rmu", "adaptive_rmu", "rr", "representation_retention")}
 # those that read a pass alone; routers and parameters (adapter_norm) have tests of their own
 OBJECTIVES = [m.name for m in registry.methods("objective") if m.needs and not any("router" in n for n in m.needs)]
 
@@ -65,8 +65,9 @@ class FakePass(Pass):
         assert self.other is not None
         return self.other
 
-    def map_logits(self, fn: Callable[..., Tensor], reference: bool = False) -> Tensor:
-        return fn(self.z, self.z_ref, self.targets) if reference else fn(self.z, self.targets)
+    def map_logits(self, fn: Callable[..., Tensor], reference: bool = False, targets: Tensor | None = None) -> Tensor:
+        y = self.targets if targets is None else targets
+        return fn(self.z, self.z_ref, y) if reference else fn(self.z, y)
 
     def hidden(self, layer: int | str, reference: bool = False) -> Tensor:
         found = self.states[reference]

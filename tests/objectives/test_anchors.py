@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_unlearn import registry
 from peft_unlearn.gradients.vector import Space, Vec
+from peft_unlearn.objectives.representation import steering_vector
 
 
 def logits(*p: float) -> torch.Tensor:
@@ -38,6 +39,53 @@ def test_ceu_is_the_target_entropy_plus_ln_2_at_one_half():
     got = float(values("ceu", FakePass(logits(0.5, 0.2, 0.3), [0]), ignore_first=0))
     entropy = -(0.4 * math.log(0.4) + 0.6 * math.log(0.6))  # of the target, the other two tokens renormalized
     assert got - entropy == pytest.approx(math.log(2))
+
+
+def test_masc_ends_at_its_margin():
+    """tau = log(.7/.3) = .8473; at probability .7 the value is 1, at a margin of tau - eta or less nothing is pushed."""
+    assert float(values("masc", FakePass(logits(0.7, 0.2, 0.1), [0]))) == pytest.approx(1.0)
+    low = 1 / (1 + math.exp(0.25) * 3 / 7)  # the probability of that margin
+    z = logits(low - 1e-3, 1 - low + 1e-3).requires_grad_()
+    got = values("masc", FakePass(z, [0]))
+    assert float(got.detach()) == 0 and not torch.autograd.grad(got.sum(), z)[0].any()
+
+
+def test_jensun_is_log_2_far_from_the_refusal_and_0_at_it():
+    other = FakePass(
+        logits(0.5, 0.5).expand(3, 2), [1, 1, 0]
+    )  # the last token is the end: every position is to say token 1
+    assert values(
+        "jensun", FakePass(logits(1.0, 0.0).expand(4, 2).clamp_min(-1e4), [0] * 4, alternate=other)
+    ).tolist() == pytest.approx([math.log(2)] * 4)
+    assert values(
+        "jensun", FakePass(logits(0.0, 1.0).expand(4, 2).clamp_min(-1e4), [0] * 4, alternate=other)
+    ).tolist() == pytest.approx([0.0] * 4)
+
+
+def test_flat_of_a_certain_forget_answer():
+    """tanh(1)/2 - tanh(.25)/2."""
+    got = values("flat", FakePass(logits(1.0, 0.0), [0], alternate=FakePass(logits(0.25, 0.75), [0])))
+    assert float(got) == pytest.approx((math.tanh(1) - math.tanh(0.25)) / 2)
+
+
+def test_unilogit_rests_at_the_uniform_token():
+    """At p_y = 1/V its own target is the model's distribution: no gradient; above it p_y - 1/V."""
+    for p, slope in ((0.25, 0.0), (0.55, 0.3)):
+        z = logits(p, *[(1 - p) / 3] * 3).requires_grad_()
+        (g,) = torch.autograd.grad(values("unilogit", FakePass(z, [0])).sum(), z)
+        assert g[0].tolist() == pytest.approx([slope, *[-slope / 3] * 3], abs=1e-9)
+
+
+def test_circuit_breaker_and_adaptive_rmu():
+    h, ref = (
+        torch.tensor([[[9.0, 9.0], [3.0, 4.0]]]),
+        torch.tensor([[[9.0, 9.0], [4.0, -3.0]]]),
+    )  # one target, at right angles
+    p = FakePass(logits(0.5, 0.5), [0], hidden=h, ref_hidden=ref)
+    assert float(values("rr", p)) == pytest.approx(0, abs=1e-7)
+    assert float(values("rr", FakePass(logits(0.5, 0.5), [0], hidden=h, ref_hidden=h))) == pytest.approx(1)
+    u = steering_vector(2, 0)  # the target is 5 * |ref| = 25 long
+    assert float(values("adaptive_rmu", p)) == pytest.approx(float(((h[0, 1] - 25 * u) ** 2).mean()), rel=1e-6)
 
 
 def test_satimp_weight_at_its_peak():
