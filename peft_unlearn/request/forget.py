@@ -35,6 +35,8 @@ from .runs import Found, Tuner, identity_of, keep
 from .settings import Settings, preset, recipe_for, seconds_of
 
 SUITE = "own"
+JUDGED = 120
+"""Rows of a set at most, evenly spaced, that the finished adapter is judged on; `peft-unlearn eval` takes all."""
 SHOWN = 8
 """Questions whose answers are printed before and after."""
 
@@ -105,7 +107,7 @@ def forget(
             tuner, found = _search(loaded, bundle, recipe, settings, deadline, work, log)
             folder = save_adapter(tuner.finished(found), out, base=base, recipe=recipe(found.settings))
             done.runs = [t.to_dict() for t in found.trials]
-            _judge(done, loaded, tuner.model, bundle, folder)
+            _judge(done, loaded, tuner.model, bundle, folder, progress)
     done.seconds = time.monotonic() - began
     return done
 
@@ -157,15 +159,27 @@ def _search(
     return tuner, found
 
 
-def _judge(done: Forgotten, loaded: Loaded, model: Any, bundle: ForgetRetain, folder: AdapterFolder) -> None:
+def _judge(
+    done: Forgotten, loaded: Loaded, model: Any, bundle: ForgetRetain, folder: AdapterFolder, progress: Progress | None
+) -> None:
     """The whole suite on base and adapter, and the answers before and after; numbers go into the folder too."""
     subjects, tokenizer = on_one_model(model, {"base": None, "adapter": "default"}), loaded.tokenizer
-    report = score(subjects, SUITE, bundle, tokenizer, adapter_id=folder.adapter_id, base=folder.manifest.base.ref)
+    report = score(
+        subjects,
+        SUITE,
+        bundle,
+        tokenizer,
+        progress,
+        JUDGED,
+        adapter_id=folder.adapter_id,
+        base=folder.manifest.base.ref,
+        brief=True,
+    )
     update_eval(folder.path, report.to_dict())
     numbers = {s: {k: v for k, v in (report.subjects[s] or {}).items() if v is not None} for s in ("base", "adapter")}
     done.before, after = numbers_by_set(numbers["base"]), numbers_by_set(numbers["adapter"])
     done.after = {k: v for k, v in after.items() if k in done.before}
-    done.sizes = _sizes(bundle)
+    done.sizes = {name: min(n, JUDGED) for name, n in _sizes(bundle).items()}
     goal = Goal.of(suites.load(SUITE), done.before, done.sizes)
     done.lacking, done.aims, done.kept_sets = goal.missing(done.after), goal.aims(), list(goal.least)
     done.path = str(folder.path)

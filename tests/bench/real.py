@@ -46,7 +46,7 @@ def judged(model: str, adapter: str, request: Path, dtype: str) -> dict[str, Any
     stack = ForgetModel.from_pretrained(model, {"adapter": adapter}, dtype=dtype)
     template = "chat" if stack.tokenizer.chat_template else "qa"
     subjects = on_one_model(stack.model, {"base": None, "adapter": "adapter"})
-    report = score(subjects, "own", rows, stack.tokenizer, template=template)
+    report = score(subjects, "own", rows, stack.tokenizer, template=template, brief=True)
     wanted = ("/value_accuracy", "/python_parses")
     return {
         s: {k: v for k, v in (found or {}).items() if k.endswith(wanted)}
