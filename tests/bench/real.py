@@ -40,7 +40,7 @@ def judged(model: str, adapter: str, request: Path, dtype: str) -> dict[str, Any
         for name, file in SOURCES.items()
         if (request / f"{file}.jsonl").is_file()
     }
-    for row in rows.get("general_unseen", ()):
+    for row in (r for some in rows.values() for r in some):
         row.setdefault("answer", row["value"])
     rows["code"] = [{"question": q, "answer": "def"} for q in CODE]
     stack = ForgetModel.from_pretrained(model, {"adapter": adapter}, dtype=dtype)
