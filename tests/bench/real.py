@@ -41,7 +41,7 @@ def judged(model: str, adapter: str, request: Path, dtype: str) -> dict[str, Any
         if (request / f"{file}.jsonl").is_file()
     }
     for row in (r for some in rows.values() for r in some):
-        row.setdefault("answer", row["value"])
+        row.setdefault("answer", row.get("value", ""))
     rows["code"] = [{"question": q, "answer": "def"} for q in CODE]
     stack = ForgetModel.from_pretrained(model, {"adapter": adapter}, dtype=dtype)
     template = "chat" if stack.tokenizer.chat_template else "qa"
