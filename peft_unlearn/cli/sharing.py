@@ -88,7 +88,7 @@ def pull(
 @app.command()
 def export(
     folder: Adapter, out: Annotated[str, typer.Option("--out", help="Folder for the exported adapter.")],
-    target: Annotated[str, typer.Option("--for", help="vllm, sglang or mergekit.")],
+    target: Annotated[str, typer.Option("--for", help="vllm, sglang, mergekit or gguf (llama.cpp).")],
     scale: Annotated[float | None, typer.Option(help="Scale to multiply in; default the manifest's.")] = None,
     base: Base = None, json: Json = False,
 ) -> None:  # fmt: skip

@@ -18,12 +18,14 @@ from typing import Any
 
 from ..errors import Errors, UserError, nearest
 from ..folder.atomic import staged
+from ..folder.base import resolve_base
 from ..folder.fetch import resolve_adapter
-from ..folder.read import CONFIG, WEIGHTS, AdapterFolder, read_adapter
+from ..folder.read import CONFIG, WEIGHTS, AdapterFolder, read_adapter, read_json
 from ..folder.yaml_io import dump_yaml
 from ..reporting.result import Result
+from .gguf import FILE, write_gguf
 
-TARGETS = ("vllm", "sglang", "mergekit")
+TARGETS = ("vllm", "sglang", "mergekit", "gguf")
 NAMES = re.compile(r"base_model\.model\.[\w.]+\.(lora_[AB]\.weight|lora_embedding_[AB])")
 """What a tensor of a served adapter may be called: vLLM's parse_fine_tuned_lora_name takes no other ending."""
 
@@ -54,7 +56,7 @@ def export(
 
     Args:
         scale: to multiply in, default the manifest's.
-        base: what mergekit puts it on, default the manifest's Hub id.
+        base: what mergekit puts it on, default the manifest's Hub id; for gguf the base whose family is meant, default the manifest's.
 
     Raises:
         UserError: an adapter that is not a plain sum, or has parts that the target would pass over or take for something else.
@@ -97,7 +99,11 @@ def export(
     }
     from safetensors.torch import save_file
 
+    family = _family(found, base) if target == "gguf" else {}
     with staged(out, lambda _: "is not empty, and an export never replaces anything") as stage:
+        if target == "gguf":
+            write_gguf(stage / FILE, tensors, rank, family, found.manifest.name or found.path.resolve().name)
+            return Exported(str(out), target, rank, scale, len(tensors), _use(target, str(out), rank, parameters))
         save_file(tensors, str(stage / WEIGHTS), metadata={"format": "pt"})
         (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if target == "mergekit":
@@ -120,6 +126,8 @@ def _tensors(found: AdapterFolder, scale: float, target: str) -> tuple[dict[str,
             errors.add(f"{weight} (a trained router) has no place in a served LoRA")
         if row.experts > 1 and target == "mergekit":
             errors.add(f"{weight} is a stack of experts, which mergekit's models hold one by one")
+        if target == "gguf" and (row.experts > 1 or row.kind == "embedding"):
+            errors.add(f"{weight} is a stack of experts or an embedding, whose adapters are not written as GGUF here")
         if row.experts > 1 and row.rank != rank:
             errors.add(f"{weight} has rank {row.rank}, others {rank}; stacks of experts cannot be filled up")
         a, b, s = deltas.factors(weight)
@@ -137,6 +145,12 @@ def _tensors(found: AdapterFolder, scale: float, target: str) -> tuple[dict[str,
     leaves = sorted({row.module.rpartition(".")[2] for row in deltas.adapted.values() if row.kind != "parameter"})
     parameters = [w for w, row in deltas.adapted.items() if row.kind == "parameter"]
     return tensors, rank, leaves, parameters
+
+
+def _family(found: AdapterFolder, base: str | None) -> dict[str, Any]:
+    """config.json of the base, which says how llama.cpp holds its weights."""
+    ref = found.manifest.base
+    return read_json(resolve_base(ref.ref, override=base, revision=ref.revision) / "config.json")
 
 
 def _mergekit(found: AdapterFolder, out: Path, base: str | None) -> str:
@@ -164,6 +178,11 @@ def _use(target: str, out: str, rank: int, parameters: list[str]) -> list[str]:
         return [line, *(["experts: only with a vLLM whose model takes fused expert LoRA"] if parameters else []), check]
     if target == "sglang":
         return [f"python -m sglang.launch_server --model-path BASE --enable-lora --lora-paths forget={out}", check]
+    if target == "gguf":
+        return [
+            f"llama-server -m BASE.gguf --lora {out}/{FILE}",
+            'dial it: POST /lora-adapters [{"id": 0, "scale": 0.5}]; scale 0 takes it off, for one request too ("lora" in its body)',
+        ]
     return [
         f"mergekit-yaml {out}/mergekit.yaml MERGED --lora-merge-dtype float32",
         "without that flag the adapter is rounded to the base's dtype on the way; weight -1 in the file does the opposite",
