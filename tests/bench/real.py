@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from peft_unlearn.data.formats import load_rows
 from peft_unlearn.data.neutral import CODE
 from peft_unlearn.evaluation.score import on_one_model, score
 from peft_unlearn.folder.dtype import fast_dtype
@@ -33,15 +32,19 @@ SOURCES = {
 }  # fmt: skip
 
 
+def _answered(row: dict[str, Any]) -> dict[str, Any]:
+    """Rows for judging alone may say the value and no answer."""
+    value = row.get("value", "")
+    return {"answer": value if isinstance(value, str) else value[0], **row}
+
+
 def judged(model: str, adapter: str, request: Path, dtype: str) -> dict[str, Any]:
     """Suite `own` on the request's own rows: subject -> key -> value."""
     rows: dict[str, Any] = {
-        name: load_rows(request / f"{file}.jsonl")
+        name: [_answered(json.loads(line)) for line in (request / f"{file}.jsonl").read_text("utf-8").splitlines()]
         for name, file in SOURCES.items()
         if (request / f"{file}.jsonl").is_file()
     }
-    for row in (r for some in rows.values() for r in some):
-        row.setdefault("answer", row.get("value", ""))
     rows["code"] = [{"question": q, "answer": "def"} for q in CODE]
     stack = ForgetModel.from_pretrained(model, {"adapter": adapter}, dtype=dtype)
     template = "chat" if stack.tokenizer.chat_template else "qa"
