@@ -1,4 +1,4 @@
-"""A base that lies in parts on two ranks (FSDP2's fully_shard, over gloo) trains what one process trains, and rank 0 saves it.
+"""A base that lies in parts on two or three ranks (FSDP2's fully_shard, over gloo) trains what one process trains, and rank 0 saves it.
 
 accelerate takes no FSDP configuration on a CPU, so the model is sharded here by hand, as docs/your-model.md says.
 """
@@ -48,7 +48,7 @@ def base(kind: str) -> Any:
 
 def run(out: Path, name: str, ranks: int, sharded: bool) -> UnlearnTrainer:
     kind, over = RUNS[name]
-    rows = 8 // ranks // over.get("gradient_accumulation_steps", 1)
+    rows = 12 // ranks // over.get("gradient_accumulation_steps", 1)
     args = UnlearnConfig(
         output_dir=str(out), per_device_train_batch_size=rows, learning_rate=1e-3, max_steps=3, save_strategy="no", use_cpu=True,
         disable_tqdm=True, **over,
@@ -99,30 +99,40 @@ for name in {names!r}:
 """
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """What one process trains."""
+    place = tmp_path_factory.mktemp("one")
+    return {name: trained(run(place, name, 1, False)) for name in RUNS}
+
+
 @pytest.mark.slow
-def test_two_ranks_with_a_sharded_base_equal_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "names"), [(2, list(RUNS)), (3, ["npo", "accumulation", "experts"])])
+def test_ranks_with_a_sharded_base_equal_one_process(
+    ranks: int, names: list[str], one: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
     for kind in ("llama", "olmoe"):
         base(kind).save_pretrained(tmp_path / f"base-{kind}")
         tiny.tokenizer().save_pretrained(tmp_path / f"base-{kind}")
-    one = {name: trained(run(tmp_path / "one", name, 1, False)) for name in RUNS}
     script = tmp_path / "rank.py"
     paths = [str(HERE.parents[i]) for i in (0, 1, 2)]
-    script.write_text(_RANK.format(paths=paths, out=str(tmp_path), names=list(RUNS)))
+    script.write_text(_RANK.format(paths=paths, out=str(tmp_path), names=names))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0",
          "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script)],
         env=env, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    for name, want in one.items():
+    for name in names:
+        want = one[name]
         start = {k: v.abs().max() for k, v in want.items()}
-        for rank in (0, 1):
+        for rank in range(ranks):
             got = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
             assert got.keys() == want.keys() and start
             assert max(float((got[k] - want[k]).abs().max()) for k in want) <= 1e-6, name
     for name in ("npo", "experts"):
-        ids = {(tmp_path / f"id-{name}-{rank}").read_text() for rank in (0, 1)}
+        ids = {(tmp_path / f"id-{name}-{rank}").read_text() for rank in range(ranks)}
         assert len(ids) == 1
         found = verify(tmp_path / f"saved-{name}", tmp_path / f"base-{RUNS[name][0]}")
         assert found.verdict == "ok", str(found)
