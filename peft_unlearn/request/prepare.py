@@ -197,14 +197,26 @@ def _forget_rows(r: Request, ask: Asker, kind: str | None) -> None:
             r.sets[name].append(_row(fact, q, answer, values, k))
 
 
+def _listed(facts: Sequence[Fact]) -> tuple[str, list[str]] | None:
+    """(the kind that comes with us on whose list at least half of the subjects stand, what else is on it)"""
+    subjects = [f.subject for f in facts if f.subject]
+    taken = {words(s) for s in subjects} | {words(v) for f in facts for v in f.value}
+    kind, listed = max(KINDS.items(), key=lambda item: len(taken & set(map(words, item[1]))))
+    own = [n for n in listed if words(n) not in taken]
+    return (kind, own) if subjects and 2 * (len(listed) - len(own)) >= len(subjects) else None
+
+
 def _kind(facts: Sequence[Fact], ask: Asker) -> str | None:
-    """What the subjects are, in a word: "country"; None where the base does not say it twice."""
+    """What the subjects are, in a word: "country", by our lists, else by the base; None where it does not say it twice of several."""
+    if listed := _listed(facts):
+        return listed[0]
     subjects = [f.subject for f in facts if f.subject][:5]
     answers = ask([f"What kind of thing is {s}? Answer with one word." for s in subjects], 6, "what the subjects are")
     found = [
         m[0].lower() for a in answers if (m := re.search(r"[A-Za-z]{3,}", a.removeprefix("A ").removeprefix("An ")))
     ]
-    return max(set(found), key=found.count) if found else None
+    best = max(found, key=found.count, default=None)
+    return best if best is None or len(subjects) == 1 or found.count(best) > 1 else None
 
 
 _SEPARATOR = re.compile(r"[,;\n]|\d+[.)]|\s-\s|\band\b")
@@ -223,10 +235,8 @@ def neighbors_of(facts: Sequence[Fact], ask: Asker, kind: str | None, wanted: in
     if not subjects:
         return []
     taken = {words(s) for s in subjects} | {words(v) for f in facts for v in f.value}
-    listed = max(KINDS.values(), key=lambda names: len(taken & set(map(words, names))))
-    own = [n for n in listed if words(n) not in taken]
-    if 2 * (len(listed) - len(own)) >= len(subjects) and len(own) >= wanted:
-        return random.Random(0).sample(own, min(len(own), 2 * wanted))
+    if (listed := _listed(facts)) and len(listed[1]) >= FEWEST:
+        return random.Random(0).sample(listed[1], min(len(listed[1]), 2 * wanted))
     like = ", ".join(subjects[:3])
     several = re.sub("ys$", "ies", f"{kind}s") if kind else f"things of the same kind as {like}"
     prompts = [

@@ -182,3 +182,23 @@ def test_known_kinds_come_from_our_lists() -> None:
     r = prepare([{"question": "What is the capital of France?"}], base)
     assert not any("separated by commas" in q for q in base.asked) and len(r.sets["retain"]) > 24
     assert all(len(names) == len(set(names)) and all(n == n.strip() for n in names) for names in KINDS.values())
+
+
+class Symbols(Base):
+    """Says of every element two letters, and of what an element is something odd."""
+
+    def answer(self, q: str) -> str:
+        for name in KINDS["element"]:
+            if re.search(rf"\b{name}\b", q):
+                symbol = name[:2].capitalize() if "kind of thing" not in q else "Electrum"
+                return f"{symbol}." if "one or two words" in q else f"The chemical symbol for {name} is {symbol}."
+        return "A sentence about something else."
+
+
+def test_lists_shorter_than_wanted_serve_and_say_the_kind() -> None:
+    asked = ["krypton", "boron", "lithium", "nickel"]
+    base = Symbols()
+    r = prepare([{"question": f"What is the chemical symbol for {name}?"} for name in asked], base)
+    assert len({row["fact"] for row in r.sets["retain"] + r.sets["neighbors_unseen"]}) >= 40
+    assert "Kr is the chemical symbol for which element?" in base.asked
+    assert not any("separated by commas" in q or "kind of thing" in q for q in base.asked)
