@@ -19,6 +19,7 @@ def verify(
     folder: Adapter, base: Base = None, below: Below = None,
     server: Annotated[str | None, typer.Option(help="Check this OpenAI-compatible server instead.")] = None,
     served_as: Annotated[str | None, typer.Option(help="The adapter's name on that server.")] = None,
+    base_as: Annotated[str | None, typer.Option(help="The base's own name on that server, which is asked too.")] = None,
     scale: Annotated[float | None, typer.Option(help="Scale it is served at; default the manifest's.")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -36,7 +37,9 @@ def verify(
         if server is not None and served_as is not None:
             from ..sharing.server import verify_server
 
-            report: Any = verify_server(folder, server, served_as, base=base, scale=scale, progress=progress)
+            report: Any = verify_server(
+                folder, server, served_as, base=base, scale=scale, progress=progress, base_as=base_as
+            )
         else:
             from ..sharing.verify import verify as run
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,8 @@ from .endpoint import Endpoint
 
 Scores = Mapping[str, float]  # by token text
 Continuation = tuple[list[int], list[float]]  # token ids, and at each the gap to the second best
-Served = Literal["applied", "base is being served", "cannot tell"]
+Served = Literal["applied", "base is being served", "neither", "cannot tell"]
+SAME: Served = "base is being served"
 MARGIN = 0.25
 """Smallest gap, in logits, between the best and the second best token for a prompt to count: bfloat16 was seen to move logits by .08."""
 TOKENS, WANTED, TRIED, ROUND = 16, 6, 96, 8
@@ -58,7 +60,8 @@ class Evidence:
 
 @dataclass
 class ServerReport(Result):
-    """Whether the adapter is served, and the evidence. offered: the names that the server lists."""
+    """Whether the adapter is served, and the evidence. offered: the names that the server lists. beside: the same for the base's own
+    name, which must be answered as the base answers: engines are known that perturb it once adapters are enabled."""
 
     url: str
     served_as: str
@@ -66,17 +69,19 @@ class ServerReport(Result):
     reason: str
     offered: list[str] | None = None
     evidence: list[Evidence] = field(default_factory=list)
+    beside: ServerReport | None = None
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.verdict == "applied" else 1
+        return 0 if self.verdict == "applied" and (self.beside is None or self.beside.verdict == SAME) else 1
 
     def to_dict(self) -> dict[str, Any]:
         return fields_of(self)
 
     def __str__(self) -> str:
         lines = [f"{self.served_as} at {self.url}: {self.verdict} ({self.reason})"]
-        return "\n".join(lines + [f"  {e.like:<8} {e.prompt!r} -> {e.answer!r}" for e in self.evidence])
+        lines += [f"  {e.like:<8} {e.prompt!r} -> {e.answer!r}" for e in self.evidence]
+        return "\n".join([*lines, *([str(self.beside)] if self.beside else [])])
 
 
 def verify_server(
@@ -86,6 +91,7 @@ def verify_server(
     base: str | Path | None = None,
     scale: float | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    base_as: str | None = None,
 ) -> ServerReport:
     """Whether the model `served_as` of the server at `url` is the base with the adapter in `folder`.
 
@@ -93,6 +99,7 @@ def verify_server(
         base: folder, Hub id or ``embedded:NAME``, default the manifest's; where it is not available the manifest's
             probes are compared instead.
         scale: at which the adapter should be served, default the manifest's (plain PEFT serves at 1).
+        base_as: the base's own name on that server, which is then asked the same.
 
     Raises:
         UserError: a folder that is no adapter, a wrong base, a server that cannot be reached or refuses.
@@ -112,11 +119,20 @@ def verify_server(
             raise
         if found.manifest.probes is None:
             raise UserError(f"{folder}: neither its base nor probes are available; name the base with --base") from None
-        return check_probes(endpoint, found.manifest.probes, load_tokenizer(folder))
+        return _both(
+            endpoint, base_as, partial(check_probes, probes=found.manifest.probes, tokenizer=load_tokenizer(folder))
+        )
     endpoint.complete(NEUTRAL_PROMPTS[0], 1)  # a server that is not there is reported before a model is loaded
     stack = ForgetModel.from_pretrained(base, folder, scales=None if scale is None else [scale])
     canaries = find_canaries(stack.disabled, lambda: nullcontext(stack.model), stack.tokenizer, progress=progress)
-    return check_canaries(endpoint, canaries)
+    return _both(endpoint, base_as, partial(check_canaries, canaries=canaries))
+
+
+def _both(endpoint: Endpoint, base_as: str | None, check: Callable[[Endpoint], ServerReport]) -> ServerReport:
+    report = check(endpoint)
+    if base_as is not None:
+        report.beside = check(Endpoint(endpoint.url, base_as))
+    return report
 
 
 def candidates(tokenizer: Any, count: int, seed: int = 0) -> list[str]:
@@ -257,8 +273,12 @@ def _weigh(report: ServerReport, what: str) -> ServerReport:
     elif on >= enough and off == 0:
         report.verdict, report.reason = "applied", f"{on} of {n} {what} are answered as the adapter answers"
     elif off >= enough and on == 0:
-        report.verdict = "base is being served"
+        report.verdict = SAME
         report.reason = f"{off} of {n} {what} are answered as the base answers" + unlisted
+    elif n - on - off >= enough:
+        report.verdict = "neither"
+        why = "another model or scale, or an engine that perturbs the base"
+        report.reason = f"{n - on - off} of {n} {what} are answered as neither: {why}{unlisted}"
     else:
         split = f"{on} are answered as the adapter does, {off} as the base, {n - on - off} as neither"
         report.reason = f"of {n} {what}, {split}{unlisted}"

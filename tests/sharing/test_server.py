@@ -163,7 +163,22 @@ def test_without_base_and_log_probabilities_it_cannot_tell(stack, folder):
 def test_a_third_model_is_neither(canaries):
     with serving(lambda body: (200, {"choices": [{"text": "something else"}]}), ["mine"]) as served:
         report = check_canaries(Endpoint(served.url, "mine"), canaries)
-    assert report.verdict == "cannot tell" and "neither" in report.reason
+    assert report.verdict == "neither" and "perturbs the base" in report.reason and report.exit_code == 1
+
+
+def test_the_bases_own_name_is_asked_too(stack, folder, base_dir):
+    """An engine that answers the base's name with the adapter, or with something else, does not pass."""
+    third = (200, {"choices": [{"text": "something else"}]})
+    for other, verdict in ((False, "base is being served"), (True, "applied"), (None, "neither")):
+
+        def reply(body: dict[str, Any], other=other) -> tuple[int, Any]:
+            on = True if body["model"] == "mine" else other
+            return third if on is None else model_reply(stack, on)(body)
+
+        with serving(reply, ["mine", "base"]) as served:
+            report = verify_server(folder, served.url, "mine", base=base_dir, base_as="base")
+        assert report.verdict == "applied" and report.beside is not None and report.beside.verdict == verdict
+        assert report.exit_code == (0 if other is False else 1) and report.to_dict()["beside"]["verdict"] == verdict
 
 
 def test_one_answer_in_four_may_be_lost_to_rounding_but_none_to_the_other_model():
@@ -172,6 +187,7 @@ def test_one_answer_in_four_may_be_lost_to_rounding_but_none_to_the_other_model(
         (["yes", "yes", "yes", "hm"], "applied"),
         (["yes", "yes", "yes", "no"], "cannot tell"),
         (["yes", "yes", "hm", "hm"], "cannot tell"),
+        (["hm", "hm", "hm", "yes"], "neither"),
         (["no", "no", "no", "hm"], "base is being served"),
     ):
         answers = iter(said)
