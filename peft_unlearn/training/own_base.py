@@ -1,7 +1,7 @@
 """Whether the base under a trained adapter is the one in the files that are named, and what adapter and files do together.
 
-The files are loaded once more, in float32: what is compared, and what the probes hold, is what everybody else will get, not
-what training computed in its own dtype.
+The files are loaded once more, in float32 (around the tensors in memory, where those are the files' own): what is compared, and what the
+probes hold, is what everybody else will get, not what training computed in its own dtype.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..folder.base import load_base
-from ..folder.digest import name_in_base, plain_tensors
+from ..folder.base import load_around, load_base
+from ..folder.digest import digest_live, name_in_base, plain_tensors
 from ..folder.manifest import Probes, probe_logits, probes
 from ..folder.quantized import identity, options_of
 from ..forward import Reference
@@ -67,7 +67,7 @@ def probes_of_files(live: Any, tokenizer: Any, prompts: tuple[str, ...], base_di
     Raises:
         UserError: with its adapters off, `live` is not the model in these files.
     """
-    fresh = load_base(base_dir, fits=fits)
+    fresh = _of_files(live, base_dir, fits)
     if not options_of(live):  # else `held_in_memory` compares
         _same(live, fresh, tokenizer, prompts, base_dir)
     return _probed(fresh, live, tokenizer, prompts)
@@ -94,6 +94,19 @@ def held_in_memory(
 def plain_copy(live: Any, base_dir: Path, fits: list[str]) -> Any:
     """The base in these files with copies of the active adapters of `live` on it, for a model that lies in parts on several ranks."""
     return _with_adapters(load_base(base_dir, fits=fits), live)
+
+
+def _of_files(live: Any, base_dir: Path, fits: list[str]) -> Any:
+    """The model in these files, in float32; made of the tensors in memory where those are the files' own: no second copy."""
+    tensors = {} if options_of(live) else plain_tensors(live)
+    plain = all(t.dtype == torch.float32 or not t.is_floating_point() for t in tensors.values())
+    if plain and tensors and all(t.device.type == "cpu" and not is_sharded(t) for t in tensors.values()):
+        fresh = load_around(base_dir, tensors, fits) if digest_live(live, base_dir).verdict == "same" else None
+        if fresh is not None and all(
+            n in tensors and t.data_ptr() == tensors[n].data_ptr() for n, t in plain_tensors(fresh).items()
+        ):
+            return fresh
+    return load_base(base_dir, fits=fits)
 
 
 def _same(live: Any, fresh: Any, tokenizer: Any, prompts: tuple[str, ...], base_dir: Path) -> None:

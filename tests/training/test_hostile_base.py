@@ -18,6 +18,7 @@ from peft_unlearn.errors import UserError
 from peft_unlearn.folder.base import load_base, resolve_base
 from peft_unlearn.sharing.verify import verify
 from peft_unlearn.stack.model import remove
+from peft_unlearn.training import own_base
 from peft_unlearn.training.adapt import get_forget_model
 from peft_unlearn.training.config import UnlearnConfig
 from peft_unlearn.training.save import save_adapter
@@ -118,6 +119,16 @@ def test_saving_moves_no_random_state_and_no_weight(base_dir: Path, tmp_path: Pa
     assert torch.equal(before, torch.get_rng_state())
     assert flags == {n: p.requires_grad for n, p in t.bare.named_parameters()}
     assert all(torch.equal(weights[n], p) for n, p in t.bare.named_parameters())
+
+
+def test_saving_in_float32_makes_no_second_copy_of_the_base(
+    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = trained(tmp_path / "out", load_base(base_dir))
+    with monkeypatch.context() as m:
+        m.setattr(own_base, "load_base", lambda *_, **__: pytest.fail("the files were loaded once more"))
+        save_adapter(t, base=base_dir)
+    ok(tmp_path / "out", base_dir)
 
 
 # --- not the base that is named ---------------------------------------------------------------------------------------
