@@ -126,6 +126,8 @@ def _tensors(found: AdapterFolder, scale: float, target: str) -> tuple[dict[str,
             errors.add(f"{weight} (a trained router) has no place in a served LoRA")
         if row.experts > 1 and target == "mergekit":
             errors.add(f"{weight} is a stack of experts, which mergekit's models hold one by one")
+        if target == "vllm" and row.module.rpartition(".")[2] in ("lm_head", "embed_tokens"):
+            errors.add(f"{weight} is an embedding, on which vLLM takes no adapter for most families")
         if target == "gguf" and (row.experts > 1 or row.kind == "embedding"):
             errors.add(f"{weight} is a stack of experts or an embedding, whose adapters are not written as GGUF here")
         if row.experts > 1 and row.rank != rank:

@@ -92,6 +92,8 @@ def test_mergekit_is_told_the_base_and_does_not_normalize(base_dir, tmp_path):
 def test_refusals(base_dir, tmp_path):
     with pytest.raises(UserError, match="vllm"):
         export(make(base_dir, tmp_path / "a"), tmp_path / "x", "vlm")
+    with pytest.raises(UserError, match=r"lm_head.*vLLM takes no adapter"):
+        export(make(base_dir, tmp_path / "h", target_modules=["q_proj", "lm_head"]), tmp_path / "x", "vllm")
     with pytest.raises(UserError, match="DoRA"):
         export(make(base_dir, tmp_path / "d", use_dora=True), tmp_path / "x", "vllm")
     upper = make(base_dir, tmp_path / "upper")
