@@ -38,12 +38,15 @@ KINDS = {
         "Selections",
         "Which weights a sparse adapter trains, or which structures of a LoRA: [what was measured](../selection.md).",
     ),
+    "oneshot": ("One-shot", "What fills an adapter in a few passes, without an optimizer, in place of training."),
 }
 RESERVED = {
     "objective": "In a recipe every objective also takes `weight` (1) and `batch`, the set it reads (default: the one its "
     "gradient is named after).",
     "rule": "In a recipe every rule also takes `scope`: `global` (default), `layer` or `tensor`, what it sees as one vector.",
     "smoothing": "In a recipe every smoothing also takes `space`: {spaces}.",
+    "oneshot": "In a recipe every one-shot method also takes `kl` (0.05): the largest KL from the base, in nats a token of 256 retain "
+    "rows, by which the size of the delta is found.",
     "selection": "What a recipe says beside them (`ratio`, `budget`, `unit`, `refresh`, ..): "
     "[in a recipe](../selection.md#in-a-recipe).",
 }
@@ -134,7 +137,7 @@ def uses(recipe: Mapping[str, Any]) -> dict[str, str]:
     for gradient, objectives in recipe["terms"].items():
         for name in [objectives] if isinstance(objectives, str) else objectives:
             out[f"objective/{registry.get('objective', name).name}"] = f"terms.{gradient}"
-    for kind in ("rule", "smoothing", "averaging", "step_size"):
+    for kind in ("rule", "smoothing", "averaging", "step_size", "oneshot"):
         spec = recipe.get(kind) or ("sum" if kind == "rule" else None)
         if spec is not None:
             name = spec if isinstance(spec, str) else next(iter(spec))

@@ -34,9 +34,9 @@ from ..reporting import calibrate as shown
 from ..reporting.document import Part
 from ..reporting.result import Result
 from ..stack.model import ForgetModel
+from ..training.disruption import Disrupted, make_kl, within
 from ..tuners.delta import changes_base, is_sparse
 from ..tuners.peft_type import FORGET_VECTOR, PEFT_TYPE
-from .disruption import Disrupted, make_kl, within
 from .search import FLOOR, Calibration, Levels, search
 
 FORMAT = 1

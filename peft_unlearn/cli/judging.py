@@ -149,7 +149,8 @@ def sanitize(
 def compare(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Forget adapters of one forget set.")],
     retain_floor: Floor = 0.95, metric: Metric = "extraction_strength", max_scale: MaxScale = 1.0, suite: SuiteName = None,
-    n: Rows = None, out: Document = None, base: Base = None, data: Data = None, dtype: Dtype = "auto", device: Device = "auto", json: Json = False,
+    n: Rows = None, out: Document = None, base: Base = None, data: Data = None, dtype: Dtype = "auto", device: Device = "auto",
+    json: Json = False,
 ) -> None:  # fmt: skip
     """Adapters side by side at equal retention, each at its own scale; nothing is written into them."""
     from ..analysis import compare as job

@@ -243,7 +243,7 @@ def _origin(method: dict[str, Any]) -> list[list[str]]:
     return [["sum of", "; ".join(summed) or "not stated"], *cut]
 
 
-_PARTS = ("rule", "smoothing", "step_size", "averaging", "negate", "sanitize")
+_PARTS = ("rule", "smoothing", "step_size", "averaging", "negate", "oneshot", "sanitize")
 
 
 def _scale(m: Manifest) -> str:

@@ -18,7 +18,7 @@ from .yaml_io import dump_yaml, parse_yaml, read_yaml
 
 TOP_LEVEL = (
     "name", "description", "base", "base_options", "stack", "data", "adapter", "reference", "terms", "rule", "smoothing", "selection",
-    "step_size", "averaging", "train", "eval", "tune", "seed", "compose", "sanitize",
+    "step_size", "averaging", "train", "eval", "tune", "seed", "compose", "sanitize", "oneshot",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from .params import Range as Range
 from .params import complaints as complaints
 from .params import params_of as params_of
 
-KINDS = ("objective", "rule", "smoothing", "averaging", "step_size", "selection", "metric", "attack")
+KINDS = ("objective", "rule", "smoothing", "averaging", "step_size", "selection", "oneshot", "metric", "attack")
 NEEDS = {"logp", "ref_logp", "logits", "ref_logits", "hidden", "ref_hidden", "router", "ref_router", "alternate"}
 # of metrics; a provider of evaluation adds its own name
 NEEDS |= {"generation", "perturbed", "retain_model", "pair", "base", "samples", "continuations", "depth", "gradient"}
@@ -211,6 +211,15 @@ def selection(name: str, *, source: Source, forget: str = "nll", faithful: str =
         forget: the objective that `forget_grad` is the gradient of, unless the user names another.
     """
     return _register("selection", name, source=source, forget=forget, faithful=faithful)
+
+
+def oneshot(name: str, *, source: Source, forget: str = "ga", faithful: str = "verified"):
+    """Register ``fn(shot, *, hyper...) -> None``: fills the factors of a fresh adapter in a few passes (`attribution.oneshot.Shot`).
+
+    Args:
+        forget: the objective whose gradient is taken, unless the recipe's terms name another.
+    """
+    return _register("oneshot", name, source=source, forget=forget, faithful=faithful)
 
 
 def metric(

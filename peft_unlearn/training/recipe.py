@@ -17,7 +17,7 @@ from ..folder.quantized import KEY, name_of, require_library
 from ..folder.quantized import understood as how_held
 from ..folder.schema import COUNT, NUMBER, POSITIVE, is_number, is_whole, maybe, one_of, shape
 from ..tuners.selection import Selection
-from . import fila
+from . import fila, oneshot
 from .adapt import peft_config
 from .config import METHODS, UnlearnConfig, require_sets
 from .selecting import Selecting, understood
@@ -57,6 +57,7 @@ class Run:
         default_factory=dict
     )  # how the base is held in fewer bits, see `folder.quantized`
     fila: bool = False  # the adapter's start, see `fila`
+    oneshot: Any = None  # ((method, hyper-parameters), budget) of an adapter that no optimizer trains
     frozen: Mapping[Any, Any] = field(default_factory=dict)  # by that start: parameter -> which of it may move
 
     def load(self) -> Any:
@@ -90,6 +91,12 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
             "this adapter was trained and then changed by `peft-unlearn sanitize`: take `sanitize` out of the recipe to train the first, "
             "and run that command on it"
         )
+    once = None
+    if recipe.get("oneshot") is not None:
+        errors = Errors()
+        once = oneshot.understood(recipe, str((recipe.get("adapter") or {}).get("type", "lora")).lower(), errors)
+        errors.raise_if_any(f"recipe {recipe.get('name', '')}".strip())
+        recipe = {**recipe, "terms": recipe.get("terms") or oneshot.terms_of(recipe["oneshot"])}
     config, adapter, negate, auto, selecting, starts, options = _understood(recipe, out)
     bundle = load_data(recipe.get("data"), data)
     require_sets(config, bundle)
@@ -109,6 +116,7 @@ def prepare(recipe: Mapping[str, Any], out: str | Path, base: str | None = None,
         selecting,
         fila=starts,
         base_options=options,
+        oneshot=once,
     )
 
 

@@ -247,7 +247,7 @@ def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str
         "step_size": (config.step_size_method, {}),
         "averaging": (config.averaging_method, {}),
     }
-    return {
+    run: dict[str, Any] = {
         "terms": terms,
         **{kind: {m[0].name: {**m[1], **more}} if m else None for kind, (m, more) in parts.items()},
         "selection": _selection(trainer.bare, trainer.trained_adapter),
@@ -264,6 +264,13 @@ def describe_method(trainer: UnlearnTrainer, recipe: dict[str, Any]) -> dict[str
         "anchor": config.anchor,
         "per_anchor": config.per_anchor,
     }
+    if trainer.oneshot is not None:  # nothing of this ran
+        run = {k: v for k, v in run.items() if k not in _OF_TRAINING}
+        run["oneshot"] = trainer.oneshot
+    return run
+
+
+_OF_TRAINING = ("optimizer", "learning_rate", "lr_scheduler_type", "max_grad_norm", "weight_decay", "best_step", "rule")
 
 
 def _selection(model: Any, name: str) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from .adapt import get_forget_model
 from .fila import begun
 from .images import of_images
 from .mask import refreshed
+from .oneshot import fire
 from .recipe import CHOOSING, Run, notes, prepare
 from .save import negate, save_adapter
 from .selecting import chosen
@@ -79,6 +80,9 @@ def train(
     first = trainer.is_world_process_zero()
     if first:
         progress("\n".join([*(f"note: {line}" for line in notes(run)), trainer.describe()]))
+    if run.oneshot is not None:
+        trainer.oneshot = fire(run, trainer, tokenizer)
+        return save_adapter(trainer, out, base=run.base, recipe=run.recipe, depends_on=below.ids)
     trainer.add_callback(stop := StopOnSignal())
     with room_for(Path(out)), stoppable(stop):
         trainer.train(resume_from_checkpoint=resume or None)

@@ -94,6 +94,7 @@ class UnlearnTrainer(Trainer):
         (check_images if reads_images(model) else check_rows)(model, sets, self.pad_id)
         self.score = score
         self.trained_adapter = _trained_adapter(model)
+        self.oneshot: dict[str, Any] | None = None  # what a one-shot method did instead of training
         adapter: Any = model.peft_config[self.trained_adapter]  # type: ignore[index]
         self.config = copy.copy(args)
         self.config.term_list = with_experts(args.term_list, getattr(adapter, "experts", None))

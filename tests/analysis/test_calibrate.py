@@ -12,11 +12,11 @@ from eval_helpers import qa, tiny
 from peft import LoraConfig, get_peft_model
 
 from peft_unlearn.analysis.calibrate import at_scale, check_exact, make_read
-from peft_unlearn.analysis.disruption import make_kl, within
 from peft_unlearn.analysis.search import TOLERANCE, Levels, search
 from peft_unlearn.errors import UserError
 from peft_unlearn.evaluation.numbers import Number
 from peft_unlearn.stack.model import ForgetModel
+from peft_unlearn.training.disruption import make_kl, within
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 

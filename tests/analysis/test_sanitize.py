@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_unlearn.analysis import sanitize as job
+from peft_unlearn.attribution import moments
 from peft_unlearn.data.bundle import ForgetRetain
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import read_adapter
@@ -25,27 +26,27 @@ sys.path.append(str(ROOT / "tests" / "tuners"))
 @pytest.mark.parametrize("width", [6, 40])
 def test_the_projection_is_the_ridge_minimizer(width, monkeypatch):
     """Against the normal equations in float64: D (I + strength C / m) = B A, for whole moments and for kept directions."""
-    monkeypatch.setattr(job, "EXACT", 10)
-    monkeypatch.setattr(job, "KEPT", 20)
+    monkeypatch.setattr(moments, "EXACT", 10)
+    monkeypatch.setattr(moments, "KEPT", 20)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(500, 5, generator=g) @ torch.randn(
         5, width, generator=g
     )  # of rank 5, so that 20 directions hold it all
     a, b = torch.randn(3, width, generator=g), torch.randn(7, 3, generator=g)
-    moment = job.Moment(width)
+    moment = moments.Moment(width)
     for some in x.split(37):
         moment.add(some)
     c = x.double().T @ x.double()
     c /= c.trace() / width
     want = torch.linalg.solve(torch.eye(width, dtype=torch.float64) + 2.5 * c, (b @ a).double(), left=False)
     new = a.clone()
-    sizes = job.project(new, b, moment, 2.5)
+    sizes = moments.project(new, b, moment, 2.5)
     torch.testing.assert_close((b @ new).double(), want, atol=2e-4, rtol=2e-4)
     d = (b @ a).double()
     found = [d.square().sum(), want.square().sum(), (d @ c @ d.T).trace(), (want @ c @ want.T).trace()]
     torch.testing.assert_close(sizes, torch.stack(found), rtol=1e-3, atol=1e-3)
     hard = a.clone()
-    job.project(hard, b, moment, float("inf"))
+    moments.project(hard, b, moment, float("inf"))
     assert (hard @ x.T).abs().max() < 1e-3 * (a @ x.T).abs().max()
 
 
@@ -55,11 +56,11 @@ def test_experts_by_the_tokens_that_are_routed_to_them(family):
     import families as f
 
     model = f.adapted(f.base(family), experts={1: [0, 2]}).eval()
-    layer = next(m for m in model.modules() if isinstance(m, job.ExpertsLayer))
+    layer = next(m for m in model.modules() if isinstance(m, moments.ExpertsLayer))
     rows = [
         {"input_ids": r.tolist(), "labels": r.tolist(), "attention_mask": [1] * len(r)} for r in f.batch()["input_ids"]
     ]
-    found = job.activations(model, rows)
+    found = moments.activations(model, rows)
     given: dict[tuple[str, int], list[torch.Tensor]] = {}
     project = type(layer)._project
 
@@ -77,7 +78,7 @@ def test_experts_by_the_tokens_that_are_routed_to_them(family):
         x = seen[p, e]
         assert moment.n == len(x)
         torch.testing.assert_close(moment.seen, x.T @ x, atol=1e-4, rtol=1e-4)
-    keys = [key for key, _, _ in job.factors(model)]
+    keys = [key for key, _, _ in moments.factors(model)]
     assert len(keys) == len(set(keys)) and {k[1:] for k in keys} >= {("gate_up", 0), ("down", 2)}
 
 

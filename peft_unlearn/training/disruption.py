@@ -23,7 +23,7 @@ from ..forward import Pass, Reference
 from ..objectives.distillation import kl
 from ..reporting.result import Result, fields_of
 from ..reporting.tables import Table, to_text
-from ..training.reference import reference_values
+from .reference import reference_values
 
 SHRINK, GROW = 8.0, 2.0
 ENOUGH = 0.95
@@ -124,7 +124,9 @@ def make_kl(
         raise UserError(
             f"a KL budget is held on the {name} set, and these data have none; give one with --data, or name a set with --on"
         )
-    rows: Sequence[dict[str, Any]] = sorted(data.encode(name, tokenizer)[:n], key=lambda r: -len(r["input_ids"]))
+    encoded = data.encode(name, tokenizer)
+    some = encoded[:: -(-len(encoded) // n) if n else 1]  # evenly spaced: sets are often sorted by kind
+    rows: Sequence[dict[str, Any]] = sorted(some, key=lambda r: -len(r["input_ids"]))
     pad_id, device = padding_id(tokenizer), next(model.parameters()).device
     for row, v in zip(rows, reference_values(model, list(rows), Reference("base"), pad_id, "ref_head"), strict=True):
         row["ref_head"] = v
