@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..evaluation.plan import Progress
+from ..folder import schema as s
 from ..folder.fetch import resolve_adapter
 from ..folder.read import EVAL, AdapterFolder, read_adapter
 from ..folder.yaml_io import parse_json, read_text
@@ -23,6 +24,23 @@ from .measured import numbers
 from .record import derived_of, private_file
 from .statistics import Relative, canonical
 
+_SHARE = s.shape("a share", lambda v: s.is_number(v) and 0 < v <= 1)
+_BOUND = {
+    **dict.fromkeys(("set", "metric", "precision", "decoding"), s.TEXT), "rows": s.WHOLE, "upper": _SHARE,
+    "alpha": s.shape("between 0 and 1", lambda v: s.is_number(v) and 0 < v < 1),
+}  # fmt: skip
+_ATTRIBUTES = s.record(
+    {"attributes": s.list_of(s.record({"conditions": s.record(_BOUND, _BOUND, more=True)}, more=True))},
+    ("attributes",),
+    more=True,
+)
+_LEDGER = {"entries": s.WHOLE, "revocations": s.WHOLE, "head": s.TEXT, "revokedHead": s.TEXT}
+_SIGNED = {
+    "statements": s.LIST, "wording": s.TEXT, "alpha": _SHARE, "requests": s.list_of(s.record({"id": s.TEXT}, ("id",), more=True)),
+    "derived": s.list_of(s.record({"name": s.TEXT, "digest": s.MAPPING}, ("name", "digest"), more=True)),
+}  # fmt: skip
+_ERASURE = s.record({**_SIGNED, "ledger": s.maybe(s.record(_LEDGER, _LEDGER, more=True))}, _SIGNED, more=True)
+"""What of a stranger's statements is read here; they may hold more."""
 CONFIRMED, SIGNED, CONTRADICTED = "confirmed here", "signed but not re-run", "contradicted"
 Answer = Literal["confirmed here", "signed but not re-run", "contradicted"]
 
@@ -160,14 +178,15 @@ def _statements(path: Path, owner: Key | None, root: str | None, out: Audit) -> 
         if [_again(line, *pair) for line, pair in zip(lines, signed, strict=True)] != lines:
             raise ValueError("spelled otherwise than it was written")
         found = [json.loads(payload) for payload, _ in signed]
-        kinds = [s["predicateType"] for s in found]
+        kinds = [one["predicateType"] for one in found]
         if kinds != [st.PROVENANCE, st.TESTS, st.SCAI, st.ERASURE]:
             raise ValueError(f"its statements are {', '.join(map(str, kinds)) or 'none'}")
-        erasure = found[-1]["predicate"]
+        s.require(found[2]["predicate"], _ATTRIBUTES, st.SCAI)
+        s.require(erasure := found[-1]["predicate"], _ERASURE, st.ERASURE)
         sums = [hashlib.sha256(payload).hexdigest() for payload, _ in signed[:-1]]
-        whole = erasure["statements"] == sums and all(s["subject"][0]["digest"]["sha256"] == root for s in found)
+        whole = erasure["statements"] == sums and all(one["subject"][0]["digest"]["sha256"] == root for one in found)
     except (UserError, ValueError, KeyError, TypeError, IndexError, RecursionError) as e:
-        out.add("statements", False, f"{st.BUNDLE}: {e}")
+        out.add("statements", False, f"{st.BUNDLE}: {' '.join(str(e).split())}")
         return None
     if not whole:
         out.add("statements", False, f"{st.BUNDLE}: its statements are not of one record, or not of these files")
@@ -177,7 +196,7 @@ def _statements(path: Path, owner: Key | None, root: str | None, out: Audit) -> 
     named = {line["signatures"][0]["keyid"] for line in lines}
     if owner is not None and named != {owner.hint}:
         out.add("key", False, f"{st.BUNDLE} names another key")
-    return {s["predicateType"]: s["predicate"] for s in found}
+    return {one["predicateType"]: one["predicate"] for one in found}
 
 
 def _again(line: Mapping[str, Any], payload: bytes, signature: bytes) -> dict[str, Any]:

@@ -120,7 +120,13 @@ def record(
         _add_ledger(erasure, stackfile.load(stack), found, salt)
     files = st.signed_files(found.path)
     with writing(found.path):
-        _write(found, owner, files, [(st.TESTS, tests(checks)), (st.SCAI, {"attributes": bounds})], erasure)
+        _write(
+            found,
+            owner,
+            files,
+            [(st.TESTS, tests(checks)), (st.SCAI, {"attributes": bounds or [{"attribute": "NO_LEAK_BOUND"}]})],
+            erasure,
+        )
     return Record(
         str(folder), st.root_of(files), owner.hint, erasure["wording"], len(files), look, bounds, str(private), notes
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -24,8 +25,9 @@ from peft_unlearn.records.audit import (
     _statements,
     audit,
 )
-from peft_unlearn.records.keys import PASSWORD, load_key
+from peft_unlearn.records.keys import PASSWORD, envelope, load_key, opened
 from peft_unlearn.records.record import private_file, record
+from peft_unlearn.records.statistics import canonical
 from peft_unlearn.stack import stackfile
 from peft_unlearn.stack.stackfile import add, revoke
 
@@ -158,6 +160,28 @@ def test_statements_of_an_earlier_record_do_not_pass(place, base_dir):
     for mixed in (old, [*new[:3], old[3]], [*old[:3], new[3]], new[:3], [new[1], new[0], *new[2:]], [*new, new[3]]):
         (place.adapter / st.BUNDLE).write_text("".join(mixed))
         assert not checked(place.adapter, place.pub)
+
+
+@pytest.mark.parametrize(
+    ("line", "change"),
+    [
+        (2, {"attributes": [{"conditions": {"set": 1}}]}),
+        (3, {"requests": 3}),
+        (3, {"wording": None}),
+        (3, {"ledger": {"entries": "x"}}),
+    ],
+)
+def test_statements_that_a_stranger_signed_in_another_shape(place, base_dir, line, change):
+    """Signed by the right key, and still no record: a message, no traceback."""
+    path, key = place.adapter / st.BUNDLE, load_key(place.key, private=True)
+    told = [json.loads(opened(json.loads(one), "")[0]) for one in path.read_text().splitlines()]
+    told[line]["predicate"] |= change
+    payloads = [canonical(one) for one in told]
+    told[3]["predicate"]["statements"] = [hashlib.sha256(p).hexdigest() for p in payloads[:3]]
+    payloads[3] = canonical(told[3])
+    path.write_text("".join(canonical(envelope(p, key, key.hint)).decode() + "\n" for p in payloads))
+    found = audit(place.adapter, key=place.pub, base=str(base_dir))
+    assert of(found, "statements") == CONTRADICTED and (st.SCAI, st.ERASURE)[line - 2] in str(found)
 
 
 def test_nothing_is_signed_that_verify_refuses(place, base_dir):
