@@ -21,7 +21,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from peft_unlearn.errors import UserError
-from peft_unlearn.folder.read import file_sha256, read_adapter
+from peft_unlearn.folder.read import RECORDED, file_sha256, read_adapter
 from peft_unlearn.folder.write import write_adapter
 from peft_unlearn.sharing.outgoing import leaks
 from peft_unlearn.sharing.publish import push
@@ -416,6 +416,18 @@ def test_pull_is_the_same_adapter_at_a_commit(hub: Hub, clients: Clients, folder
     hub.calm()
     again = clients("pull", f"me/pulled@{first['commit']}", str(tmp_path / "offline"), offline=True)
     assert again["commit"] == first["commit"] and not hub.requests
+
+
+def test_a_signed_record_goes_along_both_ways(hub: Hub, clients: Clients, folder: Path, tmp_path: Path) -> None:
+    """And is taken out there when the next push has none."""
+    for name in RECORDED:
+        (folder / name).write_text(f"{name}\n")
+    clients("push", str(folder), "me/signed")
+    clients("pull", "me/signed", str(tmp_path / "there"))
+    assert contents(tmp_path / "there") == contents(folder) and set(RECORDED) <= set(contents(folder))
+    for name in RECORDED:
+        (folder / name).unlink()
+    assert sorted(clients("push", str(folder), "me/signed")["deleted"]) == sorted(RECORDED)
 
 
 def test_what_is_not_pulled(hub: Hub, clients: Clients, folder: Path, tmp_path: Path) -> None:
