@@ -250,7 +250,8 @@ def plain(summary: str) -> str:
 
 def example_text(card: Mapping[str, Any], name: str) -> str:
     """A whole recipe around the parts that a card gives."""
-    whole = {"name": f"people-{name.replace('_', '-')}", **EXAMPLE, **card["example"], "train": TRAIN, "seed": 0}
+    train = {} if "oneshot" in card["example"] else {"train": TRAIN}
+    whole = {"name": f"people-{name.replace('_', '-')}", **EXAMPLE, **card["example"], **train, "seed": 0}
     lines = []
     for k, v in whole.items():
         if k == "terms":
