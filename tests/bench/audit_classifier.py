@@ -125,8 +125,7 @@ def judged(source: str, make: Callable[[Path, Path], object], place: Path) -> di
 
 
 def main() -> None:
-    from conftest import write_key
-    from cryptography.hazmat.primitives.asymmetric import ec
+    from keyfiles import write_key
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--good", default=",".join(GOOD))
@@ -138,7 +137,7 @@ def main() -> None:
     ]
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as place:
-        write_key(Path(place), ec.SECP256R1())
+        write_key(Path(place))
         for i, (name, good, source, make) in enumerate(todo):
             (Path(place) / str(i)).mkdir()
             rows.append({"name": name, "good": good, **judged(source, make, Path(place) / str(i))})

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_key
-from cryptography.hazmat.primitives.asymmetric import ec
+from keyfiles import write_key
 
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import read_adapter
@@ -31,6 +30,7 @@ from peft_unlearn.records.statistics import canonical
 from peft_unlearn.stack import stackfile
 from peft_unlearn.stack.stackfile import add, revoke
 
+pytest.importorskip("cryptography")  # an extra; with [dev] it is there
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -145,7 +145,7 @@ def test_a_ledger_grows_and_keeps_what_was_signed(place, base_dir):
 
 def test_another_key_is_contradicted_and_no_key_is_said(place, base_dir):
     (place.root / "other").mkdir()
-    write_key(place.root / "other", ec.SECP384R1())
+    write_key(place.root / "other", "SECP384R1")
     found = audit(place.adapter, key=place.root / "other" / "key.pub", base=str(base_dir), rerun=False)
     assert of(found, "signature") == of(found, "statements") == CONTRADICTED and found.exit_code == 1
     found = audit(place.adapter, base=str(base_dir), rerun=False)
@@ -200,7 +200,7 @@ def test_what_a_user_does_wrong(place, base_dir, monkeypatch, tmp_path):
         record(place.adapter, place.pub)
     with pytest.raises(UserError, match="ecparam -name prime256v1"):
         record(place.adapter, tmp_path / "none.pem")
-    locked = write_key(tmp_path, ec.SECP521R1(), b"secret")
+    locked = write_key(tmp_path, "SECP521R1", b"secret")
     with pytest.raises(UserError, match=PASSWORD):
         load_key(locked, private=True)
     monkeypatch.setenv(PASSWORD, "secret")
@@ -243,7 +243,7 @@ def test_the_salt_stays_beside_the_folder(place):
 def test_numbers_of_an_embedded_adapter_are_measured_again(tmp_path):
     """Honest numbers are confirmed, forged ones are not, whatever was signed."""
     folder = Path(shutil.copytree(ROOT / "adapters/published/npo", tmp_path / "npo"))
-    key = write_key(tmp_path, ec.SECP256R1())
+    key = write_key(tmp_path)
     done = record(folder, key)
     assert done.wording == st.SUPPRESSED and len(done.bounds) == 6
     found = audit(folder, key=tmp_path / "key.pub")
