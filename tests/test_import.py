@@ -144,7 +144,7 @@ def test_no_room_is_a_house_of_its_own():
     """A room past a sixth of the lines holds two purposes."""
     sizes = {room: lines_of(paths) for room, paths in rooms().items()}
     whole = sum(sizes.values())
-    assert whole <= 38_500  # docs/design.md, "How large it is"
+    assert whole <= 41_000  # docs/design.md, "How large it is"
     assert {room: n for room, n in sizes.items() if n > 0.16 * whole} == {}
 
 
