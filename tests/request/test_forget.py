@@ -66,7 +66,9 @@ def test_the_folder_is_an_adapter_with_its_numbers_and_nothing_private(done, fil
     )
     for question, value in found.facts:
         assert question not in texts
-        assert re.search(rf"(?<![\d.]){re.escape(value)}(?!\d)", texts) is None  # a year may stand among a number's digits
+        assert (
+            re.search(rf"(?<![\d.]){re.escape(value)}(?!\d)", texts) is None
+        )  # a year may stand among a number's digits
     assert set(folder.manifest.data) >= {"forget", "general", "kept"}
     work = out.with_name("F.work")
     assert {p.stem for p in (work / "data").iterdir()} >= {"forget", "general", "kept"}
