@@ -163,7 +163,7 @@ _DROPOUT: weakref.WeakKeyDictionary[nn.Module, tuple[list[str], bool]] = weakref
 
 
 def _has_dropout(model: nn.Module) -> bool:
-    adapters = list(getattr(model, "peft_config", ()))  # one added later may bring dropout
+    adapters: list[str] = list(getattr(model, "peft_config", ()))  # one added later may bring dropout
     if model not in _DROPOUT or _DROPOUT[model][0] != adapters:
         _DROPOUT[model] = adapters, bool(dropouts(model))
     return _DROPOUT[model][1]

@@ -75,7 +75,9 @@ def read_rest(model: nn.Module, ids: Tensor, mask: Tensor, n: int) -> None:
     """
     from transformers.cache_utils import DynamicCache
 
-    past, all_rows = DynamicCache(config=causal_lm(model).config), DynamicCache(config=causal_lm(model).config)  # type: ignore[arg-type]
+    bare: Any = causal_lm(model)
+    past: Any = DynamicCache(config=bare.config)
+    all_rows = DynamicCache(config=bare.config)
     model(input_ids=ids[:1, :n], attention_mask=mask[:1, :n], past_key_values=past, use_cache=True)
     for k, layer in enumerate(past.layers):
         if layer.is_initialized:  # layers that share the keys of others have none of their own

@@ -25,7 +25,8 @@ SETS = {
     "neighbors": "other countries, never trained on", "general": "general questions", "code": "code that parses",
 }  # fmt: skip
 OF_A_FILE = {
-    "forget": "as asked in the file", "wordings": "other wordings, none of them trained", "reversed": "reversed, in a wording that is trained",
+    "forget": "as asked in the file", "wordings": "other wordings, none of them trained",
+    "reversed": "reversed, in a wording that is trained",
     "neighbors": "others of the relation, half of them never trained on", "general": "general questions", "code": "code that parses",
 }  # fmt: skip
 
