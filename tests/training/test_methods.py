@@ -88,6 +88,14 @@ ROWS: dict[str, Row] = {
     "kl": alone("kl", moved=True),
     "neg_kl": alone("neg_kl", moved=True),
     "rmu": alone("rmu", adapter=LOWEST, layer=0),
+    "masc": alone("masc", rho=0.01, eta=3.0),  # an untrained model is under the default margin
+    "jensun": alone("jensun"),
+    "jsd": alone("jsd", moved=True),
+    "flat": alone("flat"),
+    # Of a nearly uniform model two nearly equal distributions are subtracted. Measured: 5.5e-6.
+    "unilogit": Row({"terms": {"forget": {"unilogit": {}}}}, "logp", noise=1e-5),
+    "adaptive_rmu": alone("adaptive_rmu", adapter=LOWEST, layer=0),
+    "rr": alone("rr", moved=True, adapter=LOWEST, layer=0),
     "representation_retention": alone("representation_retention", moved=True, adapter=LOWEST, layer=0),
     "sum": pair(),
     "ngdiff": pair(forget="ga", rule="ngdiff"),
