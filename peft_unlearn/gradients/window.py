@@ -304,5 +304,13 @@ class Window:
 
     def _moved(self, g: Mapping[str, Vec]) -> list[float]:
         """Largest absolute gradient entry of each parameter over all names."""
-        rows = [torch.stack([whole(t.abs().max()) for t in v.tensors]) for v in g.values()]
-        return torch.stack(rows).amax(0).tolist()
+        largest = torch.stack([torch.stack([_largest(t) for t in v.tensors]) for v in g.values()]).amax(0)
+        if self.sharded:
+            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return largest.tolist()
+
+
+def _largest(t: Tensor) -> Tensor:
+    """Largest absolute entry; of a sharded tensor among this rank's, of which there may be none."""
+    own: Tensor = t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
+    return own.abs().max() if own.numel() else own.new_zeros(())
