@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,11 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peft_unlearn.forward import Pass, Reference
 from peft_unlearn.prefix import shared
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "head_dim": 8, "tie_word_embeddings": False,
-}  # fmt: skip
 FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
     "llama": ({}, True),
     "qwen2": ({}, True),
@@ -31,7 +27,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
 
 def made(family: str, dropout: float = 0.0) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SHAPE, **FAMILIES[family][0]})
+    config = AutoConfig.for_model(family, **{**tiny.SHAPE, **FAMILIES[family][0]})
     eager: dict[str, Any] = {"experts_implementation": "eager"} if "moe" in family or "oss" in family else {}
     model: Any = AutoModelForCausalLM.from_config(config, **eager)
     with torch.no_grad():

@@ -10,6 +10,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = [f"w{i}" for i in range(40)]
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "head_dim": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+"""Of a small model of any family, for `AutoConfig.for_model`."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import UserError
 from ..evaluation.plan import Progress
@@ -15,14 +15,14 @@ from ..folder import schema as s
 from ..folder.fetch import resolve_adapter
 from ..folder.read import EVAL, AdapterFolder, read_adapter
 from ..folder.yaml_io import parse_json, read_text
-from ..reporting.result import Result
 from ..sharing.verify import verify
 from ..stack import stackfile
 from . import statements as st
+from .claims import Audit
 from .keys import Key, load_key, opened
 from .measured import numbers
 from .record import derived_of, private_file
-from .statistics import Relative, canonical
+from .statistics import canonical
 
 _SHARE = s.shape("a share", lambda v: s.is_number(v) and 0 < v <= 1)
 _BOUND = {
@@ -41,48 +41,6 @@ _SIGNED = {
 }  # fmt: skip
 _ERASURE = s.record({**_SIGNED, "ledger": s.maybe(s.record(_LEDGER, _LEDGER, more=True))}, _SIGNED, more=True)
 """What of a stranger's statements is read here; they may hold more."""
-CONFIRMED, SIGNED, CONTRADICTED = "confirmed here", "signed but not re-run", "contradicted"
-Answer = Literal["confirmed here", "signed but not re-run", "contradicted"]
-
-
-@dataclass
-class Claim:
-    """One thing that a record says, and what was found. detail: what was compared."""
-
-    name: str
-    answer: Answer
-    detail: str
-
-
-@dataclass
-class Audit(Result):
-    """All claims of a record. relative: the comparison with retain models, where enough were given."""
-
-    source: str
-    wording: str = ""
-    claims: list[Claim] = field(default_factory=list)
-    relative: Relative | None = None
-
-    @property
-    def verdict(self) -> Answer:
-        found = {c.answer for c in self.claims}
-        return CONTRADICTED if CONTRADICTED in found else SIGNED if SIGNED in found or not found else CONFIRMED
-
-    @property
-    def exit_code(self) -> int:
-        """0 all confirmed, 1 something is contradicted, 5 nothing is, and something is only signed."""
-        return {CONFIRMED: 0, CONTRADICTED: 1, SIGNED: 5}[self.verdict]
-
-    def add(self, name: str, ok: bool | None, detail: str) -> None:
-        self.claims.append(Claim(name, SIGNED if ok is None else CONFIRMED if ok else CONTRADICTED, detail))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"format": 1, **asdict(self), "verdict": self.verdict}
-
-    def __str__(self) -> str:
-        width = max((len(c.name) for c in self.claims), default=0)
-        lines = [f"{c.answer:<21}  {c.name:<{width}}  {c.detail}" for c in self.claims]
-        return "\n".join([f"{self.source}: {self.verdict}", *lines])
 
 
 def audit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +24,9 @@ from ..evaluation.subjects import (
 from ..folder.read import AdapterFolder
 from ..reporting.verdict import Evidence
 from . import statements as st
+from .claims import Audit
 from .record import rows_of
 from .statistics import leak_bound, relative_test
-
-if TYPE_CHECKING:
-    from .audit import Audit
 
 TOLERANCE = 0.01
 """How far a mean of a few hundred rows may lie from the signed one: other kernels flip the odd greedy token."""

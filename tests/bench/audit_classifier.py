@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.manifest import probes
 from peft_unlearn.folder.read import CONFIG, EVAL, MANIFEST, WEIGHTS, file_sha256
-from peft_unlearn.records.audit import CONTRADICTED, audit
+from peft_unlearn.records.audit import audit
+from peft_unlearn.records.claims import CONTRADICTED
 from peft_unlearn.records.record import record
 from peft_unlearn.records.statements import BUNDLE
 from peft_unlearn.stack.model import ForgetModel

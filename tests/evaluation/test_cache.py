@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from eval_helpers import byte_tokenizer, qa, tiny
+from tiny import SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_unlearn.evaluation import cache, suites
@@ -19,11 +20,6 @@ from peft_unlearn.evaluation.numbers import numbers_of
 from peft_unlearn.evaluation.plan import make_plan, measure
 from peft_unlearn.evaluation.teacher import read_encoded
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "head_dim": 8, "tie_word_embeddings": False,
-}  # fmt: skip
 FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
     "llama": ({}, True),
     "qwen2": ({}, True),

@@ -14,16 +14,8 @@ from keyfiles import write_key
 from peft_unlearn.errors import UserError
 from peft_unlearn.folder.read import read_adapter
 from peft_unlearn.records import statements as st
-from peft_unlearn.records.audit import (
-    CONFIRMED,
-    CONTRADICTED,
-    SIGNED,
-    Audit,
-    _of_folder,
-    _signature,
-    _statements,
-    audit,
-)
+from peft_unlearn.records.audit import _of_folder, _signature, _statements, audit
+from peft_unlearn.records.claims import CONFIRMED, CONTRADICTED, SIGNED, Audit
 from peft_unlearn.records.keys import PASSWORD, envelope, load_key, opened
 from peft_unlearn.records.record import private_file, record
 from peft_unlearn.records.statistics import canonical
